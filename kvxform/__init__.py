@@ -1,0 +1,1 @@
+"""kvxform: a compiler for the KV cache of decoder language models."""

@@ -1,0 +1,8 @@
+"""Codecs: how one stream of the cache is stored.
+
+- `base`: the `Codec` interface, plane specifications, the registry
+- `exact`: codec `none`, values as they are
+- `integer`: codec `int`, uniform integers with scales and zero points
+- `packing`: codes of 2, 3, 4 and 8 bits in bytes
+- `hadamard`: bases (rotations) of a stream
+"""

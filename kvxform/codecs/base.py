@@ -1,0 +1,169 @@
+"""What a codec is: `encode(x) -> planes`, `decode(planes) -> x`, and the shape of each plane.
+
+A codec is a frozen dataclass whose fields are its options. It is pure torch, keeps no state and
+knows nothing of graphs or caches. `docs/codecs.md` lists the codecs with their equations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvxform.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class PlaneSpec:
+    """One stored tensor of a codec.
+
+    A plane of `T` cached tokens has shape `[..., T / tokens_per_row, width]`.
+
+    Attributes:
+        name: `codes`, `scale`, `zero`, `norm`, or `value` for an unquantised stream.
+        dtype: Stored dtype by torch name, for instance `uint8` or `float16`.
+        width: Elements in one row of one head.
+        tokens_per_row: Cached tokens that share one row (1 for per-token planes).
+    """
+
+    name: str
+    dtype: str
+    width: int
+    tokens_per_row: int = 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of the plane."""
+        return dtype_from_name(self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one head."""
+        return self.width * self.torch_dtype.itemsize
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """Return the torch dtype called `name`.
+
+    Raises:
+        RecipeError: KVX105 if torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RecipeError("KVX105", "a dtype must be one that torch knows", got=repr(name))
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of `dtype` without the `torch.` prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class AffineCodes:
+    """The affine form of encoded values: `x = scale * codes + offset`.
+
+    Attributes:
+        codes: Unpacked codes as floating point, shape `[..., T, D]`.
+        scale: Broadcastable to `codes` once repeated over its groups; shape `[..., T, D / group]`
+            when `axis` is `token`, `[..., T / group, D]` when it is `channel`.
+        offset: Same shape as `scale`.
+        axis: `token` (statistics over channels of one token) or `channel` (over a run of tokens).
+        group: Elements along the reduced axis that share a scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    axis: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How one stream is stored. Subclasses are frozen dataclasses; their fields are options."""
+
+    name: ClassVar[str]
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Tokens that must be encoded together; 1 for per-token codecs."""
+        return 1
+
+    @abstractmethod
+    def check(self, head_dim: int) -> None:
+        """Raise PassError KVX203 if vectors of `head_dim` channels cannot be encoded."""
+
+    @abstractmethod
+    def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
+        """Return the stored planes for vectors of `head_dim` channels."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Encode `x`, shape `[..., T, D]`, any float dtype, T a multiple of `tokens_per_group`.
+
+        Returns one tensor per plane, shape `[..., T / tokens_per_row, width]`.
+        """
+
+    @abstractmethod
+    def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Decode planes to values of `dtype`, shape `[..., T, D]`."""
+
+    def affine(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> AffineCodes | None:
+        """Return the affine form of `planes` in `dtype`, or None if the codec has none."""
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the codec as plain data: `{"codec": name, **options}`."""
+        return {"codec": self.name, **dataclasses.asdict(self)}
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Return stored bits per element with all metadata."""
+        rows = ((p.row_bytes * 8 / p.tokens_per_row) for p in self.planes(head_dim))
+        return sum(rows) / head_dim
+
+
+CODECS: dict[str, type[Codec]] = {}
+C = TypeVar("C", bound=type[Codec])
+
+
+def register_codec(cls: C) -> C:
+    """Make the codec class known under its `name`; the only registration place."""
+    CODECS[cls.name] = cls
+    return cls
+
+
+def make_codec(spec: Mapping[str, Any]) -> Codec:
+    """Build a codec from plain data such as `{"codec": "int", "bits": 4}`.
+
+    Raises:
+        RecipeError: KVX103 for an unknown codec, KVX102 for an unknown option.
+    """
+    options = dict(spec)
+    name = options.pop("codec", None)
+    if name not in CODECS:
+        raise RecipeError(
+            "KVX103", "codec must be a known name", got=repr(name), hint=_nearest(str(name), CODECS)
+        )
+    cls = CODECS[name]
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in options:
+        if key not in known:
+            raise RecipeError(
+                "KVX102",
+                f"codec '{name}' takes {', '.join(sorted(known)) or 'no options'}",
+                got=repr(key),
+                hint=_nearest(key, known),
+            )
+    return cls(**options)
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean '{close[0]}'" if close else f"choose from {', '.join(sorted(known))}"

@@ -1,0 +1,63 @@
+"""The bridge between cached dialect ops and whatever holds the cache at run time.
+
+`kvx::cache_append` and `kvx::cached_attention` carry a handle: an int64 scalar tensor. The graph stays
+short and the same for every layout and codec; the object behind the handle does the work. Handles
+hold no reference, so a cache is freed with its owner.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvxform.errors import KvxformError
+
+
+class CacheState(Protocol):
+    """What the cached ops need from a live cache."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Attend from q `[B, H, S, D]` at `positions` `[B, S]` to the cache; `[B, H, S, Dv]`."""
+
+
+_COUNTER = itertools.count(1)
+_LIVE: weakref.WeakValueDictionary[int, CacheState] = weakref.WeakValueDictionary()
+
+
+def make_handle(state: CacheState) -> Tensor:
+    """Return a handle, int64 scalar on the CPU, that resolves to `state` while it lives."""
+    number = next(_COUNTER)
+    _LIVE[number] = state
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def resolve_handle(handle: Tensor) -> CacheState:
+    """Return the live cache behind `handle`.
+
+    Raises:
+        KvxformError: KVX701 if the cache no longer exists.
+    """
+    state = _LIVE.get(int(handle))
+    if state is None:
+        raise KvxformError(
+            "KVX701", "a cache handle must belong to a live session", got=int(handle)
+        )
+    return state

@@ -1,0 +1,300 @@
+"""CachePlan: what is stored per site and how, as pure data, with the arithmetic of its cost.
+
+Nothing here runs a model. Every figure comes from plane shapes alone, and the runtime allocates
+from the same shapes, so that predicted and measured bytes are the same number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from kvxform.codecs.base import PlaneSpec, dtype_from_name
+from kvxform.codecs.hadamard import Basis
+
+BASELINE_BITS = 16  # what "before" means: a bfloat16 or float16 cache of the same geometry
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows of a plane live: `contiguous` per sequence, or pages of `page_size` tokens."""
+
+    kind: Literal["contiguous", "paged"] = "contiguous"
+    page_size: int = 0
+
+    def __str__(self) -> str:
+        """Return the fact value: `contiguous` or `paged(64)`."""
+        return f"paged({self.page_size})" if self.kind == "paged" else self.kind
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Parts of a sequence with their own precision: first tokens, body, last tokens.
+
+    Attributes:
+        sink: First tokens kept unencoded for ever.
+        recent: Last tokens kept unencoded. With flush `sliding` at least so many; with `block`
+            the buffer fills up to `recent` tokens, which are then all encoded at once.
+        flush: `sliding` (each new token pushes the oldest one out) or `block` (KIVI keys).
+        dtype: Stored dtype of unencoded tokens.
+    """
+
+    sink: int = 0
+    recent: int = 0
+    flush: Literal["sliding", "block"] = "sliding"
+    dtype: str = "float16"
+
+
+@dataclass(frozen=True)
+class ReadForm:
+    """Where scale and zero point are applied when the stream is read.
+
+    `element`: every cached value is decoded first. `folded`: scales are applied to the query, the
+    score column, the probability or the output, and zero points as one rank-1 correction.
+    """
+
+    form: Literal["element", "folded"] = "element"
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How the K or the V half of one site is stored.
+
+    Attributes:
+        codec: Plain data of the codec, for instance `{"codec": "int", "bits": 4, ...}`.
+        planes: Stored planes of the body, as the codec declares them.
+        tokens_per_group: Tokens that are encoded together.
+        head_dim: Channels of one head.
+        rope: Keys are stored after (`post`) or before (`pre`) RoPE; `none` for values.
+        basis: Rotation of the channel axis that stored values are expressed in.
+        regions: Unencoded parts.
+        read: Where scales are applied on reading.
+        calibration: Name of the statistics the codec was fitted on, or None.
+    """
+
+    codec: Mapping[str, Any]
+    planes: tuple[PlaneSpec, ...]
+    tokens_per_group: int
+    head_dim: int
+    rope: Literal["pre", "post", "none"] = "none"
+    basis: Basis = field(default_factory=Basis)
+    regions: Regions = field(default_factory=Regions)
+    read: ReadForm = field(default_factory=ReadForm)
+    calibration: str | None = None
+
+    @property
+    def keep_and_chunk(self) -> tuple[int, int]:
+        """Return (tokens always kept exact at the end, tokens encoded at a time)."""
+        if self.regions.flush == "block":
+            return 0, max(self.regions.recent, self.tokens_per_group)
+        return self.regions.recent, self.tokens_per_group
+
+    @property
+    def recent_capacity(self) -> int:
+        """Largest number of exact tokens after the sink once an append has ended."""
+        keep, chunk = self.keep_and_chunk
+        return keep + chunk - 1
+
+    def body_tokens(self, cached_tokens: int) -> int:
+        """Return how many of `cached_tokens` are encoded; the step rule of every lowering."""
+        keep, chunk = self.keep_and_chunk
+        free = cached_tokens - self.regions.sink - keep
+        return max(0, free // chunk * chunk)
+
+    def body_bytes_per_token(self) -> float:
+        """Return bytes of one encoded token of one head, metadata included."""
+        return sum(p.row_bytes / p.tokens_per_row for p in self.planes)
+
+    def page_bytes(self, page_size: int) -> int:
+        """Return bytes of one page of one head."""
+        return sum(p.row_bytes * (page_size // p.tokens_per_row) for p in self.planes)
+
+    def exact_bytes(self) -> int:
+        """Return bytes of the sink and recent buffers of one head of one sequence."""
+        rows = self.regions.sink + self.recent_capacity
+        return rows * self.head_dim * dtype_from_name(self.regions.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The cache of one attention site.
+
+    Attributes:
+        layer: Layer index of the site.
+        owner: Layer whose cache is read; `layer` itself unless layers share.
+        num_q_heads: Query heads.
+        num_kv_heads: KV heads.
+        key: The K stream.
+        value: The V stream.
+        payload: What is cached; `kv` here.
+    """
+
+    layer: int
+    owner: int
+    num_q_heads: int
+    num_kv_heads: int
+    key: StreamPlan
+    value: StreamPlan
+    payload: Literal["kv", "k", "latent", "residual"] = "kv"
+
+    @property
+    def streams(self) -> dict[str, StreamPlan]:
+        """The streams by name: `key`, `value`."""
+        return {"key": self.key, "value": self.value}
+
+    @property
+    def values_per_token(self) -> int:
+        """Cached elements of one token: K and V of all KV heads."""
+        return self.num_kv_heads * (self.key.head_dim + self.value.head_dim)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What is cached for the whole model; the same data for every lowering."""
+
+    sites: tuple[SitePlan, ...]
+    layout: Layout = field(default_factory=Layout)
+
+    def site(self, layer: int) -> SitePlan:
+        """Return the plan of `layer`; KeyError if it has no cache."""
+        for site in self.sites:
+            if site.layer == layer:
+                return site
+        raise KeyError(layer)
+
+    @property
+    def owners(self) -> tuple[SitePlan, ...]:
+        """Sites that own storage."""
+        return tuple(s for s in self.sites if s.owner == s.layer)
+
+    def replace_site(self, layer: int, **changes: Any) -> CachePlan:
+        """Return a plan whose site `layer` has the fields `changes`."""
+        sites = tuple(
+            dataclasses.replace(s, **changes) if s.layer == layer else s for s in self.sites
+        )
+        return dataclasses.replace(self, sites=sites)
+
+    @property
+    def values_per_token(self) -> int:
+        """Cached elements of one token over all owners."""
+        return sum(s.values_per_token for s in self.owners)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes that one more encoded token costs in a long sequence, metadata included."""
+        return sum(
+            s.num_kv_heads * (s.key.body_bytes_per_token() + s.value.body_bytes_per_token())
+            for s in self.owners
+        )
+
+    @property
+    def baseline_bytes_per_token(self) -> float:
+        """The same for a plain 16-bit cache."""
+        return self.values_per_token * BASELINE_BITS / 8
+
+    @property
+    def bits_per_value(self) -> float:
+        """True bits per cached element of a long sequence, metadata included."""
+        return self.bytes_per_token * 8 / self.values_per_token
+
+    def granule(self) -> int:
+        """Return the number of tokens that any allocation of the body must be a multiple of."""
+        groups = [st.tokens_per_group for s in self.owners for st in s.streams.values()]
+        return math.lcm(1, *groups)
+
+    def page_size(self, max_seq_len: int) -> int:
+        """Return tokens a page; the contiguous layout is one page that holds `max_seq_len`."""
+        if self.layout.kind == "paged":
+            return self.layout.page_size
+        granule = self.granule()
+        return -(-max_seq_len // granule) * granule
+
+    def pages_needed(self, cached_tokens: int, page_size: int) -> int:
+        """Return pages of one sequence; every stream uses the same page table."""
+        if cached_tokens == 0:
+            return 0
+        body = max(
+            (st.body_tokens(cached_tokens) for s in self.owners for st in s.streams.values()),
+            default=0,
+        )
+        return -(-body // page_size)
+
+    def page_bytes(self, page_size: int) -> int:
+        """Return bytes of one page over all layers and heads."""
+        return sum(
+            s.num_kv_heads * (s.key.page_bytes(page_size) + s.value.page_bytes(page_size))
+            for s in self.owners
+        )
+
+    def exact_bytes_per_sequence(self) -> int:
+        """Return bytes of all sink and recent buffers of one sequence."""
+        return sum(
+            s.num_kv_heads * (s.key.exact_bytes() + s.value.exact_bytes()) for s in self.owners
+        )
+
+    def bytes_at(self, lengths: Sequence[int], max_seq_len: int) -> int:
+        """Return bytes held by sequences of `lengths` cached tokens, whole pages and buffers.
+
+        Args:
+            lengths: Cached tokens of each live sequence.
+            max_seq_len: Limit of the session; sets the page of the contiguous layout.
+        """
+        size = self.page_size(max_seq_len)
+        pages = sum(self.pages_needed(n, size) for n in lengths)
+        return pages * self.page_bytes(size) + len(lengths) * self.exact_bytes_per_sequence()
+
+    def read_bytes_per_step(self, batch_size: int, cached_tokens: int) -> float:
+        """Return bytes that one decode step reads for `batch_size` sequences of that length."""
+        total = 0.0
+        for site in self.sites:  # a site that shares a cache still reads it
+            for stream in site.streams.values():
+                body = stream.body_tokens(cached_tokens)
+                rest = cached_tokens - body
+                exact = rest * stream.head_dim * dtype_from_name(stream.regions.dtype).itemsize
+                total += site.num_kv_heads * (body * stream.body_bytes_per_token() + exact)
+        return total * batch_size
+
+    def extra_flops_per_token(self) -> int:
+        """Return additions spent on online rotations of q and of new k, for one token."""
+        total = 0
+        for site in self.sites:
+            basis = site.key.basis
+            if basis.kind == "hadamard":
+                heads = site.num_q_heads + (site.num_kv_heads if site.owner == site.layer else 0)
+                total += heads * site.key.head_dim * int(math.log2(basis.block))
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data; `from_json` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CachePlan:
+        """Build a plan from plain data."""
+        return cls(
+            sites=tuple(
+                SitePlan(
+                    **{
+                        **s,
+                        "key": _stream_from_json(s["key"]),
+                        "value": _stream_from_json(s["value"]),
+                    }
+                )
+                for s in data["sites"]
+            ),
+            layout=Layout(**data["layout"]),
+        )
+
+
+def _stream_from_json(data: Mapping[str, Any]) -> StreamPlan:
+    fields = {
+        **data,
+        "planes": tuple(PlaneSpec(**p) for p in data["planes"]),
+        "basis": Basis(**data["basis"]),
+        "regions": Regions(**data["regions"]),
+        "read": ReadForm(**data["read"]),
+    }
+    return StreamPlan(**fields)

@@ -1,0 +1,225 @@
+"""Program: one captured model, as a graph in the kvx dialect with its weights, sites and plan.
+
+Graph contract:
+
+- placeholders are `input_ids` and `position_ids`, int64 `[B, S]`, and `cache` (a handle) once
+  `insert-cache` has run; the single output is the logits `[B, S, vocab]`;
+- weights are `get_attr` nodes whose target is a key of `Program.weights`;
+- every other node is `call_function` on an `aten` or `kvx` op;
+- `node.meta` holds `type` (ir.types), `module` (path of the source module), `origin` (what it was,
+  with source line) and `via` (passes that made or changed it, oldest first), and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+import kvxform.ir.ops as kvx
+from kvxform.codecs.hadamard import Basis
+from kvxform.ir.facts import Facts
+from kvxform.ir.plan import CachePlan
+
+META_KEYS = ("type", "module", "origin", "via")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Which weight entries make the heads of q, k or v, or read the heads into the residual.
+
+    Channel d of head h lies at index `start + h * head_stride + d` of the head axis of `weight`.
+    The head axis is the output axis for q, k, v and the input axis for o.
+
+    Attributes:
+        weight: Key in `Program.weights`; a matrix.
+        bias: Key of the bias `[out]`, or None.
+        layout: `out_in` (nn.Linear) or `in_out` (GPT-2 Conv1D).
+        start: First index of head 0.
+        head_stride: Distance between heads.
+    """
+
+    weight: str
+    bias: str | None = None
+    layout: Literal["out_in", "in_out"] = "out_in"
+    start: int = 0
+    head_stride: int = 0
+
+    def indices(self, num_heads: int, head_dim: int) -> Tensor:
+        """Return indices on the head axis, int64 `[num_heads, head_dim]`."""
+        heads = torch.arange(num_heads) * self.head_stride
+        return self.start + heads[:, None] + torch.arange(head_dim)
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding of a site; see `kvx::rope`. `inv_freq` is a key in `Program.weights`."""
+
+    inv_freq: str
+    rotary_dim: int
+    attention_scaling: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of the Program.
+
+    Attributes:
+        layer: Index in graph order; the `layer` of its attention op and of its plan.
+        module: Path of the source module, for instance `model.layers.3.self_attn`.
+        num_q_heads: Query heads, H.
+        num_kv_heads: KV heads, Hk.
+        head_dim: Channels of q and k, D.
+        v_head_dim: Channels of v.
+        scale: Factor of the scores.
+        q: Projection of q, or None if it is not a plain linear layer.
+        k: Projection of k, likewise.
+        v: Projection of v, likewise.
+        o: Output projection, likewise.
+        rope: Rotary embedding, or None.
+        window: Sliding window in tokens, or None.
+        softcap: Softcap of the scores, or None.
+        k_basis: Rotation that keys are in when they reach the attention op.
+        v_basis: The same for values.
+    """
+
+    layer: int
+    module: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    q: Projection | None = None
+    k: Projection | None = None
+    v: Projection | None = None
+    o: Projection | None = None
+    rope: RopeSpec | None = None
+    window: int | None = None
+    softcap: float | None = None
+    k_basis: Basis = field(default_factory=Basis)
+    v_basis: Basis = field(default_factory=Basis)
+
+
+@dataclass(frozen=True)
+class RejectedSite:
+    """A candidate that was left alone: where it is, why, and its source line."""
+
+    module: str
+    reason: str
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts about the source that lowerings and reports need.
+
+    Attributes:
+        name: What the user called it.
+        family: `model_type` of a Hugging Face model, or the class name.
+        vocab_size: Rows of the logits.
+        dtype: Compute dtype by torch name.
+        context_length: Longest supported sequence, or None.
+        bos_token_id: Token ids, or None.
+        eos_token_ids: Tokens that end a generation.
+        pad_token_id: Padding token, or None.
+        tokenizer_path: Folder of tokenizer files, or None; not part of an artifact.
+    """
+
+    name: str
+    family: str
+    vocab_size: int
+    dtype: str = "float32"
+    context_length: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    tokenizer_path: str | None = None
+
+
+@dataclass
+class Program:
+    """One captured model. Passes get a clone; weights are shared and never written in place."""
+
+    graph: fx.Graph
+    weights: dict[str, Tensor]
+    sites: tuple[AttentionSite, ...]
+    info: ModelInfo
+    rejected: tuple[RejectedSite, ...] = ()
+    plan: CachePlan | None = None
+    facts: Facts = field(default_factory=Facts)
+    passes: tuple[str, ...] = ()
+
+    def clone(self) -> Program:
+        """Return an independent Program that shares only weight tensors."""
+        return dataclasses.replace(
+            self, graph=copy.deepcopy(self.graph), weights=dict(self.weights)
+        )
+
+    def site(self, layer: int) -> AttentionSite:
+        """Return the site of `layer`; KeyError if there is none."""
+        for site in self.sites:
+            if site.layer == layer:
+                return site
+        raise KeyError(layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the model."""
+        dtype = getattr(torch, self.info.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether `insert-cache` has run."""
+        return any(n.op == "placeholder" and n.target == "cache" for n in self.graph.nodes)
+
+    def calls(self, *targets: Callable[..., Any]) -> Iterator[fx.Node]:
+        """Yield `call_function` nodes with one of `targets`, in graph order."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.target in targets:
+                yield node
+
+    def attention_node(self, layer: int) -> fx.Node:
+        """Return the attention or cached_attention node of `layer`; KeyError if there is none."""
+        for node in self.calls(*kvx.ATTENTION_OPS):
+            if node.kwargs["layer"] == layer:
+                return node
+        raise KeyError(layer)
+
+    def append_node(self, layer: int) -> fx.Node | None:
+        """Return the cache_append node of `layer`, or None before `insert-cache`."""
+        for node in self.calls(kvx.CACHE_APPEND):
+            if node.kwargs["layer"] == layer:
+                return node
+        return None
+
+    def placeholder(self, name: str) -> fx.Node:
+        """Return the placeholder called `name`; KeyError if there is none."""
+        node: fx.Node
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.target == name:
+                return node
+        raise KeyError(name)
+
+    def to_module(self) -> fx.GraphModule:
+        """Return a runnable module: `(input_ids, position_ids[, cache]) -> logits [B, S, vocab]`.
+
+        The module shares the weight tensors and has a copy of the graph.
+        """
+        used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
+        return fx.GraphModule(
+            {name: self.weights[name] for name in used}, copy.deepcopy(self.graph), "KvxProgram"
+        )
+
+
+def default_positions(input_ids: Tensor) -> Tensor:
+    """Return positions 0..S-1 for every row, int64 `[B, S]`."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
