@@ -6,3 +6,8 @@
 - `packing`: codes of 2, 3, 4 and 8 bits in bytes
 - `hadamard`: bases (rotations) of a stream
 """
+
+from __future__ import annotations
+
+from kvxform.codecs import exact as exact  # importing a codec module registers its codec
+from kvxform.codecs import integer as integer
