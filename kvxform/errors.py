@@ -10,6 +10,16 @@ Code ranges: 1xx recipes, 2xx passes, 3xx capture, 4xx code generation, 5xx veri
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest_hint(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known word nearest to `word`, or lists them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean '{close[0]}'" if close else f"choose from {', '.join(names)}"
+
 
 class KvxformError(Exception):
     """Base of all errors with a code.

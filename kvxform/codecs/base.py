@@ -7,7 +7,6 @@ knows nothing of graphs or caches. `docs/codecs.md` lists the codecs with their 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from kvxform.errors import RecipeError
+from kvxform.errors import RecipeError, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,10 @@ def make_codec(spec: Mapping[str, Any]) -> Codec:
     name = options.pop("codec", None)
     if name not in CODECS:
         raise RecipeError(
-            "KVX103", "codec must be a known name", got=repr(name), hint=_nearest(str(name), CODECS)
+            "KVX103",
+            "codec must be a known name",
+            got=repr(name),
+            hint=nearest_hint(str(name), CODECS),
         )
     cls = CODECS[name]
     known = {f.name for f in dataclasses.fields(cls)}
@@ -159,11 +161,6 @@ def make_codec(spec: Mapping[str, Any]) -> Codec:
                 "KVX102",
                 f"codec '{name}' takes {', '.join(sorted(known)) or 'no options'}",
                 got=repr(key),
-                hint=_nearest(key, known),
+                hint=nearest_hint(key, known),
             )
     return cls(**options)
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean '{close[0]}'" if close else f"choose from {', '.join(sorted(known))}"
