@@ -1,0 +1,183 @@
+"""Recipes: an ordered list of passes with options, a target and bounds.
+
+A recipe is plain data, in YAML, JSON or Python. Nothing in it is guessed: every unknown key is an
+error that names the nearest known one, with the line it stands on. Options of a pass are the fields
+of its class, so this module knows no pass by name.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from kvxform.errors import CodegenError, RecipeError, nearest_hint
+from kvxform.recipe_steps import PassStep, as_recipe_error, build_pass, check_keys, parse_step
+from kvxform.recipe_text import KeyPath, SourceMap, format_yaml, read_recipe_file
+
+__all__ = ["PassStep", "Recipe", "RecipeLike", "build_pass", "bundled_recipes", "load_recipe"]
+
+RECIPE_VERSION = 1
+NOT_YET = {"triton": "eager"}  # lowering -> nearest one that exists
+
+
+class _Part(BaseModel):
+    """Base of the parts of a recipe: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    place: ClassVar[KeyPath] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, Mapping):
+            check_keys(data, cls.model_fields, cls.place, _source(info), "recipe")
+        return data
+
+
+class Target(_Part):
+    """What the optimised model is lowered to."""
+
+    place: ClassVar[KeyPath] = ("target",)
+    lowering: Literal["eager", "onnx"] = "eager"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_missing_lowerings(cls, data: Any, info: ValidationInfo) -> Any:
+        lowering = data.get("lowering") if isinstance(data, Mapping) else None
+        if lowering in NOT_YET:
+            raise CodegenError(
+                "KVX401",
+                f"lowering '{lowering}' is not available yet",
+                where="recipe",
+                at=_source(info).at(("target", "lowering")),
+                hint=f"use lowering: {NOT_YET[lowering]}",
+            )
+        return data
+
+
+class Bounds(_Part):
+    """Limits that the finished model must keep; a broken one is an error."""
+
+    place: ClassVar[KeyPath] = ("bounds",)
+    max_kl: float | None = Field(
+        default=None, ge=0, description="Largest mean KL(source || optimised) on probes, in nats."
+    )
+    min_top1: float | None = Field(
+        default=None, ge=0, le=1, description="Smallest share of equal greedy tokens on probes."
+    )
+    bits_per_value: float | None = Field(
+        default=None, gt=0, description="Most true bits per cached value, metadata included."
+    )
+
+
+class Recipe(_Part):
+    """What to do to the cache of a model, in order."""
+
+    version: Literal[1]
+    name: str = Field(min_length=1)
+    about: str = ""
+    passes: tuple[PassStep, ...]
+    target: Target = Field(default_factory=Target)
+    bounds: Bounds = Field(default_factory=Bounds)
+    auto_order: bool = Field(
+        default=False, description="Move passes to a legal place instead of refusing."
+    )
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _check_version(cls, version: Any, info: ValidationInfo) -> Any:
+        if version != RECIPE_VERSION or isinstance(version, bool):
+            at = _source(info).at(("version",))
+            rule = f"recipe version must be {RECIPE_VERSION}"
+            raise RecipeError("KVX106", rule, got=repr(version), at=at)
+        return version
+
+    @field_validator("passes", mode="plain", json_schema_input_type=list[Any])
+    @classmethod
+    def _parse_passes(cls, steps: Any, info: ValidationInfo) -> tuple[PassStep, ...]:
+        source = _source(info)
+        if not isinstance(steps, list | tuple) or not steps:
+            rule = "passes must be a list of at least one pass"
+            raise RecipeError("KVX107", rule, got=repr(steps), at=source.at(("passes",)))
+        return tuple(parse_step(step, ("passes", i), source) for i, step in enumerate(steps))
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain data without defaults; `load_recipe` is the inverse."""
+        data: dict[str, Any] = {"version": self.version, "name": self.name}
+        if self.about:
+            data["about"] = self.about
+        data["passes"] = [step.to_data() for step in self.passes]
+        rest = self.model_dump(exclude={*data}, exclude_defaults=True)
+        return {**data, **rest}
+
+    def to_yaml(self) -> str:
+        """Return the recipe as canonical YAML."""
+        return format_yaml(self.to_data())
+
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+
+
+def load_recipe(recipe: RecipeLike) -> Recipe:
+    """Load and check a recipe.
+
+    Args:
+        recipe: Bundled name, path of a .yaml, .yml or .json file, plain data, or a Recipe.
+
+    Raises:
+        RecipeError: KVX101 unknown recipe, KVX102 unknown key or option, KVX103 unknown codec,
+            KVX104 unknown pass, KVX106 unknown version, KVX107 a value of the wrong kind.
+        CodegenError: KVX401 if the target is not available.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _validate(recipe, SourceMap())
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        return _validate(*read_recipe_file(path))
+    if str(recipe) not in bundled_recipes():
+        raise RecipeError(
+            "KVX101",
+            "recipe must be a bundled name or a .yaml or .json file",
+            got=repr(str(recipe)),
+            hint=nearest_hint(str(recipe), bundled_recipes()),
+        )
+    with importlib.resources.as_file(_recipe_folder() / f"{recipe}.yaml") as bundled:
+        return _validate(*read_recipe_file(bundled))
+
+
+def bundled_recipes() -> tuple[str, ...]:
+    """Return the names of the recipes that come with kvxform."""
+    files = (entry.name for entry in _recipe_folder().iterdir())
+    return tuple(sorted(f.removesuffix(".yaml") for f in files if f.endswith(".yaml")))
+
+
+def _recipe_folder() -> Traversable:
+    return importlib.resources.files("kvxform.recipes")
+
+
+def _validate(data: Any, source: SourceMap) -> Recipe:
+    if not isinstance(data, Mapping):
+        raise RecipeError("KVX107", "a recipe must be a mapping of keys to values", at=source.file)
+    try:
+        return Recipe.model_validate(data, context=source)
+    except ValidationError as error:
+        raise as_recipe_error(error, (), source, "recipe") from error
+
+
+def _source(info: ValidationInfo) -> SourceMap:
+    return info.context if isinstance(info.context, SourceMap) else SourceMap()
