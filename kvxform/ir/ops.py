@@ -263,3 +263,4 @@ HADAMARD = torch.ops.kvx.hadamard.default
 CACHE_APPEND = torch.ops.kvx.cache_append.default
 CACHED_ATTENTION = torch.ops.kvx.cached_attention.default
 ATTENTION_OPS = (ATTENTION, CACHED_ATTENTION)
+DIALECT = (RMS_NORM, ROPE, ATTENTION, HADAMARD, CACHE_APPEND, CACHED_ATTENTION)
