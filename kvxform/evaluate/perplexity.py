@@ -7,8 +7,8 @@ token is not scored. Two protocols, named in every result:
   codecs, as in the papers on cache quantisation;
 - `decode`: token by token through a session, as at run time.
 
-Both mean the same for a cache without unencoded regions and agree to rounding here in any case,
-because the cache has one step rule for all ways to fill it.
+The two agree to rounding, because the cache has one step rule for every way to fill it
+(docs/adr/0005-step-exact.md). `decode` is slower and checks just that.
 """
 
 from __future__ import annotations
