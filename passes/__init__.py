@@ -1,1 +1,16 @@
-"""passes."""
+"""Rewrites of a Program; one file a pass, named like it in recipes.
+
+- `rotation.fuse_norms`: gains of norms move into the linear layers that follow
+- `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
+- `rotation.rotate_qk`: queries and new keys are rotated after RoPE
+- `base.insert_cache`: stateless attention becomes append and cached attention
+- `memory.page_cache`: the cache lives in pages
+- `quantize.quantize_kv`: keys and values are stored through codecs
+- `base.simplify`: rotations cancel; scales move from cached elements to query, token or step
+"""
+
+from __future__ import annotations
+
+from kvxform.passes.base import insert_cache as insert_cache  # importing registers the pass
+from kvxform.passes.memory import page_cache as page_cache
+from kvxform.passes.quantize import quantize_kv as quantize_kv

@@ -1,0 +1,123 @@
+"""insert-cache: stateless attention becomes an append to a cache and an attention to the cache.
+
+Legal for causal attention without an additive bias, at the positions that the program was given.
+All attentions of a program are rewritten, or none: beside cached ones, a stateless one would see
+only the new tokens of a decode step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+import kvxform.ir.ops as kvx
+from kvxform.codecs.exact import ExactCodec
+from kvxform.codecs.hadamard import Basis
+from kvxform.ir.facts import FactValue
+from kvxform.ir.plan import CachePlan, Regions, SitePlan, StreamPlan
+from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.types import TensorType
+from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
+
+CARRIED = ("layer", "scale", "causal", "window", "softcap", "sink_logits")
+HANDLE = TensorType(torch.int64, ())
+
+
+@register_pass
+@dataclass(frozen=True)
+class InsertCache(GraphPass):
+    """Cache the keys and values of every attention, unencoded, in the dtype of the model.
+
+    `softmax_dtype` is not carried over: the cached op computes its softmax in the dtype of q or
+    wider, so the two differ by rounding only.
+    """
+
+    numerics: ClassVar[Numerics] = EXACT
+    source: ClassVar[str] = "Vaswani et al., arXiv 1706.03762, section 3.1: causal decoding"
+
+    def ensures(self) -> Mapping[str, FactValue]:
+        """State that there is a cache, one row after the other."""
+        return {"cache.inserted": True, "cache.layout": "contiguous"}
+
+    def match(self, program: Program) -> list[Match | NoMatch]:
+        """Match every stateless attention, or none if one of them cannot be cached."""
+        found = [_check(program, node) for node in program.calls(*kvx.ATTENTION_OPS)]
+        blocked = [f.reason for f in found if isinstance(f, NoMatch) and not f.done]
+        raw = [f"{site.module} was not raised: {site.reason}" for site in program.rejected]
+        if not blocked and not raw:
+            return found
+        because = f"another attention cannot be cached ({(blocked + raw)[0]})"
+        left: list[Match | NoMatch] = [
+            NoMatch(because, f.layer, f.node) if isinstance(f, Match) else f for f in found
+        ]
+        return [*left, *(NoMatch(reason) for reason in raw)]
+
+    def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
+        """Replace one attention, and add its site to the plan."""
+        assert match.layer is not None, "every match is at a site"
+        site = program.site(match.layer)
+        node = rewriter.node(match.node)
+        q, k, v, positions = node.args
+        assert isinstance(k, fx.Node), "operands of attention are nodes"
+        if not program.is_cached:
+            rewriter.placeholder("cache", HANDLE)
+        kept = {name: node.kwargs[name] for name in CARRIED if name in node.kwargs}
+        append = rewriter.call_before(
+            node,
+            kvx.CACHE_APPEND,
+            (k, v, program.placeholder("cache")),
+            {"layer": site.layer},
+            type_=HANDLE,
+        )
+        cached = rewriter.call_before(
+            node,
+            kvx.CACHED_ATTENTION,
+            (q, append, positions),
+            {**kept, "v_head_dim": site.v_head_dim},
+            type_=node.meta["type"],
+        )
+        rewriter.replace(node, cached)
+        present = program.plan.sites if program.plan else ()
+        rewriter.set_plan(CachePlan((*present, _plan(site, program))))
+
+
+def _check(program: Program, node: fx.Node) -> Match | NoMatch:
+    layer = node.kwargs["layer"]
+    assert isinstance(layer, int), "layer is a number in the schema"
+    if node.target is kvx.CACHED_ATTENTION:
+        return NoMatch("already cached", layer, node.name, done=True)
+    if node.kwargs.get("bias") is not None:
+        return NoMatch("a bias on the scores cannot follow the cache", layer, node.name)
+    if node.kwargs.get("causal") is False:
+        return NoMatch("attention that sees later tokens cannot be cached", layer, node.name)
+    if node.args[3] is not program.placeholder("position_ids"):
+        return NoMatch("positions are not those given to the model", layer, node.name)
+    return Match(layer, node.name)
+
+
+def _plan(site: AttentionSite, program: Program) -> SitePlan:
+    codec = ExactCodec(program.info.dtype)
+
+    def stream(head_dim: int, basis: Basis, is_key: bool) -> StreamPlan:
+        return StreamPlan(
+            codec.to_dict(),
+            codec.planes(head_dim),
+            codec.tokens_per_group,
+            head_dim,
+            "post" if is_key and site.rope is not None else "none",
+            basis,
+            Regions(dtype=program.info.dtype),
+        )
+
+    return SitePlan(
+        site.layer,
+        site.layer,
+        site.num_q_heads,
+        site.num_kv_heads,
+        stream(site.head_dim, site.k_basis, is_key=True),
+        stream(site.v_head_dim, site.v_basis, is_key=False),
+    )
