@@ -6,7 +6,9 @@
 - `facts`: what is known of a Program
 - `plan`: CachePlan and its arithmetic
 - `program`: Program, AttentionSite, Projection
-- `text`: print and parse
-- `verify`: the dialect verifier
-- `artifact`: save and load
+- `targets`: the functions a graph may call
+- `text`, `parse`: print and read back
+- `verify`, `verify_graph`, `verify_sites`, `verify_plan`: the verifier
+- `schema`, `weights`, `artifact`: save and load
+- `capture_cache`: captured programs in the user's cache folder
 """

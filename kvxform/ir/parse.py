@@ -121,9 +121,8 @@ class _GraphReader:
         if not comment:
             return "", (), ""
         fields = [self.read_field(field.strip()) for field in comment.split(ARROW)]
-        if len(fields) < 2:
-            self.fail("a comment must name a module and an origin", comment)
-        return fields[0], tuple(reversed(fields[1:-1])), fields[-1]
+        origin = fields[-1] if len(fields) > 1 else ""
+        return fields[0], tuple(reversed(fields[1:-1])), origin
 
     def read_field(self, field: str) -> str:
         if field.startswith('"'):

@@ -202,11 +202,11 @@ def _format_call(node: fx.Node, numbers: Mapping[fx.Node, int]) -> str:
 
 
 def format_provenance(meta: Mapping[str, Any]) -> str:
-    """Return `module  <- last pass <- ... <- first pass <- origin`, or nothing if all are empty."""
+    """Return `module  <- last pass <- ... <- first pass <- origin`, or what there is of it."""
     module, origin = meta.get("module") or "", meta.get("origin") or ""
     via = tuple(meta.get("via") or ())
-    if not (module or origin or via):
-        return ""
+    if not (origin or via):
+        return _format_field(module) if module else ""
     first, *rest = (_format_field(field) for field in (module, *reversed(via), origin))
     return f"{first} {ARROW}{ARROW.join(rest)}"
 

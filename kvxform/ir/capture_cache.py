@@ -1,0 +1,57 @@
+"""Captured programs kept in the user's cache folder, without weights.
+
+With one of them `kvxform plan` needs no model: the graph, the sites and the shapes of all weights
+are there. An entry that cannot be read is treated as absent and written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import platformdirs
+
+from kvxform.atomic import write_atomically
+from kvxform.errors import ArtifactError
+from kvxform.ir.artifact import decode_program, encode_program
+from kvxform.ir.program import Program
+from kvxform.ir.schema import ProgramFile, canonical_json, parse_file
+from kvxform.ir.weights import make_meta_weights
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: `$KVXFORM_CACHE_DIR`, or that of the user."""
+    chosen = os.environ.get("KVXFORM_CACHE_DIR")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("kvxform"))
+
+
+def load_capture(key: str) -> Program | None:
+    """Return the program stored under `key` with meta tensors as weights, or None.
+
+    Args:
+        key: Any text; the caller puts into it whatever the capture depends on.
+    """
+    try:
+        digest, _, content = _path(key).read_bytes().partition(b"\n")
+        if digest.decode("ascii", "replace") != hashlib.sha256(content).hexdigest():
+            return None
+        file = parse_file(ProgramFile, content, _path(key).name)
+        return decode_program(file, None, make_meta_weights(file.weights))
+    except (OSError, ArtifactError):
+        return None
+
+
+def save_capture(key: str, program: Program) -> None:
+    """Store an uncached program, as capture made it, under `key`; no error if that is impossible."""
+    content = canonical_json(encode_program(program))
+    digest = hashlib.sha256(content).hexdigest().encode()
+    path = _path(key)
+    with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, digest + b"\n" + content)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "captures" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

