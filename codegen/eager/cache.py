@@ -1,0 +1,210 @@
+"""PagedCache: the live cache behind the cached ops, for any CachePlan that this lowering runs.
+
+Rule of every lowering: the query at position t sees the cache as it stands once token t has been
+appended. So a prompt in one piece, in chunks, and token by token give the same result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvxform.codegen.eager.attend import AttendOptions, attend_step
+from kvxform.codegen.eager.step import FlushRule, Step
+from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
+from kvxform.errors import CodegenError
+from kvxform.ir.cache import make_handle
+from kvxform.ir.plan import CachePlan, StreamPlan
+
+
+class PagedCache:
+    """Storage of all layers; implements `kvxform.ir.cache.CacheState`.
+
+    The caller owns the page table: it makes a `Step`, runs the graph between `begin` and `commit`,
+    and calls `abort` if the graph failed. Layers that share a cache read that of their owner.
+
+    Args:
+        plan: What is cached.
+        num_pages: Pages of the pool; page 0 is the null page, never written.
+        page_size: Tokens a page.
+        num_rows: Sequences held at most.
+        device: Where tensors live.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_rows: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_plan(plan, page_size)
+        self.plan, self.page_size = plan, page_size
+        self.device = torch.device(device)
+        self._owner = {site.layer: site.owner for site in plan.sites}
+        self._readers = Counter(self._owner.values())
+        self._stores = {
+            site.layer: tuple(
+                StreamStore(
+                    stream,
+                    site.num_kv_heads,
+                    num_pages=num_pages,
+                    page_size=page_size,
+                    num_rows=num_rows,
+                    device=self.device,
+                )
+                for stream in (site.key, site.value)
+            )
+            for site in plan.owners
+        }
+        self._step: Step | None = None
+        self._appended: dict[int, tuple[Appended, ...]] = {}
+        self._reads: dict[int, tuple[int, tuple[StreamRead, ...]]] = {}
+
+    @functools.cached_property
+    def handle(self) -> Tensor:
+        """The value of the graph's `cache` input."""
+        return make_handle(self)
+
+    def begin(self, step: Step) -> None:
+        """Start a step; pages for its tokens must be in its block table."""
+        self.abort()
+        self._step = step
+
+    def commit(self) -> None:
+        """End a step that went well."""
+        assert self._step is not None, "begin comes first"
+        for store in self._all_stores():
+            store.commit(self._step)
+        self.abort()
+
+    def abort(self) -> None:
+        """Forget the step; the cache is as it was before `begin`."""
+        self._step = None
+        self._appended.clear()
+        self._reads.clear()
+        for store in self._all_stores():
+            store.abort()
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
+        step = self._current(layer)
+        stores = self._stores[layer]
+        self._appended[layer] = tuple(
+            store.append(x, step) for store, x in zip(stores, (k, v), strict=True)
+        )
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from q `[B, H, S, D]` to the cache of the layer's owner; `[B, H, S, Dv]`.
+
+        Masks follow the slots of the step. While positions are dense, these are `positions`.
+        """
+        step = self._current(layer)
+        key, value = self._read(self._owner[layer], step, q.dtype)
+        options = AttendOptions(scale, window, softcap, sink_logits)
+        return attend_step(q, key, value, step, options)
+
+    def _read(self, owner: int, step: Step, dtype: torch.dtype) -> tuple[StreamRead, ...]:
+        """Return K and V of `owner`, decoded once per step for all layers that read them."""
+        if owner in self._reads:
+            left, reads = self._reads.pop(owner)
+        else:
+            left, appended = self._readers[owner], self._appended.pop(owner)
+            reads = tuple(
+                store.read(step, new, dtype)
+                for store, new in zip(self._stores[owner], appended, strict=True)
+            )
+        if left > 1:
+            self._reads[owner] = (left - 1, reads)
+        return reads
+
+    def logical(
+        self, layer: int, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
+        table = torch.tensor([list(pages)], dtype=torch.int32)
+        step = Step([row], [length - 1], [1], table, self.page_size, self.device)
+        owner = self.plan.site(self._owner[layer])
+        out = []
+        for store, stream in zip(self._stores[owner.layer], (owner.key, owner.value), strict=True):
+            body = store.decode_pages(step, store.rule.body_tokens(length), dtype)
+            sink, recent = store.exact_tokens(row, length, dtype)
+            parts = [sink, recent] if body is None else [sink, body[0], recent]
+            out.append(stream.basis.unrotate(torch.cat(parts, 1)))
+        return out[0], out[1]
+
+    def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
+        """Zero what `rows` and `pages` held."""
+        for store in self._all_stores():
+            store.clear(rows, pages)
+
+    def bytes_held(self, num_pages: int, num_rows: int) -> int:
+        """Return bytes of real storage behind so many pages and rows."""
+        per_page = sum(store.page_bytes() for store in self._all_stores())
+        per_row = sum(store.row_bytes() for store in self._all_stores())
+        return num_pages * per_page + num_rows * per_row
+
+    def _all_stores(self) -> list[StreamStore]:
+        return [store for stores in self._stores.values() for store in stores]
+
+    def _current(self, layer: int) -> Step:
+        if self._step is None:
+            raise CodegenError(
+                "KVX401", "cached ops run inside a step of a session", where="eager", at=str(layer)
+            )
+        return self._step
+
+
+def check_plan(plan: CachePlan, page_size: int) -> None:
+    """Refuse what this lowering cannot run.
+
+    Raises:
+        CodegenError: KVX401 with the layer and the nearest plan that is supported.
+    """
+    for site in plan.sites:
+        if site.payload != "kv":
+            _refuse("payload must be 'kv'", site.payload, site.layer, "cache K and V")
+        if site.key.rope == "pre":
+            _refuse("keys must be cached after RoPE", "pre", site.layer, "cache keys after RoPE")
+        for stream in (site.key, site.value):
+            _check_stream(stream, site.layer, page_size)
+
+
+def _check_stream(stream: StreamPlan, layer: int, page_size: int) -> None:
+    group = stream.tokens_per_group
+    rows = max((p.tokens_per_row for p in stream.planes), default=1)
+    if page_size % group or page_size % rows:
+        _refuse(
+            f"a page must hold whole groups of {max(group, rows)} tokens",
+            page_size,
+            layer,
+            f"use page_size: {-(-page_size // group) * group}",
+        )
+    if FlushRule.of(stream).chunk % group:
+        _refuse(
+            f"a block flush must be a multiple of the codec's group of {group} tokens",
+            stream.regions.recent,
+            layer,
+            f"use recent: {-(-stream.regions.recent // group) * group}",
+        )
+
+
+def _refuse(rule: str, got: object, layer: int, hint: str) -> None:
+    raise CodegenError("KVX401", rule, where="eager", got=got, at=f"layer {layer}", hint=hint)

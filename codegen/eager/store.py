@@ -1,0 +1,221 @@
+"""Storage of one stream of one layer: page pools of its planes, sink buffer, recent buffer.
+
+Pools are page-first and NHD, `[num_pages, rows_per_page, Hk, width]`, so that gathered pages are
+one run of tokens and HND is a transposed view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.base import Codec, dtype_from_name, make_codec
+from kvxform.codegen.eager.step import FlushRule, RuleStep, Step
+from kvxform.ir.plan import StreamPlan
+
+
+@dataclass(frozen=True)
+class StreamRead:
+    """One stream as the queries of a step see it; tokens of one row in several copies.
+
+    Attributes:
+        sink: Exact first tokens `[B, Hk, sink, D]`, or None.
+        body: Decoded body `[B, Hk, body_len, D]`, or None if it is empty.
+        fresh: Exact copies of positions `fresh_start`..T-1, `[B, Hk, T - fresh_start, D]`, or None.
+        rule_step: Positions and masks that belong to them.
+    """
+
+    sink: Tensor | None
+    body: Tensor | None
+    fresh: Tensor | None
+    rule_step: RuleStep
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the body alone holds every token."""
+        return self.sink is None and self.fresh is None
+
+
+@dataclass(frozen=True)
+class Appended:
+    """What an append leaves for the read of the same step.
+
+    Attributes:
+        planes: Encoded new tokens `[B, Hk, S, width]` if nothing was cached before, else None.
+        stage: Exact tokens at hand `[B, tail_before + S, Hk, D]`, or None without regions.
+    """
+
+    planes: dict[str, Tensor] | None = None
+    stage: Tensor | None = None
+
+
+class StreamStore:
+    """The K or the V half of one owner layer, for all rows of a session.
+
+    Args:
+        stream: What to store and how.
+        num_kv_heads: Heads, Hk.
+        num_pages: Pages of the pool, the null page included.
+        page_size: Tokens a page.
+        num_rows: Rows of the session.
+        device: Where tensors live.
+    """
+
+    def __init__(
+        self,
+        stream: StreamPlan,
+        num_kv_heads: int,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.rule = FlushRule.of(stream)
+        self._codec: Codec = make_codec(stream.codec)
+        self._specs = stream.planes
+        self._page_size = page_size
+        self._exact_dtype = dtype_from_name(stream.regions.dtype)
+        self.pools = {
+            p.name: torch.zeros(
+                num_pages,
+                page_size // p.tokens_per_row,
+                num_kv_heads,
+                p.width,
+                dtype=p.torch_dtype,
+                device=device,
+            )
+            for p in stream.planes
+        }
+
+        def exact_buffer(tokens: int) -> Tensor:
+            shape = (num_rows, tokens, num_kv_heads, stream.head_dim)
+            return torch.zeros(shape, dtype=self._exact_dtype, device=device)
+
+        self.sink = exact_buffer(self.rule.sink)
+        self.recent = exact_buffer(self.rule.capacity)
+        self._kept: Tensor | None = None
+
+    def append(self, x: Tensor, step: Step) -> Appended:
+        """Store new tokens `x` `[B, Hk, S, D]`.
+
+        Body and sink are written past the committed length, so a step that fails leaves no trace;
+        the new recent buffer waits for `commit`.
+        """
+        if self.rule.is_plain:
+            return self._append_plain(x, step)
+        return self._append_regions(x.transpose(1, 2), step)
+
+    def _append_plain(self, x: Tensor, step: Step) -> Appended:
+        flush = step.rule(self.rule).flush
+        assert flush is not None, "a step has new tokens"
+        entries, columns, slots = flush
+        planes = self._codec.encode(x)
+        for name, plane in planes.items():
+            tokens = plane.transpose(1, 2)  # [B, Hk, S, width] -> [B, S, Hk, width]
+            rows = tokens[entries, columns] if step.is_ragged else tokens.flatten(0, 1)
+            self.pools[name].flatten(0, 1).index_copy_(0, slots, rows)
+        return Appended(planes=planes if step.is_fresh else None)
+
+    def _append_regions(self, x: Tensor, step: Step) -> Appended:
+        rule_step = step.rule(self.rule)
+        exact = x.to(self._exact_dtype)
+        if rule_step.sink_writes is not None:
+            entries, columns, positions = rule_step.sink_writes
+            self.sink[step.rows[entries], positions] = exact[entries, columns]
+        stage = exact if self.rule.capacity else x  # what a buffer holds has been rounded
+        if rule_step.tail_before:
+            stage = torch.cat([self.recent[step.rows, : rule_step.tail_before], exact], 1)
+        if rule_step.flush is not None:
+            entries, columns, slots = rule_step.flush
+            self._write_body(stage[entries, columns].to(x.dtype), slots)
+        if not self.rule.capacity:
+            return Appended()
+        batch = torch.arange(step.batch_size, device=x.device)[:, None]
+        self._kept = stage[batch, rule_step.kept_columns]
+        return Appended(stage=stage)
+
+    def _write_body(self, tokens: Tensor, slots: Tensor) -> None:
+        """Encode `tokens` `[N, Hk, D]`, whole groups in order, into `slots` `[N]`."""
+        planes = self._codec.encode(tokens.transpose(0, 1))
+        for spec in self._specs:
+            rows = slots[:: spec.tokens_per_row] // spec.tokens_per_row
+            encoded = planes[spec.name].transpose(0, 1)  # [Hk, rows, width] -> [rows, Hk, width]
+            self.pools[spec.name].flatten(0, 1).index_copy_(0, rows, encoded)
+
+    def commit(self, step: Step) -> None:
+        """Let the recent buffers of a finished step take effect."""
+        if self._kept is not None:
+            self.recent[step.rows, : self._kept.shape[1]] = self._kept
+
+    def abort(self) -> None:
+        """Forget the recent buffers of a step that failed."""
+        self._kept = None
+
+    def read(self, step: Step, appended: Appended, dtype: torch.dtype) -> StreamRead:
+        """Return the stream in `dtype` as the queries of `step` see it."""
+        rule_step = step.rule(self.rule)
+        if appended.planes is not None:  # what was just encoded is all there is: no gather
+            return StreamRead(None, self._codec.decode(appended.planes, dtype), None, rule_step)
+        body = self.decode_pages(step, rule_step.body_len, dtype)
+        sink = self.sink[step.rows, : step.total].transpose(1, 2).to(dtype)
+        fresh = self._fresh(rule_step, appended, dtype)
+        return StreamRead(sink if self.rule.sink else None, body, fresh, rule_step)
+
+    def _fresh(self, rule_step: RuleStep, appended: Appended, dtype: torch.dtype) -> Tensor | None:
+        stage = appended.stage
+        if stage is None:
+            return None
+        if rule_step.fresh_columns is not None:
+            batch = torch.arange(stage.shape[0], device=stage.device)[:, None]
+            stage = stage[batch, rule_step.fresh_columns]
+        return stage.transpose(1, 2).to(dtype)
+
+    def decode_pages(self, step: Step, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """Return the first `tokens` body tokens of each row, `[B, Hk, tokens, D]`, or None."""
+        if tokens == 0:
+            return None
+        planes = {}
+        for spec in self._specs:
+            rows = -(-tokens // spec.tokens_per_row)
+            pool = self.pools[spec.name]
+            planes[spec.name] = _gather(pool, step, rows).transpose(1, 2)  # NHD -> HND
+        return self._codec.decode(planes, dtype)
+
+    def exact_tokens(self, row: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the (sink, recent) tokens of a row of `length`, each `[Hk, n, D]`."""
+        sink = self.sink[row, :length].transpose(0, 1).to(dtype)
+        tail = max(0, length - self.rule.sink - self.rule.body_tokens(length))
+        return sink, self.recent[row, :tail].transpose(0, 1).to(dtype)
+
+    def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
+        """Zero what `rows` and `pages` held, so that nothing reaches their next users."""
+        for pool in self.pools.values():
+            pool[list(pages)] = 0
+        for buffer in (self.sink, self.recent):
+            buffer[list(rows)] = 0
+
+    def page_bytes(self) -> int:
+        """Return bytes of one page of the real pool tensors."""
+        return sum(pool[0].nbytes for pool in self.pools.values())
+
+    def row_bytes(self) -> int:
+        """Return bytes of the real sink and recent buffers of one row."""
+        return self.sink[0].nbytes + self.recent[0].nbytes
+
+
+def _gather(pool: Tensor, step: Step, rows: int) -> Tensor:
+    """Return the first `rows` rows of each sequence, `[B, rows, Hk, width]`."""
+    per_page = pool.shape[1]
+    pages = -(-rows // per_page)
+    if step.affine is not None:
+        base, between = step.affine
+        page, *rest = pool.stride()
+        shape = (step.batch_size, rows, *pool.shape[2:])
+        return pool.as_strided(shape, (between * page, *rest), base * page)
+    used = pool[:, :rows] if pages == 1 else pool
+    found = used.index_select(0, step.pages[:, :pages].flatten())
+    return found.view(step.batch_size, pages * used.shape[1], *pool.shape[2:])[:, :rows]

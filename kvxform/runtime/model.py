@@ -1,0 +1,232 @@
+"""OptimizedModel: a Program that a user can call, generate with, save and export."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvxform.codegen.eager.lowering import EagerExecutable
+from kvxform.ir.plan import CachePlan
+from kvxform.ir.program import Program, default_positions
+from kvxform.runtime.generate import GenerationOptions, Streamer, eos_tuple, run_loop
+from kvxform.runtime.inputs import make_batch, refuse
+from kvxform.runtime.session import Session
+
+DEFAULT_SEQ_LEN = 2048
+
+
+class OptimizedModel:
+    """A compiled model.
+
+    Args:
+        program: What to run.
+        report: What the pipeline measured, a `kvxform.report.Report`, or None.
+        recipe: What was done to it, a `kvxform.recipe.Recipe`, or None.
+        tokenizer: Tokenizer of the source; loaded on first use if the program knows its files.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        report: Any = None,
+        recipe: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.program, self.report, self.recipe = program, report, recipe
+        self._tokenizer = tokenizer
+        self._executable = EagerExecutable(program)
+
+    @property
+    def plan(self) -> CachePlan | None:
+        """What is cached and how; None without a cache."""
+        return self.program.plan
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The source's tokenizer, or None."""
+        path = self.program.info.tokenizer_path
+        if self._tokenizer is None and path is not None:
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return self._tokenizer
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return logits `[B, S, vocab]` of all positions, in the caller's columns.
+
+        A program with a cache runs one prefill over a fresh one, so the codecs act on K and V of
+        every position. Logits at padding are zero.
+
+        Args:
+            input_ids: Integer `[B, S]`, padded on either side.
+            attention_mask: `[B, S]` of 0 and 1, one run of ones a row.
+
+        Raises:
+            KvxformError: KVX704 for bad input.
+        """
+        if self.plan is not None:
+            session = self._session_for(input_ids, 0)
+            return session.prefill(input_ids, attention_mask, all_logits=True)
+        info = self.program.info
+        batch = make_batch(input_ids, attention_mask, info.vocab_size)
+        self._check_length(batch.input_ids.shape[1])
+        ids = batch.input_ids.to(self._executable.device)
+        return batch.to_caller(self._executable(ids, default_positions(ids)))
+
+    def new_session(
+        self,
+        max_batch_size: int = 1,
+        max_seq_len: int | None = None,
+        *,
+        num_pages: int | None = None,
+    ) -> Session:
+        """Return an empty session.
+
+        Args:
+            max_batch_size: Rows.
+            max_seq_len: Longest sequence; the model's context, or 2048 if that is unknown.
+            num_pages: Usable pages; enough for all rows at full length by default.
+
+        Raises:
+            CodegenError: KVX401 if the program has no cache.
+        """
+        limit = max_seq_len or self.program.info.context_length or DEFAULT_SEQ_LEN
+        return Session(
+            self._executable,
+            max_batch_size=max_batch_size,
+            max_seq_len=limit,
+            num_pages=num_pages,
+        )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 32,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Streamer | None = None,
+    ) -> Tensor:
+        """Continue prompts; greedy unless told otherwise. Names follow Hugging Face.
+
+        Args:
+            input_ids: Integer `[B, S]`, padded on the left.
+            attention_mask: `[B, S]` of 0 and 1.
+            max_new_tokens: Tokens to add at most.
+            do_sample: Draw tokens instead of taking the likeliest.
+            temperature: See `GenerationOptions`, as for the next three.
+            top_k: Tokens kept.
+            top_p: Mass kept.
+            repetition_penalty: Factor against tokens that occurred before.
+            eos_token_id: Tokens that end a row; those of the model by default.
+            pad_token_id: Fills ended rows; that of the model, or its first end token, by default.
+            seed: Seed of the draws; without it and `generator` the global state is used.
+            generator: Source of the draws.
+            streamer: Receives the prompt and each new token.
+
+        Returns:
+            int64 `[B, S + new]`.
+
+        Raises:
+            KvxformError: KVX704 for bad input.
+        """
+        info = self.program.info
+        eos = eos_tuple(eos_token_id, info.eos_token_ids)
+        pad = next((p for p in (pad_token_id, info.pad_token_id, *eos) if p is not None), 0)
+        options = GenerationOptions(
+            max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, eos, pad
+        )
+        if seed is not None:
+            generator = torch.Generator(self._executable.device).manual_seed(seed)
+        logits, advance = self._start(input_ids, attention_mask, max_new_tokens)
+        return run_loop(input_ids, logits, advance, options, generator=generator, streamer=streamer)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model as an artifact folder, for `kvxform.load`.
+
+        Raises:
+            ArtifactError: KVX601 if `path` is something else than an artifact.
+        """
+        from kvxform.ir.artifact import save_artifact
+
+        extra: dict[str, str | bytes] = {}
+        if self.report is not None:
+            extra |= {"report.json": self.report.to_json(), "report.html": self.report.to_html()}
+        if self.recipe is not None:
+            extra["recipe.yaml"] = self.recipe.to_yaml()
+        save_artifact(Path(path), self.program, extra)
+        return Path(path)
+
+    def export_onnx(self, path: str | Path) -> Path:
+        """Write the model as an ONNX package folder."""
+        from kvxform.codegen.onnx import export_onnx
+
+        info = self.program.info
+        folder: Path = export_onnx(
+            self.program,
+            Path(path),
+            tokenizer_path=info.tokenizer_path,
+            recipe=self.recipe,
+            report=self.report,
+        )
+        return folder
+
+    def _start(
+        self, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+    ) -> tuple[Tensor, Any]:
+        """Return logits of the prompts' last tokens, and what feeds one more token to each."""
+        if self.plan is not None:
+            session = self._session_for(input_ids, max_new_tokens)
+            return session.prefill(input_ids, attention_mask), session.decode
+        rows = _Recompute(self._executable, input_ids, attention_mask)
+        return rows.logits(), rows.advance
+
+    def _session_for(self, input_ids: Tensor, new_tokens: int) -> Session:
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+            make_batch(input_ids, None, self.program.info.vocab_size)  # raises the right error
+        batch_size, width = input_ids.shape
+        self._check_length(width + new_tokens)
+        return self.new_session(batch_size, width + new_tokens)
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.program.info.context_length
+        if limit is not None and tokens > limit:
+            refuse(f"prompt and new tokens must be within the model's {limit} tokens", tokens)
+
+
+class _Recompute:
+    """Generation without a cache: every step runs the whole sequence again."""
+
+    def __init__(
+        self, executable: EagerExecutable, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        batch = make_batch(input_ids, attention_mask, executable.program.info.vocab_size)
+        self._executable = executable
+        self._ids = batch.input_ids.to(executable.device)
+        self._counts = torch.tensor(batch.counts, device=executable.device)
+
+    def logits(self) -> Tensor:
+        """Return logits of the last token of each row, `[B, vocab]`."""
+        return self._executable(self._ids, default_positions(self._ids), last=self._counts - 1)
+
+    def advance(self, token_ids: Tensor) -> Tensor:
+        """Append `token_ids` `[B]` and return the next logits."""
+        self._ids = torch.nn.functional.pad(self._ids, (0, 1))
+        rows = torch.arange(len(token_ids), device=token_ids.device)
+        self._ids[rows, self._counts] = token_ids
+        self._counts = self._counts + 1
+        return self.logits()
