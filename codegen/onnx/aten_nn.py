@@ -1,0 +1,91 @@
+"""Emitters of aten operations with weights: linear layers, embeddings, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from kvxform.codegen.onnx.emission import Emission, Size, dtype_of, emits, rank_of, type_of
+
+aten = torch.ops.aten
+
+
+@emits(aten.linear.default)
+def emit_linear(
+    e: Emission, node: fx.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None
+) -> ir.Value:
+    """Emit `x W^T + b`.
+
+    A weight that only linear layers read is stored transposed, for a MatMul. Any other one, such as
+    a tied embedding, stays as it is and goes through Gemm, which transposes without a copy.
+    """
+    source, matrix = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node)
+    assert isinstance(matrix, fx.Node)
+    if matrix.op != "get_attr":
+        turned = e.builder.op("Transpose", weight, perm=[1, 0])
+        return _add_bias(e, e.builder.op("MatMul", x, turned), bias)
+    if e.weights.is_transposed(str(matrix.target)):
+        return _add_bias(e, e.builder.op("MatMul", x, weight), bias)
+    if rank_of(source) == 2:
+        return e.builder.op("Gemm", x, weight, bias, transB=1)
+    in_features, out_features = type_of(source).shape[-1], type_of(node).shape[-1]
+    flat = e.builder.op("Reshape", x, e.builder.const([-1, int(in_features)]))
+    y = e.builder.op("Gemm", flat, weight, bias, transB=1)
+    lead = [Size(e.dim(x, axis)) for axis in range(rank_of(node) - 1)]
+    return e.builder.op("Reshape", y, e.shape([*lead, int(out_features)]))
+
+
+@emits(aten.addmm.default)
+def emit_addmm(
+    e: Emission,
+    node: fx.Node,
+    bias: ir.Value,
+    x: ir.Value,
+    weight: ir.Value,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> ir.Value:
+    """Emit `beta b + alpha x W` of matrices."""
+    return e.builder.op("Gemm", x, weight, bias, alpha=float(alpha), beta=float(beta))
+
+
+@emits(aten.matmul.default, aten.mm.default, aten.bmm.default)
+def emit_matmul(e: Emission, node: fx.Node, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Emit a product of matrices, with leading axes that broadcast."""
+    return e.builder.op("MatMul", a, b)
+
+
+@emits(aten.embedding.default)
+def emit_embedding(
+    e: Emission, node: fx.Node, weight: ir.Value, indices: ir.Value, *_: object
+) -> ir.Value:
+    """Emit rows of a table."""
+    return e.builder.op("Gather", weight, indices, axis=0)
+
+
+@emits(aten.layer_norm.default)
+def emit_layer_norm(
+    e: Emission,
+    node: fx.Node,
+    x: ir.Value,
+    shape: Sequence[int],
+    weight: ir.Value | None = None,
+    bias: ir.Value | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> ir.Value:
+    """Emit a LayerNormalization over the last axes; a missing gain is one."""
+    gain = weight
+    if gain is None:
+        ones = torch.ones(tuple(shape), dtype=type_of(node).dtype)
+        gain = e.builder.tensor(f"const/ones/{dtype_of(node).short_name()}/{list(shape)}", ones)
+    return e.builder.op("LayerNormalization", x, gain, bias, axis=-len(shape), epsilon=eps)
+
+
+def _add_bias(e: Emission, y: ir.Value, bias: ir.Value | None) -> ir.Value:
+    return y if bias is None else e.builder.op("Add", y, bias)

@@ -1,0 +1,156 @@
+"""Build an ONNX graph: nodes with readable names, shared constants, weights without copies.
+
+Everything is named from what it is and where it is, never from a counter over the whole graph, so
+that equal programs give equal files and a change in one layer leaves other names alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+Attribute = int | float | str | Sequence[int]
+Number = int | float | bool
+
+INT64 = ir.DataType.INT64
+BOOL = ir.DataType.BOOL
+
+
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    """Return the ONNX dtype of a torch dtype."""
+    return ir.tensor_adapters.from_torch_dtype(dtype)
+
+
+def scope_of(module: str) -> str:
+    """Return the node scope of a module path: `model.layers.3.mlp` -> `/model/layers.3/mlp`."""
+    return re.sub(r"(?:^|\.)(?=[A-Za-z_])", "/", module)
+
+
+class Builder:
+    """Collects nodes and initialisers of one graph.
+
+    Attributes:
+        nodes: Nodes in the order of execution.
+        initializers: Constants and weights by name.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._names: Counter[str] = Counter()
+        self._scope = ""
+        self._origin = ""
+
+    @contextmanager
+    def scope(self, module: str, origin: str = "") -> Iterator[None]:
+        """Name nodes after `module` and note `origin` on them while the context is open."""
+        before = self._scope, self._origin
+        self._scope, self._origin = scope_of(module), origin
+        try:
+            yield
+        finally:
+            self._scope, self._origin = before
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        dtypes: Sequence[ir.DataType | None],
+        role: str = "",
+        **attributes: Attribute,
+    ) -> tuple[ir.Value, ...]:
+        """Add a node with `len(dtypes)` outputs; a dtype of None leaves that output out.
+
+        Args:
+            op_type: Operator of the default domain.
+            inputs: Values; None for an optional input left out.
+            dtypes: Dtype of every output.
+            role: Last part of the node name; the operator if empty.
+            attributes: Attributes by name.
+        """
+        name = self.unique(f"{self._scope}/{role or op_type}")
+        outputs = [
+            ir.Value(name=f"{name}_output_{i}" if dtype else "", type=_tensor_type(dtype))
+            for i, dtype in enumerate(dtypes)
+        ]
+        node = ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=name)
+        if self._origin:
+            node.metadata_props["origin"] = self._origin
+        self.nodes.append(node)
+        return tuple(outputs)
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        dtype: ir.DataType | None = None,
+        role: str = "",
+        **attributes: Attribute,
+    ) -> ir.Value:
+        """Add a node with one output, of the dtype of the first input unless told otherwise."""
+        if dtype is None:
+            assert inputs[0] is not None, "the dtype follows the first input"
+            dtype = inputs[0].dtype
+        return self.ops(op_type, *inputs, dtypes=[dtype], role=role, **attributes)[0]
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Return `x` in `dtype`; no node if it already is."""
+        return x if x.dtype == dtype else self.op("Cast", x, dtype=dtype, to=int(dtype))
+
+    def const(self, value: Number | Sequence[Number], dtype: ir.DataType = INT64) -> ir.Value:
+        """Return a constant, one initialiser for equal values."""
+        plain = list(value) if isinstance(value, Sequence) else value
+        name = f"const/{dtype.short_name()}/{plain}".replace(" ", "")
+        if name not in self.initializers:
+            self._add(name, ir.tensor(plain, dtype=dtype, name=name))
+        return self.initializers[name]
+
+    def tensor(self, name: str, value: Tensor, *, transposed: bool = False) -> ir.Value:
+        """Return `value` as an initialiser; equal names mean equal tensors.
+
+        Args:
+            name: Name of the initialiser.
+            value: The tensor; it is not copied until the file is written.
+            transposed: Store `value.T` of a matrix instead.
+        """
+        name = f"{name}.T" if transposed else name
+        if name not in self.initializers:
+            tensor: ir.TensorProtocol = ir.tensor_adapters.TorchTensor(value, name=name)
+            if transposed:
+                tensor = _lazy_transpose(value, name)
+            self._add(name, tensor)
+        return self.initializers[name]
+
+    def unique(self, name: str) -> str:
+        """Return `name`, numbered if it was given out before."""
+        self._names[name] += 1
+        count = self._names[name]
+        return name if count == 1 else f"{name}_{count}"
+
+    def _add(self, name: str, tensor: ir.TensorProtocol) -> None:
+        self.initializers[name] = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape),
+            const_value=tensor,
+        )
+
+
+def _tensor_type(dtype: ir.DataType | None) -> ir.TensorType | None:
+    return None if dtype is None else ir.TensorType(dtype)
+
+
+def _lazy_transpose(value: Tensor, name: str) -> ir.LazyTensor:
+    """Return `value.T`, copied only while its bytes are written."""
+
+    def make() -> ir.TensorProtocol:
+        return ir.tensor_adapters.TorchTensor(value.T.contiguous(), name=name)
+
+    shape = ir.Shape([value.shape[1], value.shape[0]])
+    return ir.LazyTensor(make, onnx_dtype(value.dtype), shape, name=name)

@@ -1,0 +1,120 @@
+"""The ONNX lowering: a cached Program to a folder that stock ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import fx
+
+from kvxform.atomic import atomic_folder
+from kvxform.codegen.onnx.builder import INT64, Builder
+from kvxform.codegen.onnx.capability import IR_VERSION, OPSET, check_program, metadata
+from kvxform.codegen.onnx.emission import EMITTERS, Emission, Emitted, Inputs
+from kvxform.codegen.onnx.package import write_package
+from kvxform.codegen.onnx.ports import CachePorts
+from kvxform.codegen.onnx.weights import WeightStore
+from kvxform.ir.program import Program
+
+
+def export_onnx(
+    program: Program,
+    folder: str | Path,
+    *,
+    tokenizer_path: str | Path | None = None,
+    recipe: Any = None,
+    report: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Write `program` as an ONNX package.
+
+    Args:
+        program: After `insert-cache`. The page layout is a matter of the runtime: cache planes in
+            ONNX are contiguous.
+        folder: Where to write; an older package there is replaced at once or not at all.
+        tokenizer_path: Folder of tokenizer files to copy; the one of the program if None.
+        recipe: What was applied, for `kvxform.json`; anything with `to_dict`, or None.
+        report: What was measured, likewise.
+        progress: Called with a line of text as the work goes on.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CodegenError: KVX401 if the program has something that cannot be expressed; nothing has been
+            written then.
+    """
+    say = progress or (lambda _: None)
+    check_program(program)
+    say("emit graph")
+    model = emit_model(program)
+    say("write package")
+    with atomic_folder(folder) as temporary:
+        write_package(
+            model, program, temporary, tokenizer_path=tokenizer_path, recipe=recipe
+        )
+    return Path(folder)
+
+
+def emit_model(program: Program) -> ir.Model:
+    """Return the ONNX model of a checked program; it shares the weight tensors."""
+    assert program.plan is not None, "checked"
+    inputs = Inputs(
+        _input("input_ids", "sequence_length"),
+        _input("attention_mask", "total_sequence_length"),
+        _input("position_ids", "sequence_length"),
+    )
+    ports = CachePorts(program.plan)
+    e = Emission(program, Builder(), inputs, WeightStore.of(program), ports)
+    logits = _emit_nodes(e)
+    logits.name = "logits"
+    logits.shape = ir.Shape(["batch_size", "sequence_length", program.info.vocab_size])
+    graph = ir.Graph(
+        [inputs.input_ids, inputs.attention_mask, inputs.position_ids, *ports.past.values()],
+        [logits, *ports.present.values()],
+        nodes=e.builder.nodes,
+        initializers=list(e.builder.initializers.values()),
+        opset_imports={"": OPSET},
+        name=program.info.name,
+    )
+    return ir.Model(
+        graph,
+        ir_version=IR_VERSION,
+        producer_name="kvxform",
+        metadata_props=metadata(program),
+    )
+
+
+def _input(name: str, length: str) -> ir.Value:
+    shape = ir.Shape(["batch_size", length])
+    return ir.Value(name=name, type=ir.TensorType(INT64), shape=shape)
+
+
+def _emit_nodes(e: Emission) -> ir.Value:
+    """Emit every node of the graph in order; return the logits."""
+    values: dict[fx.Node, Emitted] = {
+        e.program.placeholder("input_ids"): e.inputs.input_ids,
+        e.program.placeholder("position_ids"): e.inputs.position_ids,
+        e.program.placeholder("cache"): None,
+    }
+    for node in e.program.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = e.weight(str(node.target))
+        elif node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            with e.builder.scope(node.meta["module"], _origin(node)):
+                values[node] = EMITTERS[node.target](e, node, *args, **kwargs)
+        elif node.op == "output":
+            logits = fx.node.map_arg(node.args[0], values.__getitem__)
+            found = logits[0] if isinstance(logits, tuple | list) else logits
+            assert isinstance(found, ir.Value), "a program has one output, the logits"
+            return e.builder.op("Identity", found, role="logits")
+    raise AssertionError("a graph has an output")
+
+
+def _origin(node: fx.Node) -> str:
+    """Return where a node comes from: the source call, then the passes that touched it."""
+    return " <- ".join([*reversed(node.meta["via"]), node.meta["origin"]])
