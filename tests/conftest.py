@@ -12,9 +12,9 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
-THREADS = 2  # results and timings must not depend on the machine
 
-torch.set_num_threads(THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # not the number of cores; child processes inherit it
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,11 +46,14 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache_folder(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Keep the capture cache of the user out of tests, unless they need the real model."""
+def _own_cache_folder(
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Keep the cache folder of the user out of tests, unless they need the converted model."""
     if not request.node.get_closest_marker("model"):
-        folder = request.getfixturevalue("tmp_path") / "cache"
-        monkeypatch.setenv("KVXFORM_CACHE_DIR", str(folder))
+        monkeypatch.setenv("KVXFORM_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture
@@ -62,9 +65,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         path = GOLDEN / name
         if update:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             return
-        expected = path.read_text() if path.exists() else ""
+        expected = path.read_text(encoding="utf-8") if path.exists() else ""
         if text != expected:
             lines = expected.splitlines(), text.splitlines()
             diff = "\n".join(difflib.unified_diff(*lines, "golden", "now", lineterm="", n=2))

@@ -44,7 +44,7 @@ def load_capture(key: str) -> Program | None:
 
 
 def save_capture(key: str, program: Program) -> None:
-    """Store an uncached program, as capture made it, under `key`; no error if that is impossible."""
+    """Store an uncached program, as capture made it, under `key`; does nothing if it cannot."""
     content = canonical_json(encode_program(program))
     digest = hashlib.sha256(content).hexdigest().encode()
     path = _path(key)

@@ -71,7 +71,8 @@ def format_program(program: Program) -> str:
         header.append(f"plan: {program.plan.layout}")
         header += _fold((site.layer, _format_site_plan(site)) for site in program.plan.sites)
     header.append(f"passes: {', '.join(program.passes) or NOTHING}")
-    return "".join(f"# {line}\n" for line in header) + format_graph(program.graph)
+    one_line_each = (line.replace("\n", " ") for line in header)
+    return "".join(f"# {line}\n" for line in one_line_each) + format_graph(program.graph)
 
 
 def _fold(layers: Iterable[tuple[int, str]]) -> list[str]:
@@ -79,7 +80,10 @@ def _fold(layers: Iterable[tuple[int, str]]) -> list[str]:
     by_text: dict[str, list[int]] = {}
     for layer, text in layers:
         by_text.setdefault(text, []).append(layer)
-    return [f"  layers {format_ranges(found)}: {text}" for text, found in by_text.items()]
+    return [
+        f"  layer{'s' if len(found) > 1 else ''} {format_ranges(found)}: {text}"
+        for text, found in by_text.items()
+    ]
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
