@@ -12,5 +12,9 @@
 from __future__ import annotations
 
 from kvxform.passes.base import insert_cache as insert_cache  # importing registers the pass
+from kvxform.passes.base import simplify as simplify
 from kvxform.passes.memory import page_cache as page_cache
 from kvxform.passes.quantize import quantize_kv as quantize_kv
+from kvxform.passes.rotation import fuse_norms as fuse_norms
+from kvxform.passes.rotation import rotate_qk as rotate_qk
+from kvxform.passes.rotation import rotate_v as rotate_v

@@ -89,6 +89,7 @@ class Codec(ABC):
     """How one stream is stored. Subclasses are frozen dataclasses; their fields are options."""
 
     name: ClassVar[str]
+    is_affine: ClassVar[bool] = False  # whether `affine` gives a form
 
     @property
     def tokens_per_group(self) -> int:

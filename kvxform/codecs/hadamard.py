@@ -59,16 +59,41 @@ def largest_block(dim: int) -> int:
     return dim & -dim
 
 
-def check_block(block: int, dim: int, where: str) -> None:
+def is_block(block: int | None) -> bool:
+    """Return whether `block` can be an option: None, or a power of two, at least 2."""
+    return block is None or (isinstance(block, int) and block >= 2 and block & (block - 1) == 0)
+
+
+def check_block(block: int, dim: int, where: str, at: str = "") -> None:
     """Raise PassError KVX204 unless `block` is a power of two, at least 2, that divides `dim`."""
-    if block < 2 or block & (block - 1) or dim % block:
+    if not is_block(block) or dim % block:
+        largest = largest_block(dim)
         raise PassError(
             "KVX204",
             f"a Hadamard block must be a power of two that divides head_dim {dim}",
             where=where,
             got=block,
-            hint=f"use block: {largest_block(dim)}",
+            at=at,
+            hint=f"use block: {largest}" if largest > 1 else "leave the rotation out",
         )
+
+
+def make_basis(block: int | None, seed: int | None, dim: int, where: str, at: str) -> Basis:
+    """Return the Hadamard basis of vectors of `dim` channels.
+
+    Args:
+        block: Channels rotated together; None means the largest block that fits.
+        seed: Seed of random signs, or None.
+        dim: Channels of one head.
+        where: Pass that asks, for the error text.
+        at: Module path of the site, for the error text.
+
+    Raises:
+        PassError: KVX204, see `check_block`.
+    """
+    block = largest_block(dim) if block is None else block
+    check_block(block, dim, where, at)
+    return Basis("hadamard", block, seed)
 
 
 @functools.cache

@@ -50,6 +50,7 @@ class IntCodec(Codec):
     """
 
     name: ClassVar[str] = "int"
+    is_affine: ClassVar[bool] = True
     bits: int = 4
     axis: Literal["token", "channel"] = "token"
     group: int | None = None

@@ -55,8 +55,8 @@ class QuantizeKv(GraphPass):
         value_regions: Options that differ for values.
     """
 
-    key: Mapping[str, Any] | None = None
-    value: Mapping[str, Any] | None = None
+    key: Mapping[str, Any] | None
+    value: Mapping[str, Any] | None
     regions: RegionOptions | None = None
     key_regions: RegionOptions | None = None
     value_regions: RegionOptions | None = None

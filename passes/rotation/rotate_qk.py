@@ -1,0 +1,123 @@
+"""rotate-qk: queries and new keys are rotated after RoPE, so that keys are stored rotated.
+
+(Q R)(K R)^T = Q K^T for every orthogonal R. RoPE stands between the projections and the scores, so
+R cannot be folded into weights; it costs one block Hadamard on the query and one on each new key,
+and nothing per cached element. Legal at every site that attends to keys cached after RoPE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+import kvxform.ir.ops as kvx
+from kvxform.codecs.hadamard import Basis, is_block, make_basis, make_signs
+from kvxform.errors import RecipeError
+from kvxform.ir.facts import FactValue, Requirement
+from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.types import TensorType
+from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class RotateQk(GraphPass):
+    """Rotate q and new k by a block Hadamard matrix right before they are used.
+
+    Attributes:
+        block: Channels rotated together; None means the largest power of two that divides
+            head_dim.
+        seed: Seed of random signs before the transform, or None for no signs.
+    """
+
+    block: int | None = None
+    seed: int | None = None
+    numerics: ClassVar[Numerics] = EXACT
+    requires: ClassVar[tuple[Requirement, ...]] = (
+        Requirement(
+            "k.codec",
+            ("none",),
+            because="key scales would be fitted before rotate-qk changes the basis of K",
+        ),
+        Requirement(
+            "k.rope",
+            ("post",),
+            because="RoPE would turn keys that rotate-qk has already mixed",
+        ),
+    )
+    source: ClassVar[str] = (
+        "QuaRot, arXiv 2404.00456, section 4; block form: SAW-INT4, arXiv 2604.19157, section 3"
+    )
+
+    def __post_init__(self) -> None:
+        """Check the block on its own; `match` compares it with head_dim."""
+        if not is_block(self.block):
+            rule = "block must be a power of two, at least 2"
+            raise RecipeError("KVX107", rule, where="rotate-qk", got=repr(self.block))
+
+    def ensures(self) -> Mapping[str, FactValue]:
+        """State the basis of keys; without a size where it depends on the model."""
+        named = None if self.block is None else Basis("hadamard", self.block, self.seed)
+        return {"k.basis": "hadamard" if named is None else str(named)}
+
+    def match(self, program: Program) -> list[Match | NoMatch]:
+        """Match every site.
+
+        Raises:
+            PassError: KVX204 if the block does not divide head_dim.
+        """
+        return [self._check(program, site) for site in program.sites]
+
+    def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
+        """Rotate q where it is read, k where it is read or appended, and record the basis."""
+        assert match.layer is not None, "every match is at a site"
+        basis = match.data["basis"]
+        attention = program.attention_node(match.layer)
+        append = program.append_node(match.layer)
+        _rotate_argument(rewriter, attention, 0, basis)
+        if append is None:
+            _rotate_argument(rewriter, attention, 1, basis)
+        else:
+            _rotate_argument(rewriter, append, 0, basis)
+        rewriter.set_basis(match.layer, key=basis)
+
+    def _check(self, program: Program, site: AttentionSite) -> Match | NoMatch:
+        node = program.attention_node(site.layer).name
+        if self.block is None and site.head_dim % 2:
+            return NoMatch(f"no Hadamard block fits head_dim {site.head_dim}", site.layer, node)
+        basis = make_basis(self.block, self.seed, site.head_dim, self.pass_name(), site.module)
+        if site.k_basis == basis:
+            return NoMatch("already rotated", site.layer, node, done=True)
+        if site.k_basis != Basis():
+            reason = f"keys are in basis {site.k_basis}, and rotations do not stack"
+            return NoMatch(reason, site.layer, node)
+        return Match(site.layer, node, {"basis": basis})
+
+
+def _rotate_argument(rewriter: Rewriter, user: fx.Node, index: int, basis: Basis) -> None:
+    """Let argument `index` of `user` pass through a Hadamard first."""
+    value = user.args[index]
+    assert isinstance(value, fx.Node), "operands of attention are nodes"
+    type_ = value.meta["type"]
+    options: dict[str, Any] = {"block": basis.block}
+    if basis.seed is not None:
+        options["signs"] = _signs_node(rewriter, user, type_, basis.seed)
+    rotated = rewriter.call_before(user, kvx.HADAMARD, (value,), options, type_=type_, like=value)
+    rewriter.set_args(user, (*user.args[:index], rotated, *user.args[index + 1 :]))
+
+
+def _signs_node(rewriter: Rewriter, anchor: fx.Node, x: TensorType, seed: int) -> fx.Node:
+    """Return a node for the signs `[D]`, a weight that all sites with this seed share."""
+    dim = x.shape[-1]
+    assert isinstance(dim, int), "head_dim is static"
+    name = f"rotate_qk.signs_{dim}_{seed}"
+    weights = rewriter.program.weights
+    if name not in weights:
+        signs = make_signs(dim, seed)
+        assert signs is not None, "there is a seed"
+        device = next(iter(weights.values())).device
+        rewriter.set_weight(name, signs.to(device=device, dtype=x.dtype))
+    return rewriter.get_weight_node(name, anchor, TensorType(x.dtype, (dim,)))

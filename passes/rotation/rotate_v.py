@@ -1,0 +1,121 @@
+"""rotate-v: values are stored rotated, at no cost at run time.
+
+Attention is linear in V: softmax(S) (V R) R^T = softmax(S) V for every orthogonal R. So the rows of
+W_v that make one KV head absorb R, and the columns of W_o that read the query heads of its group
+absorb R^T. Legal where both are plain linear layers whose weights nothing else reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvxform.codecs.hadamard import Basis, is_block, make_basis
+from kvxform.errors import RecipeError
+from kvxform.ir.facts import FactValue, Requirement
+from kvxform.ir.linear import weight_uses
+from kvxform.ir.program import AttentionSite, Program, Projection
+from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class RotateV(GraphPass):
+    """Fold a block Hadamard rotation of V into W_v and W_o, head by head.
+
+    Attributes:
+        block: Channels rotated together; None means the largest power of two that divides
+            head_dim.
+        seed: Seed of random signs before the transform, or None for no signs.
+    """
+
+    block: int | None = None
+    seed: int | None = None
+    numerics: ClassVar[Numerics] = EXACT
+    requires: ClassVar[tuple[Requirement, ...]] = (
+        Requirement(
+            "v.codec",
+            ("none",),
+            because="value scales would be fitted before rotate-v changes the basis of V",
+        ),
+    )
+    source: ClassVar[str] = "QuaRot, arXiv 2404.00456, section 4; R2 of SpinQuant, arXiv 2405.16406"
+
+    def __post_init__(self) -> None:
+        """Check the block on its own; `match` compares it with head_dim."""
+        if not is_block(self.block):
+            rule = "block must be a power of two, at least 2"
+            raise RecipeError("KVX107", rule, where="rotate-v", got=repr(self.block))
+
+    def ensures(self) -> Mapping[str, FactValue]:
+        """State the basis of values; without a size where it depends on the model."""
+        named = None if self.block is None else Basis("hadamard", self.block, self.seed)
+        return {"v.basis": "hadamard" if named is None else str(named)}
+
+    def match(self, program: Program) -> list[Match | NoMatch]:
+        """Match every site whose W_v and W_o can absorb the rotation.
+
+        Raises:
+            PassError: KVX204 if the block does not divide head_dim.
+        """
+        uses = weight_uses(program)
+        return [self._check(site, uses) for site in program.sites]
+
+    def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
+        """Rotate W_v and its bias, un-rotate W_o, and record the basis."""
+        assert match.layer is not None, "every match is at a site"
+        site, basis = program.site(match.layer), match.data["basis"]
+        assert site.v is not None, "match found it"
+        assert site.o is not None, "match found it"
+        made = site.v.indices(site.num_kv_heads, site.v_head_dim)
+        read = site.o.indices(site.num_q_heads, site.v_head_dim)
+        out_axis = 0 if site.v.layout == "out_in" else 1
+        weight = program.weights[site.v.weight]
+        rewriter.set_weight(site.v.weight, _rotate_heads(weight, out_axis, made, basis))
+        if site.v.bias is not None:
+            bias = program.weights[site.v.bias]
+            rewriter.set_weight(site.v.bias, _rotate_heads(bias, 0, made, basis))
+        in_axis = 1 if site.o.layout == "out_in" else 0
+        weight = program.weights[site.o.weight]
+        rewriter.set_weight(site.o.weight, _rotate_heads(weight, in_axis, read, basis))
+        rewriter.set_basis(site.layer, value=basis)
+
+    def _check(self, site: AttentionSite, uses: Mapping[str, int]) -> Match | NoMatch:
+        if site.v is None or site.o is None:
+            missing = "values" if site.v is None else "heads"
+            verb = "made" if site.v is None else "read"
+            return NoMatch(f"{missing} are not {verb} by a plain linear layer", site.layer)
+        if self.block is None and site.v_head_dim % 2:
+            return NoMatch(f"no Hadamard block fits head_dim {site.v_head_dim}", site.layer)
+        basis = make_basis(self.block, self.seed, site.v_head_dim, self.pass_name(), site.module)
+        if site.v_basis == basis:
+            return NoMatch("already rotated", site.layer, done=True)
+        if site.v_basis != Basis():
+            reason = f"values are in basis {site.v_basis}, and rotations do not stack"
+            return NoMatch(reason, site.layer)
+        for name in filter(None, (site.v.weight, site.v.bias, site.o.weight)):
+            if uses[name] != 1:
+                return NoMatch(f"weight {name} is read in {uses[name]} places", site.layer)
+        if site.k is not None and _overlap(site, site.k):
+            return NoMatch("keys and values are made by the same weights", site.layer)
+        return Match(site.layer, data={"basis": basis})
+
+
+def _overlap(site: AttentionSite, k: Projection) -> bool:
+    assert site.v is not None, "checked before"
+    if k.weight != site.v.weight:
+        return False
+    keys = k.indices(site.num_kv_heads, site.head_dim).flatten().tolist()
+    values = site.v.indices(site.num_kv_heads, site.v_head_dim).flatten().tolist()
+    return not set(keys).isdisjoint(values)
+
+
+def _rotate_heads(weight: Tensor, axis: int, heads: Tensor, basis: Basis) -> Tensor:
+    """Return a copy of `weight` whose heads on `axis`, indices `[heads, D]`, are rotated."""
+    index = heads.flatten().to(weight.device)
+    rows = weight.index_select(axis, index).double().movedim(axis, -1)  # [..., heads * D]
+    rotated = basis.rotate(rows.unflatten(-1, tuple(heads.shape))).flatten(-2)
+    return weight.index_copy(axis, index, rotated.movedim(-1, axis).to(weight.dtype))
