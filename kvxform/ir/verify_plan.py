@@ -42,8 +42,8 @@ def verify_facts(program: Program) -> None:
     facts, plan = program.facts, program.plan
     _check_fact(program, "cache.inserted", program.is_cached)
     _check_fact(program, "cache.layout", "none" if plan is None else str(plan.layout))
-    _check_basis_fact(program, "k.basis", {str(site.k_basis) for site in program.sites})
-    _check_basis_fact(program, "v.basis", {str(site.v_basis) for site in program.sites})
+    _check_basis_fact(program, "k.basis", [site.k_basis for site in program.sites])
+    _check_basis_fact(program, "v.basis", [site.v_basis for site in program.sites])
     if plan is None:
         return
     for fact, streams in (
@@ -63,11 +63,14 @@ def _check_fact(program: Program, name: str, wanted: bool | str) -> None:
         raise invalid(f"the fact {name} must be {wanted}", program.facts[name])
 
 
-def _check_basis_fact(program: Program, name: str, found: set[str]) -> None:
-    """Sites that a pass left out may stay in the identity basis."""
-    fact = str(program.facts[name])
-    if not found <= {fact, "identity"} or (found and fact not in found):
-        raise invalid(f"the fact {name} must be the basis of the sites", f"{fact}, {sorted(found)}")
+def _check_basis_fact(program: Program, name: str, bases: list[Basis]) -> None:
+    """A fact may name only the kind, and sites that a pass left out stay in the identity basis."""
+    fact = program.facts[name]
+    agree = [fact in (basis.kind, str(basis)) for basis in bases]
+    others = {str(basis) for basis, does in zip(bases, agree, strict=True) if not does}
+    if not others <= {"identity"} or (bases and not any(agree)):
+        found = ", ".join(sorted({str(basis) for basis in bases}))
+        raise invalid(f"the fact {name} must be the basis of the sites, {found}", fact)
 
 
 def _check_owner(plan: CachePlan, site: SitePlan) -> None:
