@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvxform.ir.program import (
     default_positions,
 )
 from kvxform.ir.types import SymType, TensorType
+from kvxform.ir.verify import verify_program
 from kvxform.pass_base import GraphPass, Match, NoMatch, Rewriter
 
 aten = torch.ops.aten
@@ -139,7 +141,9 @@ def llama_program(
         a = b.call(kvx.ATTENTION, q, k, v, positions, layer=layer, scale=scale, **extra)
         o = b.linear(b.merge_heads(a, heads * head_dim), f"{b.module}.o", width)
         x = b.call(aten.add.Tensor, x, o)
-        sites.append(_llama_site(b, layer, heads, kv_heads, head_dim, bias))
+        site = _llama_site(b, layer, heads, kv_heads, head_dim, bias)
+        limits = {name: extra.get(name) for name in ("window", "softcap")}
+        sites.append(dataclasses.replace(site, **limits))
         b.module = f"layers.{layer}.mlp"
         h = norm(x, f"layers.{layer}.norm2")
         gate = b.call(aten.silu.default, b.linear(h, f"{b.module}.gate", 2 * width))
@@ -252,7 +256,7 @@ class DenseCache:
 
 
 def apply(graph_pass: GraphPass, program: Program) -> tuple[Program, list[Match | NoMatch]]:
-    """Return a rewritten clone and what `match` found."""
+    """Return a rewritten clone, checked by the verifier, and what `match` found."""
     found = graph_pass.match(program)
     clone = program.clone()
     rewriter = Rewriter(clone, graph_pass.pass_name())
@@ -260,7 +264,9 @@ def apply(graph_pass: GraphPass, program: Program) -> tuple[Program, list[Match 
         if isinstance(match, Match):
             graph_pass.rewrite(clone, match, rewriter)
     rewriter.finish()
-    clone.facts = clone.facts.updated(graph_pass.ensures(), graph_pass.invalidates)
+    if rewriter.modified:
+        clone.facts = clone.facts.updated(graph_pass.ensures(), graph_pass.invalidates)
+    verify_program(clone)
     return clone, found
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from kvxform.codecs.base import Codec, make_codec
+from kvxform.codecs.base import Codec, dtype_from_name, make_codec
 from kvxform.errors import PassError, RecipeError, nearest_hint
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.plan import ReadForm, Regions, SitePlan, StreamPlan
@@ -25,6 +26,7 @@ STREAMS = ("key", "value")
 SHORT = {"key": "k", "value": "v"}
 
 
+@with_config(ConfigDict(extra="allow"))  # unknown names reach `_check_regions`, which helps better
 class RegionOptions(TypedDict, total=False):
     """Options of the exact regions; see `kvxform.ir.plan.Regions`.
 
@@ -85,7 +87,7 @@ class QuantizeKv(GraphPass):
         return {f"{short}.codec": codec.name for short, codec in codecs.items() if codec}
 
     def match(self, program: Program) -> list[Match | NoMatch]:
-        """Match every site that owns a cache.
+        """Match every site; sites that share a cache change alike.
 
         Raises:
             PassError: KVX203 if a codec cannot take a head_dim, KVX205 if its groups of tokens
@@ -94,7 +96,7 @@ class QuantizeKv(GraphPass):
         if program.plan is None:
             return [NoMatch("there is no cache")]
         found: list[Match | NoMatch] = []
-        for site in program.plan.owners:
+        for site in program.plan.sites:
             streams = {
                 stream: self._planned(stream, site.streams[stream], program)
                 for stream in STREAMS
@@ -167,6 +169,8 @@ def _check_regions(options: RegionOptions, codec: Codec, stream: str) -> None:
         if not isinstance(tokens, int) or tokens < 0:
             rule = f"{name} of {stream} must be a number of tokens, 0 or more"
             raise RecipeError("KVX107", rule, where=WHERE, got=repr(tokens))
+    if "dtype" in options:
+        dtype_from_name(options["dtype"])
     flush = options.get("flush") or _default_flush(codec)
     if flush not in ("sliding", "block"):
         rule = f"flush of {stream} must be sliding or block"

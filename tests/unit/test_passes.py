@@ -1,0 +1,146 @@
+"""What holds of every pass: names, declarations, and the contract on two small models."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from programs import (
+    apply,
+    assert_untouched,
+    fired,
+    gpt2_program,
+    llama_program,
+    run,
+    snapshot,
+    to_meta,
+    token_ids,
+)
+
+import kvxform.passes
+from kvxform.ir.facts import DEFAULTS
+from kvxform.pass_base import PASSES, GraphPass, NoMatch
+from kvxform.passes.base.insert_cache import InsertCache
+from kvxform.passes.base.simplify import Simplify
+from kvxform.passes.memory.page_cache import PageCache
+from kvxform.passes.quantize.quantize_kv import QuantizeKv
+from kvxform.passes.rotation.fuse_norms import FuseNorms
+from kvxform.passes.rotation.rotate_qk import RotateQk
+from kvxform.passes.rotation.rotate_v import RotateV
+
+INT4 = {"codec": "int", "bits": 4}
+MODELS = {
+    "llama": llama_program,
+    "llama-bias": lambda: llama_program(bias=True, kv_heads=4, seed=1),
+    "gpt2": lambda: gpt2_program(tied=False),
+}
+# pass, passes that must run before it, matches on a model of two layers
+CASES = {
+    "fuse-norms": (FuseNorms(), (), 5),
+    "rotate-v": (RotateV(block=8, seed=1), (), 2),
+    "rotate-v, cached": (RotateV(), (InsertCache(), PageCache()), 2),
+    "rotate-qk": (RotateQk(block=8), (), 2),
+    "rotate-qk, cached": (RotateQk(seed=2), (InsertCache(),), 2),
+    "insert-cache": (InsertCache(), (), 2),
+    "insert-cache, rotated": (InsertCache(), (RotateQk(), RotateV()), 2),
+    "page-cache": (PageCache(), (InsertCache(),), 1),
+    "quantize-kv": (QuantizeKv(INT4, INT4), (InsertCache(), PageCache()), 2),
+    "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+def test_file_pass_and_class_have_one_name(name):
+    cls = PASSES[name]
+    path = Path(inspect.getfile(cls))
+    assert path.stem == name.replace("-", "_")
+    assert cls.__name__ == "".join(word.capitalize() for word in name.split("-"))
+    assert (Path(__file__).parent / f"test_{path.stem}.py").exists()
+    module = f"{path.parent.name}.{path.stem}"
+    assert f"- `{module}`:" in kvxform.passes.__doc__, "the table of contents lists every pass"
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+def test_every_pass_declares_source_contract_and_known_facts(name):
+    cls = PASSES[name]
+    assert cls.source
+    assert cls.numerics.is_exact or cls.numerics.metric
+    assert cls.__doc__
+    assert all(r.fact in DEFAULTS and r.because for r in cls.requires)
+    assert set(cls.invalidates) <= set(DEFAULTS)
+
+
+def test_every_pass_is_covered_here():
+    assert {graph_pass.pass_name() for graph_pass, _, _ in CASES.values()} == set(PASSES)
+
+
+def prepared(model, before: tuple[GraphPass, ...]):
+    for graph_pass in before:
+        model, _ = apply(graph_pass, model)
+    return model
+
+
+def test_logits_stay_and_the_source_is_untouched(model, case):
+    graph_pass, before, matches = case
+    ids = token_ids(model)
+    reference = run(model, ids)
+    program = prepared(model, before)
+    kept = snapshot(program)
+    rewritten, found = apply(graph_pass, program)
+    assert fired(found) == matches
+    assert_untouched(program, kept)
+    # the toy cache of these tests is exact, so even quantize-kv leaves the logits alone
+    logits = run(rewritten, ids, [4, 1, 1, 3])
+    torch.testing.assert_close(logits, reference, rtol=0, atol=1e-11)
+    assert not set(graph_pass.ensures()) - set(DEFAULTS)
+
+
+def test_a_second_run_changes_nothing(model, case):
+    graph_pass, before, _ = case
+    once, _ = apply(graph_pass, prepared(model, before))
+    kept = snapshot(once)
+    twice, found = apply(graph_pass, once)
+    assert all(isinstance(match, NoMatch) and match.done for match in found)
+    assert_untouched(twice, kept)
+
+
+def test_passes_work_on_shapes_alone(model, case):
+    graph_pass, before, matches = case
+    program = prepared(to_meta(model), before)
+    rewritten, found = apply(graph_pass, program)
+    assert fired(found) == matches
+    assert all(weight.is_meta for weight in rewritten.weights.values())
+    real, _ = apply(graph_pass, prepared(model, before))
+    shapes = {name: (w.shape, w.dtype) for name, w in real.weights.items()}
+    assert {name: (w.shape, w.dtype) for name, w in rewritten.weights.items()} == shapes
+    assert (rewritten.plan, rewritten.sites) == (real.plan, real.sites)
+
+
+def test_new_nodes_say_which_pass_made_them(case):
+    graph_pass, before, _ = case
+    program = prepared(llama_program(), before)
+    names = {node.name for node in program.graph.nodes}
+    rewritten, _ = apply(graph_pass, program)
+    for node in rewritten.graph.nodes:
+        if node.op != "output" and node.name not in names:
+            assert node.meta["via"][-1] == graph_pass.pass_name()
+            assert node.op == "placeholder" or node.meta["module"].startswith("layers.")
+
+
+def test_dtypes_of_weights_stay():
+    program = llama_program(dtype=torch.bfloat16)
+    for graph_pass in (FuseNorms(), RotateV(), RotateQk(seed=0)):
+        program, _ = apply(graph_pass, program)
+    assert {weight.dtype for weight in program.weights.values()} == {torch.bfloat16}
