@@ -1,1 +1,63 @@
-"""kvxform: a compiler for the KV cache of decoder language models."""
+"""kvxform: a compiler for the KV cache of decoder language models.
+
+- `optimize(model, recipe)` rewrites a model and returns an `OptimizedModel`
+- `load(path)` opens what `OptimizedModel.save` wrote
+- `Recipe` is an ordered list of passes with options
+- every error is a `KvxformError` with a stable code
+
+Importing kvxform is quick: torch is imported when the first of the others is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvxform.errors import (
+    ArtifactError,
+    CacheFullError,
+    CaptureError,
+    CodegenError,
+    KvxformError,
+    PassError,
+    RecipeError,
+    VerifyError,
+)
+
+if TYPE_CHECKING:
+    from kvxform.api import load, optimize
+    from kvxform.recipe import Recipe
+
+    __version__: str
+
+__all__ = [
+    "ArtifactError",
+    "CacheFullError",
+    "CaptureError",
+    "CodegenError",
+    "KvxformError",
+    "PassError",
+    "Recipe",
+    "RecipeError",
+    "VerifyError",
+    "__version__",
+    "load",
+    "optimize",
+]
+_HOMES = {"Recipe": "kvxform.recipe", "load": "kvxform.api", "optimize": "kvxform.api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kvxform")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvxform' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

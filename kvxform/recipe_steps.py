@@ -10,9 +10,10 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import is_typeddict
 
 import kvxform.passes  # noqa: F401  (fills the registry of passes)
 from kvxform.codecs.base import CODECS
@@ -125,40 +126,45 @@ def _build(name: str, options: Mapping[str, Any], path: KeyPath, source: SourceM
             at=source.at(path),
             hint=nearest_hint(name, PASSES),
         )
-    fields = {*(f.name for f in dataclasses.fields(PASSES[name])), "allow_zero"}
-    check_keys(options, fields, path, source, name)
+    _check_record(options, PASSES[name], path, source, name)
     _check_codecs(options, path, source, name)
-    try:
-        built: GraphPass = _validate(PASSES[name], options, path, source, name)
-    except KvxformError as error:
-        raise _located(error, source.at(path)) from error
-    return built
+    return cast(GraphPass, _validate(PASSES[name], options, path, source, name))
 
 
 def _validate(cls: type, options: Any, path: KeyPath, source: SourceMap, where: str) -> Any:
-    """Return an instance of dataclass `cls`; types are strict, and so are keys at every depth."""
+    """Return an instance of dataclass `cls`; types are strict: no `"4"` for 4."""
     adapter: TypeAdapter[Any] = TypeAdapter(cls)
     try:
-        text = json.dumps(options)
-        built = adapter.validate_json(text, strict=True)
+        return adapter.validate_json(json.dumps(options), strict=True)
     except ValidationError as error:
         raise as_recipe_error(error, path, source, where) from error
     except TypeError as error:
         rule = f"options must be plain data ({error})"
         raise RecipeError("KVX107", rule, where=where, at=source.at(path)) from error
-    _check_nested(options, adapter.dump_python(built), path, source, where)
-    return built
+    except KvxformError as error:
+        raise _located(error, source.at(path)) from error
 
 
-def _check_nested(given: Any, built: Any, path: KeyPath, source: SourceMap, where: str) -> None:
-    """Compare keys at every depth: pydantic drops those that a nested dataclass does not have."""
-    if isinstance(given, Mapping) and isinstance(built, Mapping):
-        check_keys(given, built, path, source, where)
-        for key, value in given.items():
-            _check_nested(value, built[key], (*path, key), source, where)
-    elif isinstance(given, list | tuple) and isinstance(built, list | tuple):
-        for i, (a, b) in enumerate(zip(given, built, strict=False)):
-            _check_nested(a, b, (*path, i), source, where)
+def _check_record(
+    data: Mapping[str, Any], cls: type, path: KeyPath, source: SourceMap, where: str
+) -> None:
+    """Check keys against the fields of a dataclass or TypedDict, at every depth."""
+    types = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else types
+    known = [*names, "allow_zero"] if issubclass(cls, GraphPass) else names
+    check_keys(data, known, path, source, where)
+    for key, value in data.items():
+        record = _record_type(types[key]) if key in types else None
+        if record is not None and isinstance(value, Mapping):
+            _check_record(value, record, (*path, key), source, where)
+
+
+def _record_type(annotation: Any) -> type | None:
+    """Return the dataclass or TypedDict that `annotation` is, alone or in a union."""
+    for choice in (annotation, *get_args(annotation)):
+        if dataclasses.is_dataclass(choice) or is_typeddict(choice):
+            return cast(type, choice)
+    return None
 
 
 def _check_codecs(options: Any, path: KeyPath, source: SourceMap, where: str) -> None:
@@ -180,12 +186,8 @@ def _check_codecs(options: Any, path: KeyPath, source: SourceMap, where: str) ->
             hint=nearest_hint(str(name), CODECS),
         )
     own = {key: value for key, value in options.items() if key != "codec"}
-    fields = [f.name for f in dataclasses.fields(CODECS[name])]
-    check_keys(own, fields, path, source, f"{where}, codec {name}")
-    try:
-        _validate(CODECS[name], own, path, source, f"{where}, codec {name}")
-    except KvxformError as error:
-        raise _located(error, source.at(path)) from error
+    _check_record(own, CODECS[name], path, source, f"{where}, codec {name}")
+    _validate(CODECS[name], own, path, source, f"{where}, codec {name}")
 
 
 def _located(error: KvxformError, at: str) -> KvxformError:

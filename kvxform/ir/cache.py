@@ -1,14 +1,17 @@
 """The bridge between cached dialect ops and whatever holds the cache at run time.
 
-`kvx::cache_append` and `kvx::cached_attention` carry a handle: an int64 scalar tensor. The graph stays
-short and the same for every layout and codec; the object behind the handle does the work. Handles
-hold no reference, so a cache is freed with its owner.
+`kvx::cache_append` and `kvx::cached_attention` carry a handle: an int64 scalar tensor. The graph
+stays short and the same for every layout and codec; the object behind the handle does the work.
+Handles hold no reference, so a cache is freed with its owner.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -38,6 +41,8 @@ class CacheState(Protocol):
         """Attend from q `[B, H, S, D]` at `positions` `[B, S]` to the cache; `[B, H, S, Dv]`."""
 
 
+CacheWatch = Callable[[CacheState], CacheState]
+_WATCH: ContextVar[CacheWatch | None] = ContextVar("kvxform_cache_watch", default=None)
 _COUNTER = itertools.count(1)
 _LIVE: weakref.WeakValueDictionary[int, CacheState] = weakref.WeakValueDictionary()
 
@@ -60,4 +65,18 @@ def resolve_handle(handle: Tensor) -> CacheState:
         raise KvxformError(
             "KVX701", "a cache handle must belong to a live session", got=int(handle)
         )
-    return state
+    watch = _WATCH.get()
+    return state if watch is None else watch(state)
+
+
+@contextlib.contextmanager
+def watch_caches(watch: CacheWatch) -> Iterator[None]:
+    """Let the cached ops of this context talk to `watch(state)` instead of `state`.
+
+    Verification stands in between this way and sees what goes into a cache and what comes out.
+    """
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)

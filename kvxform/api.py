@@ -1,0 +1,160 @@
+"""The public API: `optimize` and `load`; the only module that sees capture, passes and runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvxform.capture import capture
+from kvxform.errors import ArtifactError, KvxformError, RecipeError
+from kvxform.ir.artifact import load_artifact
+from kvxform.ir.program import Program
+from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
+from kvxform.progress import ProgressDisplay
+from kvxform.recipe import Recipe, RecipeLike, load_recipe
+from kvxform.report import Report
+from kvxform.runtime.model import OptimizedModel
+
+ModelSource = nn.Module | torch.export.ExportedProgram | str | Path
+VERIFY_LEVELS = ("none", "probe", "full")
+
+
+def optimize(
+    model: ModelSource,
+    recipe: RecipeLike = "kv4",
+    *,
+    calibration: Any = None,
+    target: str | None = None,
+    verify: Verify = "probe",
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> OptimizedModel:
+    """Rewrite the KV cache of a model by a recipe, and measure every step.
+
+    Args:
+        model: `nn.Module`, `"smollm2-135m"`, a Hugging Face folder, a .gguf file, or an
+            `ExportedProgram`; it is not changed.
+        recipe: Bundled name, path of a .yaml or .json file, plain data, or a `Recipe`.
+        calibration: Must be None: no pass of this version fits statistics to data.
+        target: Lowering instead of that of the recipe: `eager` or `onnx`.
+        verify: `none`, `probe` (after every pass) or `full` (and all cache schedules at the end).
+        device: Where weights live; where they are by default.
+        progress: Show progress on stderr.
+
+    Raises:
+        KvxformError: One of its subclasses, with a code; `docs/errors.md` lists them.
+    """
+    wanted = _load_recipe(recipe, target)
+    _check_options(calibration, verify)
+    with ProgressDisplay(progress) as display:
+        captured = capture(_source(model), progress=display.talk)
+        program, report = run_pipeline(
+            _move(captured.program, device),
+            wanted,
+            executor=OptimizedModel,
+            verify=verify,
+            progress=display.show_stage,
+        )
+    source = dataclasses.replace(report.source, capture_error=captured.max_abs_error)
+    report = dataclasses.replace(report, source=source)
+    return OptimizedModel(program, report=report, recipe=wanted)
+
+
+def plan_model(
+    model: ModelSource,
+    recipe: RecipeLike,
+    *,
+    target: str | None = None,
+    progress: bool = True,
+) -> tuple[Program, Report]:
+    """Return the program and report that `optimize` would give, by shapes alone.
+
+    The program has weights without values, and the report no measurements.
+
+    Args:
+        model: As for `optimize`.
+        recipe: As for `optimize`.
+        target: As for `optimize`.
+        progress: Show progress on stderr.
+
+    Raises:
+        KvxformError: As for `optimize`.
+    """
+    wanted = _load_recipe(recipe, target)
+    with ProgressDisplay(progress) as display:
+        captured = capture(_source(model), progress=display.talk)
+    return plan_pipeline(captured.program, wanted)
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None) -> OptimizedModel:
+    """Open a folder that `OptimizedModel.save` wrote. No code in it is run.
+
+    Args:
+        path: The folder.
+        device: Where weights live; the CPU by default.
+
+    Raises:
+        ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
+    """
+    folder = Path(path)
+    program = load_artifact(folder)
+    report = folder / "report.json"
+    tokenizer = folder / "tokenizer"
+    if tokenizer.is_dir():
+        info = dataclasses.replace(program.info, tokenizer_path=str(tokenizer))
+        program = dataclasses.replace(program, info=info)
+    return OptimizedModel(
+        _move(program, device),
+        report=Report.from_json(report.read_text("utf-8")) if report.is_file() else None,
+        recipe=_saved_recipe(folder / "recipe.yaml"),
+    )
+
+
+def _source(model: ModelSource) -> nn.Module | torch.export.ExportedProgram | str:
+    return str(model) if isinstance(model, Path) else model
+
+
+def _load_recipe(recipe: RecipeLike, target: str | None) -> Recipe:
+    loaded = load_recipe(recipe)
+    if target is None:
+        return loaded
+    return load_recipe({**loaded.to_data(), "target": {"lowering": target}})
+
+
+def _saved_recipe(path: Path) -> Recipe | None:
+    if not path.is_file():
+        return None
+    try:
+        return load_recipe(path)
+    except KvxformError as error:
+        raise ArtifactError(
+            "KVX602", f"recipe.yaml must be a recipe ({error.rule})", at=error.at
+        ) from error
+
+
+def _check_options(calibration: Any, verify: str) -> None:
+    if calibration is not None:
+        raise RecipeError(
+            "KVX107",
+            "calibration must be None: no pass of this version fits statistics to data",
+            where="optimize",
+            got=type(calibration).__name__,
+        )
+    if verify not in VERIFY_LEVELS:
+        rule = f"verify must be one of {', '.join(VERIFY_LEVELS)}"
+        raise RecipeError("KVX107", rule, where="optimize", got=repr(verify))
+
+
+def _move(program: Program, device: str | torch.device | None) -> Program:
+    if device is None:
+        return program
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise KvxformError("KVX704", "device must be one that torch knows", got=device) from error
+    weights = {name: weight.to(place) for name, weight in program.weights.items()}
+    return dataclasses.replace(program, weights=weights)

@@ -1,0 +1,275 @@
+"""Pipeline: runs a recipe on a Program, pass by pass, and measures every promise.
+
+Before any work, the order of the whole recipe is checked over facts, and all passes run once on
+weights without values, so that what cannot work is refused within a second. Then each pass runs on
+a clone: the caller's Program stays as it was whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvxform.errors import PassError, VerifyError
+from kvxform.ir.program import Program
+from kvxform.ir.verify import verify_program
+from kvxform.order import PlannedPass, check_order, facts_after, plan_passes
+from kvxform.pass_base import Match, NoMatch, Rewriter
+from kvxform.recipe import Recipe
+from kvxform.report import BoundRecord, PassRecord, Report
+from kvxform.summary import (
+    cache_measured,
+    layer_records,
+    measured,
+    pass_record,
+    plan_summary,
+    source_summary,
+)
+from kvxform.verify.prober import Executor, Prober, StageMeasure
+
+Verify = Literal["none", "probe", "full"]
+NEAREST_REASONS = 3  # reasons quoted when a pass applies nowhere
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Progress of a run; `seconds` is None when the stage begins."""
+
+    index: int
+    total: int
+    name: str
+    seconds: float | None = None
+
+
+Progress = Callable[[Stage], None]
+
+
+def run_pipeline(
+    program: Program,
+    recipe: Recipe,
+    *,
+    executor: Executor,
+    verify: Verify = "probe",
+    progress: Progress | None = None,
+) -> tuple[Program, Report]:
+    """Apply `recipe` to `program`.
+
+    Args:
+        program: A captured program without a cache; it is not changed.
+        recipe: What to do.
+        executor: Makes a runnable model of a program.
+        verify: `none` measures nothing, `probe` measures after every pass, `full` also runs all
+            schedules of the cache-state checker at the end.
+        progress: Called when a stage begins and when it ends.
+
+    Returns:
+        The rewritten program and the report.
+
+    Raises:
+        RecipeError: KVX213 or KVX214 if the order of passes is wrong.
+        PassError: KVX210 if a pass applies nowhere, KVX212 if a contract is broken, KVX215 if a
+            pass left an invalid graph.
+        VerifyError: KVX501 if a bound of the recipe is exceeded, KVX502 if a cache is wrong.
+    """
+    planned, plan_report = plan_pipeline(program, recipe)
+    passes = plan_passes(recipe.passes, program.facts, auto_order=recipe.auto_order)
+    is_full = verify == "full" and planned.plan is not None
+    clock = _Clock(len(passes) + (verify != "none") + is_full, progress)
+    prober: Prober | None = None
+    if verify != "none":
+        with clock.stage("source model"):
+            prober = Prober(program, executor, planned.plan)
+    records, last = [], None
+    for planned_pass in passes:
+        with clock.stage(planned_pass.name):
+            program, found = apply_pass(program, planned_pass)
+            record = pass_record(planned_pass, found)
+            if prober is not None:
+                last = prober.measure(program)
+                record = _require_contract(planned_pass, record, last, prober)
+            records.append(record)
+    report = dataclasses.replace(plan_report, verify=verify, passes=tuple(records))
+    if prober is not None and last is not None:
+        report = _with_measurements(report, program, recipe, prober, last)
+    if prober is not None and is_full:
+        with clock.stage("cache state"):
+            checks = prober.check_full(program)
+        report = dataclasses.replace(report, cache=cache_measured(checks))
+    _require_bounds(report)
+    return program, report
+
+
+def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
+    """Apply `recipe` to shapes alone: no weight is read, nothing is measured.
+
+    Returns:
+        The rewritten program, its weights on the meta device, and a report without measurements.
+
+    Raises:
+        RecipeError: KVX213 or KVX214 if the order of passes is wrong.
+        PassError: KVX210 if a pass applies nowhere, or what a pass says against the model.
+        VerifyError: KVX501 if the plan exceeds a bound of the recipe.
+    """
+    passes = plan_passes(recipe.passes, program.facts, auto_order=recipe.auto_order)
+    source = source_summary(program)
+    weights = {name: weight.to("meta") for name, weight in program.weights.items()}
+    program = dataclasses.replace(program, weights=weights)
+    records = []
+    for planned_pass in passes:
+        program, found = apply_pass(program, planned_pass)
+        records.append(pass_record(planned_pass, found))
+    report = Report(
+        source=source,
+        recipe=recipe.to_data(),
+        verify="none",
+        probes=(),
+        passes=tuple(records),
+        plan=plan_summary(program.plan) if program.plan else None,
+        layers=layer_records(program.plan, ()) if program.plan else (),
+    )
+    report = dataclasses.replace(report, bounds=_bounds(recipe, report))
+    _require_bounds(report)
+    return program, report
+
+
+def apply_pass(program: Program, planned: PlannedPass) -> tuple[Program, Sequence[Match | NoMatch]]:
+    """Run one pass on a clone of `program`, and verify the result.
+
+    Returns:
+        The new program (the same one if everything had been done already) and what was found.
+
+    Raises:
+        RecipeError: KVX213 if the pass needs a fact that does not hold.
+        PassError: KVX210 if it applies nowhere, KVX215 if the result is invalid.
+    """
+    check_order([planned], program.facts)
+    found = planned.graph_pass.match(program)
+    matches = [f for f in found if isinstance(f, Match)]
+    _require_matches(planned, found)
+    if not matches:
+        return program, found
+    clone = program.clone()
+    rewriter = Rewriter(clone, planned.name)
+    for match in matches:
+        planned.graph_pass.rewrite(clone, match, rewriter)
+    rewriter.finish()
+    clone.facts = facts_after(planned.graph_pass, clone.facts)
+    clone.passes = (*clone.passes, planned.name)
+    try:
+        verify_program(clone)
+    except PassError as error:
+        raise PassError(
+            error.code, error.rule, where=planned.name, got=error.got, at=error.at, hint=error.hint
+        ) from error
+    return clone, found
+
+
+def _require_matches(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> None:
+    """Raise KVX210 if there is nothing to do and nothing was done before."""
+    misses = [f for f in found if isinstance(f, NoMatch)]
+    is_done = bool(misses) and all(miss.done for miss in misses)
+    if len(misses) < len(found) or is_done or planned.step.allow_zero:
+        return
+    counts = Counter(miss.reason for miss in misses if not miss.done).most_common(NEAREST_REASONS)
+    reasons = "; ".join(f"{reason} ({n} times)" if n > 1 else reason for reason, n in counts)
+    raise PassError(
+        "KVX210",
+        "a pass must apply somewhere",
+        where=planned.name,
+        got=f"no match: {reasons}" if reasons else "no candidate in this model",
+        at=planned.step.at,
+        hint="remove the pass, or say allow_zero: true",
+    )
+
+
+def _require_contract(
+    planned: PlannedPass, record: PassRecord, stage: StageMeasure, prober: Prober
+) -> PassRecord:
+    """Compare a measured stage with the contract of its pass and return the filled record."""
+    numerics, tolerance = planned.graph_pass.numerics, prober.tolerance
+    metric, bound = numerics.metric or "kl", numerics.bound
+    if numerics.is_exact:
+        metric, bound = (
+            ("kl", tolerance.lossy_kl) if stage.is_lossy else ("relative", tolerance.logits)
+        )
+    found = measured(stage.vs_before)
+    value = getattr(found, metric)
+    if bound is not None and not value <= bound:
+        raise PassError(
+            "KVX212",
+            f"{metric} against the stage before must be at most {bound:.0e}"
+            f" for an {numerics.exactness.value} pass",
+            where=planned.name,
+            got=f"{value:.2e}",
+            at=planned.step.at,
+        )
+    if stage.state is not None:
+        stage.state.require(tolerance, planned.name)
+    return dataclasses.replace(
+        record,
+        vs_before=found,
+        vs_source=measured(stage.vs_source),
+        metric=metric,
+        tolerance=bound,
+        cache=cache_measured([stage.state]) if stage.state else None,
+    )
+
+
+def _with_measurements(
+    report: Report, program: Program, recipe: Recipe, prober: Prober, last: StageMeasure
+) -> Report:
+    """Fill in what the finished model showed."""
+    report = dataclasses.replace(report, probes=prober.lengths)
+    if program.plan is not None and last.state is not None:
+        layers = layer_records(program.plan, last.state.layers)
+        cache = cache_measured([last.state])
+        report = dataclasses.replace(report, layers=layers, cache=cache)
+    return dataclasses.replace(report, bounds=_bounds(recipe, report))
+
+
+def _bounds(recipe: Recipe, report: Report) -> tuple[BoundRecord, ...]:
+    final = report.final
+    values = {
+        "max_kl": final.kl if final else None,
+        "min_top1": final.top1 if final else None,
+        "bits_per_value": report.bits_per_value,
+    }
+    limits = recipe.bounds.model_dump(exclude_none=True)
+    return tuple(BoundRecord(name, limit, values[name]) for name, limit in limits.items())
+
+
+def _require_bounds(report: Report) -> None:
+    for bound in report.bounds:
+        if bound.is_kept is False:
+            side = "at least" if bound.is_lower else "at most"
+            raise VerifyError(
+                "KVX501",
+                f"{bound.name} must be {side} {bound.limit:g}",
+                where="bounds",
+                got=f"{bound.measured:.4g}",
+                hint="change the recipe or the bound",
+            )
+
+
+class _Clock:
+    """Counts stages and tells how long each took; nothing of it is saved."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._index, self._total, self._progress = 0, total, progress
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = Stage(self._index, self._total, name)
+        self._index += 1
+        if self._progress is not None:
+            self._progress(begin)
+        start = time.perf_counter()
+        yield
+        if self._progress is not None:
+            seconds = time.perf_counter() - start
+            self._progress(dataclasses.replace(begin, seconds=seconds))

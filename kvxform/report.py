@@ -1,0 +1,284 @@
+"""Report: what was done to a model, what was proved about it, and what was only measured.
+
+A report holds no time, date or path, so equal runs give equal reports. `to_json` and `from_json`
+are inverses; `to_html` gives one file that needs nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from kvxform.errors import ArtifactError
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """The model that went in, and how its attentions were recognised.
+
+    Attributes:
+        name: What the user called it.
+        family: Model family.
+        dtype: Compute dtype by torch name.
+        sites_raised: Attention sites in the dialect.
+        sites_rejected: Module and reason of every candidate that was left alone.
+        num_q_heads: Query heads of the first site.
+        num_kv_heads: KV heads of the first site.
+        head_dim: Channels of one head of the first site.
+        capture_error: Largest difference of a logit of the captured program and the source.
+    """
+
+    name: str
+    family: str
+    dtype: str
+    sites_raised: int
+    sites_rejected: tuple[tuple[str, str], ...]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    capture_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Logits compared with reference logits on probe inputs.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        relative: The same as a share of the largest logit.
+        kl: Mean KL(reference || measured) per position, in nats.
+        top1: Share of positions with the same greedy token.
+    """
+
+    max_abs: float
+    relative: float
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True)
+class CacheMeasured:
+    """The cache of a session compared with what it must hold; lengths and bytes were equal.
+
+    All errors are shares of the largest value, and rounding only, whatever the codec.
+
+    Attributes:
+        schedules: Names of the schedules that ran.
+        input_error: K and V handed to the cache, against the source; first layer only if lossy.
+        state_error: The logical cache, against the equations applied to the same K and V.
+        read_error: Outputs of attention, against the equations.
+    """
+
+    schedules: tuple[str, ...]
+    input_error: float
+    state_error: float
+    read_error: float
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass of the recipe.
+
+    Attributes:
+        name: Recipe name.
+        options: Options as given.
+        about: What the pass does, in one sentence.
+        source: Paper and section.
+        exactness: `exact`, `approximate` or `needs training`.
+        matched: Places where it was applied.
+        done_before: Places where it had been applied already.
+        skipped: Reason and number of the places where it does not apply.
+        vs_before: Logits against the stage before; None if not measured.
+        vs_source: Logits against the source model; None if not measured.
+        tolerance: Largest value of the metric that the contract allows in `vs_before`, or None.
+        metric: Metric of the tolerance: `relative` or `kl`.
+        cache: Cache state; None before there is a cache or if not measured.
+    """
+
+    name: str
+    options: dict[str, Any]
+    about: str
+    source: str
+    exactness: str
+    matched: int
+    done_before: int
+    skipped: tuple[tuple[str, int], ...]
+    vs_before: Measured | None = None
+    vs_source: Measured | None = None
+    tolerance: float | None = None
+    metric: str = ""
+    cache: CacheMeasured | None = None
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer: what its cache costs and how far it lies from the cache of the source.
+
+    Attributes:
+        layer: Layer index.
+        key_codec: Codec of K in words.
+        value_codec: Codec of V in words.
+        key_bytes: Bytes of K per token, metadata included.
+        value_bytes: Bytes of V per token.
+        baseline_bytes: Bytes of K and V per token in a 16-bit cache.
+        key_error: Root mean square error of cached K over that of K itself; None if not measured.
+        value_error: The same for V.
+    """
+
+    layer: int
+    key_codec: str
+    value_codec: str
+    key_bytes: float
+    value_bytes: float
+    baseline_bytes: float
+    key_error: float | None = None
+    value_error: float | None = None
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What the cache costs, by the arithmetic of its plan.
+
+    Attributes:
+        layout: `contiguous` or `paged(n)`.
+        kv_bytes_per_token_before: Bytes per token of a 16-bit cache of the same geometry.
+        kv_bytes_per_token: Bytes per token of this plan, metadata included.
+        bits_per_value: True bits per cached value, metadata included.
+        batch_size: Batch that the next three figures are for.
+        cached_tokens: Sequence length that the next three figures are for.
+        total_bytes_before: Bytes of a 16-bit cache at that batch and length.
+        total_bytes: Bytes of this plan: whole pages and exact buffers.
+        read_bytes_before: Bytes that one decode step of one sequence reads from a 16-bit cache.
+        read_bytes: Bytes that one decode step of one sequence reads.
+        extra_flops_per_token: Additions spent on online rotations.
+    """
+
+    layout: str
+    kv_bytes_per_token_before: float
+    kv_bytes_per_token: float
+    bits_per_value: float
+    batch_size: int
+    cached_tokens: int
+    total_bytes_before: int
+    total_bytes: int
+    read_bytes_before: float
+    read_bytes: float
+    extra_flops_per_token: int
+
+
+@dataclass(frozen=True)
+class BoundRecord:
+    """A bound of the recipe, and what was measured (None if it was not)."""
+
+    name: str
+    limit: float
+    measured: float | None
+
+    @property
+    def is_kept(self) -> bool | None:
+        """Whether the bound holds; None if it was not measured."""
+        if self.measured is None:
+            return None
+        return self.measured >= self.limit if self.is_lower else self.measured <= self.limit
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the limit is the smallest allowed value."""
+        return self.name.startswith("min_")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about one run of a recipe on a model.
+
+    Attributes:
+        source: The model that went in.
+        recipe: The recipe as plain data.
+        verify: How it was verified: `none`, `probe` or `full`.
+        probes: Lengths of the probe sequences.
+        passes: The passes in the order they ran.
+        plan: What the cache costs; None if the model has no cache.
+        layers: One record a layer that owns a cache.
+        bounds: Bounds of the recipe.
+        cache: State of the cache of the finished model; None if not measured.
+        version: Version of this form.
+    """
+
+    source: SourceSummary
+    recipe: dict[str, Any]
+    verify: str
+    probes: tuple[int, ...]
+    passes: tuple[PassRecord, ...]
+    plan: PlanSummary | None = None
+    layers: tuple[LayerRecord, ...] = ()
+    bounds: tuple[BoundRecord, ...] = ()
+    cache: CacheMeasured | None = None
+    version: int = REPORT_VERSION
+
+    @property
+    def kv_bytes_per_token(self) -> float | None:
+        """Bytes that one more token costs, metadata included; None without a cache."""
+        return self.plan.kv_bytes_per_token if self.plan else None
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """True bits per cached value, metadata included; None without a cache."""
+        return self.plan.bits_per_value if self.plan else None
+
+    @property
+    def final(self) -> Measured | None:
+        """Logits of the finished model against the source; None if not measured."""
+        measured = [p.vs_source for p in self.passes if p.vs_source is not None]
+        return measured[-1] if measured else None
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain data."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Return canonical JSON; equal reports give equal text."""
+        return json.dumps(_rounded(self.to_data()), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Build a report from its JSON.
+
+        Raises:
+            ArtifactError: KVX602 if the text is not a report of this version.
+        """
+        try:
+            report = TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(
+                "KVX602", "report.json must be a report", got=first["msg"], at=place
+            ) from error
+        if report.version != REPORT_VERSION:
+            raise ArtifactError(
+                "KVX604", f"report version must be {REPORT_VERSION}", got=report.version
+            )
+        return report
+
+    def to_html(self) -> str:
+        """Return one HTML page with everything in it."""
+        from kvxform.report_html import render_report  # jinja2 only when a page is wanted
+
+        return render_report(self)
+
+
+def _rounded(data: Any) -> Any:
+    """Round every float to six significant digits, which is what measurements are good for."""
+    if isinstance(data, float):
+        return float(f"{data:.6g}")
+    if isinstance(data, dict):
+        return {str(key): _rounded(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_rounded(item) for item in data]
+    return data

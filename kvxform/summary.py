@@ -1,0 +1,142 @@
+"""Report records made from programs, plans, passes and measurements."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvxform.ir.plan import BASELINE_BITS, CachePlan, StreamPlan
+from kvxform.ir.program import Program
+from kvxform.order import PlannedPass
+from kvxform.pass_base import Match, NoMatch
+from kvxform.report import (
+    CacheMeasured,
+    LayerRecord,
+    Measured,
+    PassRecord,
+    PlanSummary,
+    SourceSummary,
+)
+from kvxform.verify.cache_state import LayerError, StateCheck
+from kvxform.verify.probe import Difference
+
+EXAMPLE_BATCH, EXAMPLE_TOKENS = 8, 8192  # the batch and length that a plan is illustrated with
+
+
+def source_summary(program: Program) -> SourceSummary:
+    """Return the record of a captured program."""
+    site = program.sites[0]
+    return SourceSummary(
+        name=program.info.name,
+        family=program.info.family,
+        dtype=program.info.dtype,
+        sites_raised=len(program.sites),
+        sites_rejected=tuple((r.module, r.reason) for r in program.rejected),
+        num_q_heads=site.num_q_heads,
+        num_kv_heads=site.num_kv_heads,
+        head_dim=site.head_dim,
+    )
+
+
+def pass_record(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> PassRecord:
+    """Return the record of a pass that has not been measured."""
+    cls = type(planned.graph_pass)
+    misses = [f for f in found if isinstance(f, NoMatch)]
+    reasons = Counter(f.reason for f in misses if not f.done)
+    return PassRecord(
+        name=planned.name,
+        options=dict(planned.step.options),
+        about=first_sentence(cls.__doc__),
+        source=cls.source,
+        exactness=cls.numerics.exactness.value,
+        matched=sum(isinstance(f, Match) for f in found),
+        done_before=sum(f.done for f in misses),
+        skipped=tuple(reasons.items()),
+    )
+
+
+def first_sentence(docstring: str | None) -> str:
+    """Return the first paragraph of a docstring in one line."""
+    return " ".join((docstring or "").strip().split("\n\n")[0].split())
+
+
+def measured(difference: Difference) -> Measured:
+    """Return the record of a difference of logits."""
+    return Measured(difference.max_abs, difference.relative, difference.kl, difference.top1)
+
+
+def cache_measured(checks: Sequence[StateCheck]) -> CacheMeasured:
+    """Return the record of schedules that have passed."""
+    return CacheMeasured(
+        schedules=tuple(check.schedule for check in checks),
+        input_error=max(check.input_error for check in checks),
+        state_error=max(check.state_error for check in checks),
+        read_error=max(check.read_error for check in checks),
+    )
+
+
+def plan_summary(plan: CachePlan) -> PlanSummary:
+    """Return what `plan` costs, beside a 16-bit cache of the same geometry."""
+    before = plan.baseline_bytes_per_token
+    read = sum(s.values_per_token for s in plan.sites) * BASELINE_BITS / 8 * EXAMPLE_TOKENS
+    lengths = [EXAMPLE_TOKENS] * EXAMPLE_BATCH
+    return PlanSummary(
+        layout=str(plan.layout),
+        kv_bytes_per_token_before=before,
+        kv_bytes_per_token=plan.bytes_per_token,
+        bits_per_value=plan.bits_per_value,
+        batch_size=EXAMPLE_BATCH,
+        cached_tokens=EXAMPLE_TOKENS,
+        total_bytes_before=round(before * EXAMPLE_TOKENS * EXAMPLE_BATCH),
+        total_bytes=plan.bytes_at(lengths, EXAMPLE_TOKENS),
+        read_bytes_before=read,
+        read_bytes=plan.read_bytes_per_step(1, EXAMPLE_TOKENS),
+        extra_flops_per_token=plan.extra_flops_per_token(),
+    )
+
+
+def layer_records(plan: CachePlan, errors: Sequence[LayerError]) -> tuple[LayerRecord, ...]:
+    """Return one record a layer that owns a cache; `errors` may be empty."""
+    by_layer = {error.layer: error for error in errors}
+    records = []
+    for site in plan.owners:
+        error = by_layer.get(site.layer)
+        heads = site.num_kv_heads
+        records.append(
+            LayerRecord(
+                layer=site.layer,
+                key_codec=describe_stream(site.key),
+                value_codec=describe_stream(site.value),
+                key_bytes=heads * site.key.body_bytes_per_token(),
+                value_bytes=heads * site.value.body_bytes_per_token(),
+                baseline_bytes=site.values_per_token * BASELINE_BITS / 8,
+                key_error=error.key if error else None,
+                value_error=error.value if error else None,
+            )
+        )
+    return tuple(records)
+
+
+def describe_stream(stream: StreamPlan) -> str:
+    """Return the codec, basis and regions of a stream in words: `int4 per token, hadamard(64)`."""
+    words = [describe_codec(stream.codec)]
+    if stream.basis.kind != "identity":
+        words.append(str(stream.basis))
+    if stream.regions.sink:
+        words.append(f"first {stream.regions.sink} exact")
+    if stream.regions.recent:
+        words.append(f"last {stream.regions.recent} exact")
+    return ", ".join(words)
+
+
+def describe_codec(codec: Mapping[str, Any]) -> str:
+    """Return a codec in words."""
+    name = codec["codec"]
+    if name == "none":
+        return str(codec.get("dtype", "as is"))
+    bits, axis, group = codec.get("bits", ""), codec.get("axis"), codec.get("group")
+    words = f"{name}{bits}"
+    if axis:
+        words += f" per {axis}"
+    return f"{words}, groups of {group}" if group else words

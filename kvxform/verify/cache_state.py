@@ -1,0 +1,270 @@
+"""The cache-state checker: runs a schedule and compares everything that a session shows.
+
+Most bugs of caches leave the next logits nearly right and the state wrong. So the checker looks at
+five things, each against what it must be:
+
+1. K and V handed to the cache, against the source model. With a lossy cache only the first layer
+   can be compared tightly: later layers see its error.
+2. What attention returns, against the equations applied to the K and V of the same run.
+3. The logical cache (un-paged, decoded, un-rotated), against the same equations.
+4. Lengths, against the schedule, and bytes, against the arithmetic of the plan.
+5. Logits, against the source, or for a lossy cache against the same program in one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.base import dtype_from_name, make_codec
+from kvxform.codecs.exact import ExactCodec
+from kvxform.errors import VerifyError
+from kvxform.ir.cache import watch_caches
+from kvxform.ir.plan import CachePlan, StreamPlan
+from kvxform.verify.probe import Difference, Probe, SourceRun, difference
+from kvxform.verify.protocols import ModelLike, SessionLike
+from kvxform.verify.schedules import Action, Decode, Free, Prefill, Schedule
+from kvxform.verify.shadow import Shadow
+from kvxform.verify.tolerances import Tolerance
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative root mean square error of the cache of one layer against that of the source."""
+
+    layer: int
+    key: float
+    value: float
+
+
+@dataclass
+class StateCheck:
+    """What one schedule showed.
+
+    Attributes:
+        schedule: Its name.
+        is_lossy: Whether the plan rounds K or V to less than the dtype of the model.
+        input_error: Largest error of K and V handed in, and where it was; likewise below.
+        read_error: Of attention outputs.
+        state_error: Of the logical cache.
+        complaints: Lengths or bytes that are wrong, as sentences.
+        logits: By sequence and position, the logits `[vocab]` that came out.
+        layers: Error of each layer at the end against the cache of the source.
+    """
+
+    schedule: str
+    is_lossy: bool
+    input_error: float = 0.0
+    input_at: str = ""
+    read_error: float = 0.0
+    read_at: str = ""
+    state_error: float = 0.0
+    state_at: str = ""
+    complaints: list[str] = field(default_factory=list)
+    logits: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    layers: tuple[LayerError, ...] = ()
+
+    def compare(self, reference: Tensor) -> Difference:
+        """Compare the logits with those of all sequences and positions, `[sequences, S, vocab]`."""
+        expected = torch.stack([reference[place] for place in self.logits])
+        return difference(expected, torch.stack(list(self.logits.values())))
+
+    def require(self, tolerance: Tolerance, where: str) -> None:
+        """Raise VerifyError KVX502 if the state was not what it must be."""
+        if self.complaints:
+            raise VerifyError("KVX502", self.complaints[0], where=where, at=self.schedule)
+        for what, error, bound, at in (
+            ("K and V handed to the cache", self.input_error, tolerance.inputs, self.input_at),
+            ("the logical cache", self.state_error, tolerance.state, self.state_at),
+            ("attention over the cache", self.read_error, tolerance.reads, self.read_at),
+        ):
+            if not error <= bound:
+                raise VerifyError(
+                    "KVX502",
+                    f"{what} must agree with the reference to {bound:.0e}",
+                    where=where,
+                    got=f"{error:.2e}",
+                    at=f"{self.schedule}, {at}",
+                )
+
+
+def is_lossy(plan: CachePlan, dtype: torch.dtype) -> bool:
+    """Whether `plan` stores K or V of a model of `dtype` with less precision."""
+    return any(_loses(st, dtype) for site in plan.owners for st in site.streams.values())
+
+
+def _loses(stream: StreamPlan, dtype: torch.dtype) -> bool:
+    codec = make_codec(stream.codec)
+    stored = [dtype_from_name(codec.dtype)] if isinstance(codec, ExactCodec) else []
+    if stream.regions.sink or stream.recent_capacity:
+        stored.append(dtype_from_name(stream.regions.dtype))
+    narrow = any(torch.promote_types(d, dtype) != d for d in stored)
+    return narrow or not isinstance(codec, ExactCodec)
+
+
+def check_schedule(
+    model: ModelLike, schedule: Schedule, sequences: Probe, source: SourceRun, dtype: torch.dtype
+) -> StateCheck:
+    """Run `schedule` on a new session of `model` and compare its state after every action.
+
+    Args:
+        model: The cached model.
+        schedule: What to do; its sequences are rows of `sequences`.
+        sequences: Token ids.
+        source: The source model on `sequences`.
+        dtype: Compute dtype of the model.
+    """
+    run = _ScheduleRun(model, schedule, sequences, source, dtype)
+    with torch.inference_mode(), watch_caches(run.shadow.watch):
+        for action in schedule.actions:
+            run.act(action)
+            run.compare()
+    run.check.read_error, run.check.read_at = run.shadow.read_error, run.shadow.read_at
+    run.check.layers = run.layer_errors()
+    return run.check
+
+
+class _ScheduleRun:
+    """A session, its shadow, and which tokens every row has seen."""
+
+    def __init__(
+        self,
+        model: ModelLike,
+        schedule: Schedule,
+        sequences: Probe,
+        source: SourceRun,
+        dtype: torch.dtype,
+    ) -> None:
+        plan = model.plan
+        assert plan is not None, "the model has a cache"
+        self.plan, self.sequences, self.source = plan, sequences, source
+        self.max_seq_len = sequences.input_ids.shape[1]
+        self.session: SessionLike = model.new_session(
+            max_batch_size=len(sequences.lengths), max_seq_len=self.max_seq_len
+        )
+        self.shadow = Shadow(plan)
+        self.check = StateCheck(schedule.name, is_lossy(plan, dtype))
+        self.rows: dict[int, tuple[int, int]] = {}  # row -> (sequence, tokens seen)
+
+    def act(self, action: Action) -> None:
+        if isinstance(action, Prefill):
+            self._prefill(action)
+        elif isinstance(action, Decode):
+            for _ in range(action.steps):
+                self._decode()
+        elif isinstance(action, Free):
+            self.session.free(action.rows)
+            for row in action.rows:
+                self.shadow.forget(row)
+                del self.rows[row]
+
+    def _prefill(self, action: Prefill) -> None:
+        for row, sequence in (action.sequences or {}).items():
+            self.rows[row] = (sequence, 0)
+        rows, counts = list(action.tokens), list(action.tokens.values())
+        width = max(counts)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for entry, (row, count) in enumerate(action.tokens.items()):
+            sequence, seen = self.rows[row]
+            first = width - count if action.padding == "left" else 0
+            tokens = self.sequences.input_ids[sequence, seen : seen + count]
+            ids[entry, first : first + count] = tokens
+            mask[entry, first : first + count] = 1
+        chunk = action.chunk_size or width
+        for start in range(0, width, chunk):
+            fed = [
+                (r, min(n - start, chunk)) for r, n in zip(rows, counts, strict=True) if n > start
+            ]
+            self.shadow.expect(fed)
+        logits = self.session.prefill(
+            ids, mask, rows=rows, chunk_size=action.chunk_size, all_logits=action.all_logits
+        )
+        for entry, (row, count) in enumerate(action.tokens.items()):
+            sequence, seen = self.rows[row]
+            self.rows[row] = (sequence, seen + count)
+            if action.all_logits:
+                first = width - count if action.padding == "left" else 0
+                for i in range(count):
+                    self.check.logits[sequence, seen + i] = logits[entry, first + i]
+            else:
+                self.check.logits[sequence, seen + count - 1] = logits[entry]
+
+    def _decode(self) -> None:
+        rows = sorted(self.rows)
+        tokens = [int(self.sequences.input_ids[self.rows[row]]) for row in rows]
+        self.shadow.expect([(row, 1) for row in rows])
+        logits = self.session.decode(torch.tensor(tokens))
+        for entry, row in enumerate(rows):
+            sequence, seen = self.rows[row]
+            self.check.logits[sequence, seen] = logits[entry]
+            self.rows[row] = (sequence, seen + 1)
+
+    def compare(self) -> None:
+        lengths = [self.rows[row][1] for row in sorted(self.rows)]
+        got = list(self.session.sequence_lengths())
+        if got != lengths:
+            self.check.complaints.append(f"sequence lengths must be {lengths}, not {got}")
+            return
+        expected, held = self.plan.bytes_at(lengths, self.max_seq_len), self.session.cache_bytes()
+        if expected != held:
+            self.check.complaints.append(f"the cache must hold {expected} bytes, not {held}")
+        for index, site in enumerate(self.plan.owners):
+            logical = self.session.logical_cache(site.layer)
+            for entry, row in enumerate(sorted(self.rows)):
+                at = f"layer {site.layer}, row {row}"
+                pair = (logical.k[entry], logical.v[entry])
+                self._compare_state(pair, self.shadow.held(site.layer, row), at)
+                if index == 0 or not self.check.is_lossy:
+                    self._compare_inputs(site.layer, row, at)
+
+    def _compare_state(
+        self, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], at: str
+    ) -> None:
+        for name, a, b in zip("KV", got, expected, strict=True):
+            error = _relative_error(a, b)
+            if not error <= self.check.state_error:
+                self.check.state_error, self.check.state_at = error, f"{name} of {at}"
+
+    def _compare_inputs(self, layer: int, row: int, at: str) -> None:
+        site = self.plan.site(layer)
+        streams, references = (site.key, site.value), self._source_cache(layer, row)
+        stored = self.shadow.stored(layer, row)
+        for name, stream, x, reference in zip("KV", streams, stored, references, strict=True):
+            error = _relative_error(stream.basis.unrotate(x), reference)
+            if not error <= self.check.input_error:
+                self.check.input_error, self.check.input_at = error, f"{name} of {at}"
+
+    def _source_cache(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        sequence, seen = self.rows[row]
+        keys, values = self.source.keys[layer], self.source.values[layer]
+        return keys[sequence, :, :seen], values[sequence, :, :seen]
+
+    def layer_errors(self) -> tuple[LayerError, ...]:
+        errors = []
+        for site in self.plan.owners:
+            logical = self.session.logical_cache(site.layer)
+            pairs = [self._source_cache(site.layer, row) for row in sorted(self.rows)]
+            key = _rms_error(logical.k, [k for k, _ in pairs])
+            value = _rms_error(logical.v, [v for _, v in pairs])
+            errors.append(LayerError(site.layer, key, value))
+        return tuple(errors)
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference as a share of the largest expected value; infinite if shapes differ."""
+    if got.shape != expected.shape:
+        return float("inf")
+    worst = (got.double() - expected.double()).abs().max()
+    return float(worst / expected.double().abs().max().clamp_min(1e-30))
+
+
+def _rms_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    pairs = list(zip(got, expected, strict=True))
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    return float(
+        (error / max(sum(float(b.double().square().sum()) for _, b in pairs), 1e-30)) ** 0.5
+    )

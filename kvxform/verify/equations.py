@@ -1,0 +1,110 @@
+"""What a cache must hold and what a query must see, written as equations over whole sequences.
+
+Nothing here knows pages, buffers or steps. Stored keys are K R (R is the basis). With s the sink,
+b(n) = `body_tokens(n)` and E, D the encoder and decoder of the codec, token j of a sequence is
+seen from position t
+
+- as D(E(K R))[j]  if s <= j < s + b(t + 1): it has been encoded by then;
+- as K R [j], rounded to the dtype of the exact regions, otherwise.
+
+Groups start at the end of the sink, so E may be applied to all tokens at once: the codes of a group
+do not depend on later tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.base import dtype_from_name, make_codec
+from kvxform.ir.ops import visible
+from kvxform.ir.plan import StreamPlan
+
+
+@dataclass(frozen=True)
+class TwoCopies:
+    """Every token of one stream of one sequence, in both forms that a query may see.
+
+    Attributes:
+        exact: Rounded to the dtype of the exact regions, `[Hk, T, D]`, in the stored basis.
+        encoded: Decoded from codes, `[Hk, T, D]`; tokens of an open group are as in `exact`.
+        is_encoded: Whether token j is seen encoded from position t, bool `[T, T]` (t, j).
+    """
+
+    exact: Tensor
+    encoded: Tensor
+    is_encoded: Tensor
+
+    def held(self) -> Tensor:
+        """Return what the cache holds after the last token, `[Hk, T, D]`."""
+        return torch.where(self.is_encoded[-1, :, None], self.encoded, self.exact)
+
+
+def two_copies(stream: StreamPlan, stored: Tensor) -> TwoCopies:
+    """Apply the equations to K R or V R of one sequence, `[Hk, T, D]`, T at least 1."""
+    tokens, sink = stored.shape[1], stream.regions.sink
+    exact = stored
+    if sink or stream.recent_capacity:
+        exact = stored.to(dtype_from_name(stream.regions.dtype)).to(stored.dtype)
+    # Tokens that wait in a buffer are encoded from there, so their rounding comes first.
+    source = exact if stream.recent_capacity else stored
+    encoded = exact.clone()
+    groups = max(0, tokens - sink) // stream.tokens_per_group
+    if groups:
+        body = slice(sink, sink + groups * stream.tokens_per_group)
+        codec = make_codec(stream.codec)
+        encoded[:, body] = codec.decode(codec.encode(source[:, body]), stored.dtype)
+    bodies = torch.tensor([stream.body_tokens(t + 1) for t in range(tokens)])
+    index = torch.arange(tokens)
+    is_encoded = (index >= sink) & (index < sink + bodies[:, None])
+    return TwoCopies(exact, encoded, is_encoded.to(stored.device))
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Options of one attention; see `kvx::cached_attention`."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+
+def attend(
+    q: Tensor, positions: Tensor, key: TwoCopies, value: TwoCopies, options: ReadOptions
+) -> Tensor:
+    """Attend from some positions of one sequence to all its tokens; computed in float64.
+
+    Args:
+        q: Queries in the basis of the keys, `[H, S, D]`.
+        positions: Positions of the queries, int64 `[S]`.
+        key: K of the sequence.
+        value: V of the sequence.
+        options: Scale, window, softcap and sink logits `[H]`.
+
+    Returns:
+        `[H, S, Dv]`, in the basis of the values, float64.
+    """
+    groups = q.shape[0] // key.exact.shape[0]
+    k_exact, k_encoded, v_exact, v_encoded = (
+        x.double().repeat_interleave(groups, 0)  # [Hk, T, D] -> [H, T, D]
+        for x in (key.exact, key.encoded, value.exact, value.encoded)
+    )
+    wide, use_codes = q.double(), key.is_encoded[positions]  # [S, T]
+    scores = options.scale * torch.where(
+        use_codes, wide @ k_encoded.transpose(-1, -2), wide @ k_exact.transpose(-1, -2)
+    )
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    tokens = torch.arange(scores.shape[-1], device=q.device)
+    mask = visible(positions[None], tokens[None], True, options.window)[0]
+    scores = scores.masked_fill(~mask, -math.inf)
+    if options.sink_logits is not None:
+        column = options.sink_logits.double()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)[..., : mask.shape[-1]]
+    use_codes = value.is_encoded[positions]
+    return (weights * use_codes) @ v_encoded + (weights * ~use_codes) @ v_exact

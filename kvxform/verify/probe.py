@@ -1,0 +1,122 @@
+"""Probe inputs, the source model run on them, and the difference of two sets of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import kvxform.ir.ops as kvx
+from kvxform.ir.program import Program, default_positions
+
+PROBE_SEED = 2026
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids of one batch; row i counts up to `lengths[i]`, the rest is padding on the right.
+
+    Attributes:
+        input_ids: int64 `[B, S]`.
+        lengths: True lengths of the rows.
+    """
+
+    input_ids: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def real(self) -> Tensor:
+        """Which positions count, bool `[B, S]`."""
+        steps = torch.arange(self.input_ids.shape[1])
+        return steps < torch.tensor(self.lengths)[:, None]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far logits lie from reference logits, over the positions that count.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        scale: Largest absolute reference logit.
+        kl: Mean KL(reference || measured) per position, in nats.
+        top1: Share of positions with the same greedy token.
+    """
+
+    max_abs: float
+    scale: float
+    kl: float
+    top1: float
+
+    @property
+    def relative(self) -> float:
+        """Largest absolute difference as a share of the largest logit."""
+        return self.max_abs / max(self.scale, 1e-30)
+
+
+@dataclass(frozen=True)
+class SourceRun:
+    """What the source computes on one probe.
+
+    Attributes:
+        logits: `[B, S, vocab]`.
+        keys: K at the attention of each layer, `[B, Hk, S, D]`, after RoPE.
+        values: V at the attention of each layer, `[B, Hk, S, D]`.
+    """
+
+    logits: Tensor
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+
+
+def make_probe(vocab_size: int, lengths: Sequence[int]) -> Probe:
+    """Return rows of seeded random token ids; the same for the same arguments."""
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    ids = torch.randint(0, vocab_size, (len(lengths), max(lengths)), generator=generator)
+    return Probe(ids, tuple(lengths))
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps K and V of every attention."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is kvx.ATTENTION:
+            self.keys[kwargs["layer"]] = args[1].clone()
+            self.values[kwargs["layer"]] = args[2].clone()
+        return super().call_function(target, args, kwargs)
+
+
+@torch.inference_mode()
+def run_source(program: Program, probe: Probe) -> SourceRun:
+    """Run a program without a cache on `probe`, and keep its logits, K and V."""
+    recorder = _Recorder(program.to_module())
+    device = next(iter(program.weights.values())).device
+    ids = probe.input_ids.to(device)
+    logits = recorder.run(ids, default_positions(ids))
+    return SourceRun(logits, recorder.keys, recorder.values)
+
+
+def compare_logits(reference: Tensor, measured: Tensor, probe: Probe) -> Difference:
+    """Compare logits `[B, S, vocab]` at the positions that count."""
+    real = probe.real.to(reference.device)
+    return difference(reference[real], measured[real])  # [positions, vocab]
+
+
+def difference(reference: Tensor, measured: Tensor) -> Difference:
+    """Compare logits `[positions, vocab]`; computed in float64."""
+    expected, got = reference.double(), measured.double()
+    log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return Difference(
+        max_abs=float((expected - got).abs().max()),
+        scale=float(expected.abs().max()),
+        kl=max(0.0, float(kl)),
+        top1=float((expected.argmax(-1) == got.argmax(-1)).double().mean()),
+    )

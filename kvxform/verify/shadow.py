@@ -1,0 +1,137 @@
+"""Shadow: stands between the cached ops and a cache, and checks what comes out by the equations.
+
+The shadow keeps K and V as they were handed in. What attention returns, and later what the cache
+holds, must follow from them by `verify.equations`, to rounding. Errors of codes therefore cannot
+hide errors of state: both sides have the same codes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvxform.ir.cache import CacheState
+from kvxform.ir.plan import CachePlan
+from kvxform.verify.equations import ReadOptions, TwoCopies, attend, two_copies
+
+StepTokens = Sequence[tuple[int, int]]  # (row, new tokens) of each batch entry of a forward pass
+
+
+@dataclass
+class Shadow:
+    """The second copy of a session's cache.
+
+    Attributes:
+        plan: The plan that the equations follow.
+        read_error: Largest error of an attention output so far, as a share of its largest value.
+        read_at: Where that was.
+    """
+
+    plan: CachePlan
+    read_error: float = 0.0
+    read_at: str = ""
+    _steps: list[StepTokens] = field(default_factory=list)
+    _done: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _copies: dict[tuple[int, int], tuple[TwoCopies, TwoCopies]] = field(default_factory=dict)
+
+    def expect(self, step: StepTokens) -> None:
+        """Announce the next forward pass."""
+        self._steps.append(step)
+
+    def forget(self, row: int) -> None:
+        """Drop a row that has been freed."""
+        for store in (self._keys, self._values, self._copies):
+            for key in [key for key in store if key[1] == row]:
+                del store[key]
+
+    def watch(self, state: CacheState) -> CacheState:
+        """Return a cache that is `state`, watched."""
+        return _Watched(self, state)
+
+    def stored(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """Return K and V of a row as handed in, `[Hk, T, D]`, in the stored basis."""
+        owner = self.plan.site(layer).owner
+        return self._keys[owner, row], self._values[owner, row]
+
+    def held(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """Return what the logical cache must be: `[Hk, T, D]`, decoded and un-rotated."""
+        site = self.plan.site(layer)
+        key, value = self._two_copies(layer, row)
+        return site.key.basis.unrotate(key.held()), site.value.basis.unrotate(value.held())
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Record new tokens `[B, Hk, S, D]`, cut to the counts that were announced."""
+        step = self._steps[self._done[layer]]
+        self._done[layer] += 1
+        for entry, (row, count) in enumerate(step):
+            for store, new in ((self._keys, k), (self._values, v)):
+                part = new[entry, :, :count].clone()
+                old = store.get((layer, row))
+                store[layer, row] = part if old is None else torch.cat([old, part], 1)
+            self._copies.pop((layer, row), None)
+
+    def check_read(self, layer: int, q: Tensor, out: Tensor, options: ReadOptions) -> None:
+        """Compare attention outputs `[B, H, S, Dv]` with the equations."""
+        owner = self.plan.site(layer).owner
+        for entry, (row, count) in enumerate(self._steps[self._done[owner] - 1]):
+            length = self._keys[owner, row].shape[1]
+            positions = torch.arange(length - count, length, device=q.device)
+            key, value = self._two_copies(layer, row)
+            expected = attend(q[entry, :, :count], positions, key, value, options)
+            worst = float((out[entry, :, :count].double() - expected).abs().max())
+            error = worst / max(float(expected.abs().max()), 1e-30)
+            if error > self.read_error or error != error:
+                self.read_error, self.read_at = error, f"layer {layer}, row {row}"
+
+    def _two_copies(self, layer: int, row: int) -> tuple[TwoCopies, TwoCopies]:
+        site = self.plan.site(layer)
+        where = (site.owner, row)
+        if where not in self._copies:
+            self._copies[where] = (
+                two_copies(site.key, self._keys[where]),
+                two_copies(site.value, self._values[where]),
+            )
+        return self._copies[where]
+
+
+class _Watched:
+    """A CacheState that lets a shadow see what goes in and what comes out."""
+
+    def __init__(self, shadow: Shadow, state: CacheState) -> None:
+        self._shadow, self._state = shadow, state
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._shadow.append(layer, k, v)
+        self._state.append(layer, k, v)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        out = self._state.attend(
+            layer,
+            q,
+            positions,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            sink_logits=sink_logits,
+        )
+        options = ReadOptions(scale, window, softcap, sink_logits)
+        self._shadow.check_read(layer, q, out, options)
+        return out
