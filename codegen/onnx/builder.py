@@ -6,6 +6,7 @@ that equal programs give equal files and a change in one layer leaves other name
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -79,10 +80,9 @@ class Builder:
             ir.Value(name=f"{name}_output_{i}" if dtype else "", type=_tensor_type(dtype))
             for i, dtype in enumerate(dtypes)
         ]
-        node = ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=name)
-        if self._origin:
-            node.metadata_props["origin"] = self._origin
-        self.nodes.append(node)
+        self._append(
+            ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=name)
+        )
         return tuple(outputs)
 
     def op(
@@ -127,11 +127,38 @@ class Builder:
             self._add(name, tensor)
         return self.initializers[name]
 
+    def constant(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return a foreign constant, named after its content."""
+        digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:12]
+        sizes = "x".join(str(n) for n in tensor.shape)
+        name = f"const/{tensor.dtype.short_name()}/{sizes}/{digest}"
+        if name not in self.initializers:
+            self._add(name, ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name))
+        return self.initializers[name]
+
+    def copy(
+        self, node: ir.Node, inputs: Sequence[ir.Value | None], role: str
+    ) -> tuple[ir.Value, ...]:
+        """Add a node like `node` of another graph, on other inputs."""
+        assert not any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values())
+        name = self.unique(f"{self._scope}/{role}")
+        outputs = [
+            ir.Value(name=f"{name}_output_{i}", type=x.type) for i, x in enumerate(node.outputs)
+        ]
+        attributes = list(node.attributes.values())
+        self._append(ir.Node("", node.op_type, inputs, attributes, outputs=outputs, name=name))
+        return tuple(outputs)
+
     def unique(self, name: str) -> str:
         """Return `name`, numbered if it was given out before."""
         self._names[name] += 1
         count = self._names[name]
         return name if count == 1 else f"{name}_{count}"
+
+    def _append(self, node: ir.Node) -> None:
+        if self._origin:
+            node.metadata_props["origin"] = self._origin
+        self.nodes.append(node)
 
     def _add(self, name: str, tensor: ir.TensorProtocol) -> None:
         self.initializers[name] = ir.Value(

@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from typing import NoReturn
 
+import torch
+
+from kvxform.codecs.base import CODECS
 from kvxform.codegen.onnx import aten_math, aten_nn, aten_shape, attend, dialect
 from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
 from kvxform.codegen.onnx.emission import EMITTERS
-from kvxform.codecs.base import CODECS
+from kvxform.codegen.onnx.fallback import Fallback
+from kvxform.codegen.onnx.ports import has_tail
 from kvxform.errors import CodegenError
-from kvxform.ir.plan import SitePlan
+from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
 from kvxform.ir.program import Program
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
-MINIMUM_RUNTIME = "1.23"
+MINIMUM_RUNTIME = "1.24"  # onnxruntime
 
-EMITTER_MODULES = (aten_math, aten_nn, aten_shape, attend, dialect)
-DTYPES = (torch.float32, torch.float16)  # Attention of ONNX Runtime on CPU has no other
-
-
-def check_program(program: Program) -> None:
-    pass
+EMITTER_MODULES = (aten_math, aten_nn, aten_shape, attend, dialect)  # they fill EMITTERS
+DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
+PAYLOADS = ("kv",)
+KEY_ROPE = ("post", "none")
 
 
-def metadata(program: Program) -> dict[str, str]:
-    return {}
+def check_program(program: Program) -> Fallback:
+    """Refuse what this lowering cannot express.
+
+    Returns:
+        Translations of the operations that have no emitter, ready for the emission.
+
+    Raises:
+        CodegenError: KVX401 with the operation or the layer, and what is supported.
+    """
+    if program.plan is None or not program.is_cached:
+        _refuse("an ONNX package needs a program with a cache", "none", "", "add insert-cache")
+    if program.dtype not in DTYPES:
+        supported = " or ".join(DTYPES.values())
+        _refuse(f"the compute dtype must be {supported}", program.info.dtype, "", "convert first")
+    for site in program.plan.sites:
+        _check_site(site)
+    fallback = Fallback(OPSET)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target not in EMITTERS:
+            fallback.prepare(node)
+    return fallback
+
+
+def takes_padding(plan: CachePlan) -> bool:
+    """Whether rows of a batch may have different lengths, padded on the left.
+
+    Planes have one length for all rows, so sinks and groups of tokens would hold padding.
+    """
+    return all(_takes_padding(st) for site in plan.owners for st in site.streams.values())
+
+
+def _takes_padding(stream: StreamPlan) -> bool:
+    return stream.regions.sink == 0 and stream.keep_and_chunk[1] == 1
+
+
+def _check_site(site: SitePlan) -> None:
+    at = f"layer {site.layer}"
+    if site.payload not in PAYLOADS:
+        _refuse("payload must be 'kv'", site.payload, at, "cache K and V")
+    if site.key.rope not in KEY_ROPE:
+        _refuse("keys must be cached after RoPE", site.key.rope, at, "cache keys after RoPE")
+    for stream in site.streams.values():
+        codec = str(stream.codec["codec"])
+        if CODECS.get(codec) not in CODEC_EMITTERS:
+            known = ", ".join(sorted(c.name for c in CODEC_EMITTERS))
+            _refuse(f"the codec must be one of {known}", codec, at, "use codec int")
+        group, chunk = stream.tokens_per_group, stream.keep_and_chunk[1]
+        if has_tail(stream) and chunk % group:
+            rule = f"a block flush must be a multiple of the codec's group of {group} tokens"
+            _refuse(rule, chunk, at, f"use recent: {-(-chunk // group) * group}")
+
+
+def _refuse(rule: str, got: object, at: str, hint: str) -> NoReturn:
+    raise CodegenError("KVX401", rule, where="onnx", got=got, at=at, hint=hint)

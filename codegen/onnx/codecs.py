@@ -96,7 +96,11 @@ class IntEmitter:
 
     @property
     def _reduced(self) -> int:
-        return -1 if self.codec.axis == "token" else -2
+        """The axis of one group; never counted from the end.
+
+        ONNX Runtime up to 1.31 does not reduce an empty tensor along an axis given as negative.
+        """
+        return 4 if self.codec.axis == "token" and not self._is_one_group else 3
 
     def _split(self, b: Builder, x: ir.Value) -> ir.Value:
         """Return `[B, Hk, T, D / g, g]` or `[B, Hk, T / g, g, D]`; see `_is_one_group`."""

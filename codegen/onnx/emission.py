@@ -85,7 +85,7 @@ class Emission:
     def shared(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value for `key`; it is made once, outside of any layer."""
         if key not in self.memo:
-            with self.builder.scope(f"shared.{str(key[0]).replace(" ", "_")}"):
+            with self.builder.scope("shared." + str(key[0]).replace(" ", "_")):
                 self.memo[key] = make()
         return self.memo[key]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import fx
 
 from kvxform.atomic import atomic_folder
 from kvxform.codegen.onnx.builder import INT64, Builder
-from kvxform.codegen.onnx.capability import IR_VERSION, OPSET, check_program, metadata
+from kvxform.codegen.onnx.capability import IR_VERSION, OPSET, check_program
 from kvxform.codegen.onnx.emission import EMITTERS, Emission, Emitted, Inputs
-from kvxform.codegen.onnx.package import write_package
+from kvxform.codegen.onnx.fallback import Fallback
+from kvxform.codegen.onnx.package import model_name, write_package
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.program import Program
@@ -48,19 +48,23 @@ def export_onnx(
             written then.
     """
     say = progress or (lambda _: None)
-    check_program(program)
+    fallback = check_program(program)
     say("emit graph")
-    model = emit_model(program)
+    model = emit_model(program, fallback)
     say("write package")
     with atomic_folder(folder) as temporary:
-        write_package(
-            model, program, temporary, tokenizer_path=tokenizer_path, recipe=recipe
-        )
+        source = tokenizer_path or program.info.tokenizer_path
+        write_package(model, program, temporary, source, recipe, report)
     return Path(folder)
 
 
-def emit_model(program: Program) -> ir.Model:
-    """Return the ONNX model of a checked program; it shares the weight tensors."""
+def emit_model(program: Program, fallback: Fallback) -> ir.Model:
+    """Return the ONNX model of a checked program; it shares the weight tensors.
+
+    Args:
+        program: What to emit.
+        fallback: What `check_program` returned: translations of operations without an emitter.
+    """
     assert program.plan is not None, "checked"
     inputs = Inputs(
         _input("input_ids", "sequence_length"),
@@ -69,7 +73,7 @@ def emit_model(program: Program) -> ir.Model:
     )
     ports = CachePorts(program.plan)
     e = Emission(program, Builder(), inputs, WeightStore.of(program), ports)
-    logits = _emit_nodes(e)
+    logits = _emit_nodes(e, fallback)
     logits.name = "logits"
     logits.shape = ir.Shape(["batch_size", "sequence_length", program.info.vocab_size])
     graph = ir.Graph(
@@ -78,14 +82,9 @@ def emit_model(program: Program) -> ir.Model:
         nodes=e.builder.nodes,
         initializers=list(e.builder.initializers.values()),
         opset_imports={"": OPSET},
-        name=program.info.name,
+        name=model_name(program),
     )
-    return ir.Model(
-        graph,
-        ir_version=IR_VERSION,
-        producer_name="kvxform",
-        metadata_props=metadata(program),
-    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="kvxform")
 
 
 def _input(name: str, length: str) -> ir.Value:
@@ -93,7 +92,7 @@ def _input(name: str, length: str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(INT64), shape=shape)
 
 
-def _emit_nodes(e: Emission) -> ir.Value:
+def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
     """Emit every node of the graph in order; return the logits."""
     values: dict[fx.Node, Emitted] = {
         e.program.placeholder("input_ids"): e.inputs.input_ids,
@@ -104,15 +103,24 @@ def _emit_nodes(e: Emission) -> ir.Value:
         if node.op == "get_attr":
             values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             with e.builder.scope(node.meta["module"], _origin(node)):
-                values[node] = EMITTERS[node.target](e, node, *args, **kwargs)
+                values[node] = _emit_call(e, node, values, fallback)
         elif node.op == "output":
             logits = fx.node.map_arg(node.args[0], values.__getitem__)
             found = logits[0] if isinstance(logits, tuple | list) else logits
             assert isinstance(found, ir.Value), "a program has one output, the logits"
             return e.builder.op("Identity", found, role="logits")
     raise AssertionError("a graph has an output")
+
+
+def _emit_call(
+    e: Emission, node: fx.Node, values: Mapping[fx.Node, Emitted], fallback: Fallback
+) -> Emitted:
+    emitter = EMITTERS.get(node.target)  # type: ignore[arg-type]
+    if emitter is None:
+        return fallback.emit(e, node, [values[source] for source in node.all_input_nodes])
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return emitter(e, node, *args, **kwargs)
 
 
 def _origin(node: fx.Node) -> str:

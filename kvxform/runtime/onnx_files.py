@@ -1,0 +1,87 @@
+"""Checks of an ONNX package on disk, before the runtime sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from kvxform.atomic import safe_join
+from kvxform.errors import ArtifactError
+
+MODEL, DESCRIPTION = "model.onnx", "kvxform.json"
+PACKAGE_VERSION = 1
+REMAKE = "copy the folder again or make it again"
+
+
+def check_package(folder: Path) -> dict[str, Any]:
+    """Check that a package is whole and return its description.
+
+    Raises:
+        ArtifactError: KVX601 for missing, KVX602 for damaged files, KVX603 for a reference that
+            leaves the folder, KVX604 for another version.
+    """
+    description = _read_description(folder)
+    path = _existing(folder, MODEL)
+    try:
+        model = ir.load(path)
+        tensors = list(_external_tensors(model))
+    except Exception as error:  # protobuf and onnx_ir have errors of many kinds
+        raise _damaged(MODEL, "the file cannot be read") from error
+    for tensor in tensors:
+        location = str(tensor.location)
+        size = _existing(folder, location).stat().st_size
+        needed = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if size < needed:
+            raise _damaged(location, f"{size} bytes where {needed} are needed")
+    return description
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Yield every reference to another file, of initialisers and of constants in nodes."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(_existing(folder, DESCRIPTION).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(DESCRIPTION, "no JSON") from error
+    if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+        raise _damaged(DESCRIPTION, "no version")
+    if data["version"] != PACKAGE_VERSION:
+        raise ArtifactError(
+            "KVX604",
+            f"the version of a package must be {PACKAGE_VERSION}",
+            where=DESCRIPTION,
+            got=data["version"],
+            hint="export the model again",
+        )
+    if not {"model", "onnx", "plan"} <= data.keys():
+        raise _damaged(DESCRIPTION, "parts are missing")
+    return data
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = safe_join(folder, name)
+    if not path.is_file():
+        raise ArtifactError(
+            "KVX601", f"an ONNX package must have {name}", got=str(folder), hint=REMAKE
+        )
+    return path
+
+
+def _damaged(name: str, got: str) -> ArtifactError:
+    return ArtifactError(
+        "KVX602", "a file of an ONNX package must be whole", where=name, got=got, hint=REMAKE
+    )
