@@ -7,6 +7,7 @@ that was live at its time; K and V may differ in that.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 import kvxform.ir.ops as kvx
+from kvxform.codecs.base import AffineCodes
+from kvxform.codecs.folded import folded_scores, folded_values
 from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import StreamRead
 
@@ -34,11 +37,16 @@ def attend_step(
     q: Tensor, key: StreamRead, value: StreamRead, step: Step, options: AttendOptions
 ) -> Tensor:
     """Attend from q `[B, H, S, D]` to one cached layer; returns `[B, H, S, Dv]`."""
-    if key.is_single and value.is_single:
-        assert key.body is not None, "a step has new tokens"
-        assert value.body is not None, "a step has new tokens"
-        return _attend_single(q, key.body, value.body, step, options)
+    k, v = _single(key), _single(value)
+    if k is not None and v is not None:
+        return _attend_single(q, k, v, step, options)
     return _attend_copies(q, key, value, step, options)
+
+
+def _single(read: StreamRead) -> Tensor | None:
+    """Return the one tensor that holds every token, if there is one."""
+    is_alone = read.sink is None and read.fresh is None
+    return read.body if is_alone and isinstance(read.body, Tensor) else None
 
 
 def _attend_single(q: Tensor, k: Tensor, v: Tensor, step: Step, options: AttendOptions) -> Tensor:
@@ -94,8 +102,7 @@ def _attend_run(
     step: Step,
     options: AttendOptions,
 ) -> Tensor:
-    num_kv_heads = next(x for x in (key.fresh, key.body, key.sink) if x is not None).shape[1]
-    grouped = q.unflatten(1, (num_kv_heads, -1))  # [B, H, s, D] -> [B, Hk, G, s, D]
+    grouped = q.unflatten(1, (_num_kv_heads(key), -1))  # [B, H, s, D] -> [B, Hk, G, s, D]
     groups = grouped.shape[2]
     scores = _scores(grouped.flatten(2, 3), key, queries, groups, step.total) * options.scale
     scores = scores.unflatten(2, (groups, -1))  # [B, Hk, G, s, T]
@@ -105,9 +112,9 @@ def _attend_run(
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None, queries], -math.inf)
     weights = _softmax(scores, options.sink_logits)
-    return (
-        _mix(weights.flatten(2, 3), value, queries, groups).unflatten(2, (groups, -1)).flatten(1, 2)
-    )
+    mixed = _mix(weights.flatten(2, 3), value, queries, groups)
+    out: Tensor = mixed.unflatten(2, (groups, -1)).flatten(1, 2)
+    return out
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
@@ -119,27 +126,40 @@ def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
 
 
-def _is_exact(read: StreamRead, queries: slice, groups: int) -> Tensor:
-    """Return `RuleStep.is_exact` for rows of grouped queries, `[B, 1, G * s, T]`."""
-    mask = read.rule_step.is_exact[:, None, queries]
-    return mask if groups == 1 else mask.repeat(1, 1, groups, 1)
+def _num_kv_heads(read: StreamRead) -> int:
+    part = next(x for x in (read.sink, read.fresh, read.body) if x is not None)
+    return part.codes.shape[1] if isinstance(part, AffineCodes) else part.shape[1]
+
+
+def _is_exact(mask: Tensor, queries: slice, groups: int) -> Tensor:
+    """Return `[B, S, T]` for rows of grouped queries, `[B, 1, G * s, T]`."""
+    return mask[:, None, queries].repeat(1, 1, groups, 1)
 
 
 def _scores(q: Tensor, key: StreamRead, queries: slice, groups: int, total: int) -> Tensor:
     """Return q k^T over positions, `[B, Hk, G * s, T]`, each key in the copy live at its query."""
-    scores = q.new_zeros(*q.shape[:-1], total)
-    first = 0
-    for part in (key.sink, key.body):
-        if part is not None:
-            last = first + part.shape[2]
-            torch.matmul(q, part.transpose(-1, -2), out=scores[..., first:last])
-            first = last
-    if key.fresh is not None:
-        start = key.rule_step.fresh_start
-        fresh = q @ key.fresh.transpose(-1, -2)
-        is_exact = _is_exact(key, queries, groups)[..., start:]
-        scores[..., start:] = torch.where(is_exact, fresh, scores[..., start:])
+    parts = []
+    if key.sink is not None:
+        parts.append(q @ key.sink.mT)
+    if isinstance(key.body, AffineCodes):
+        parts.append(folded_scores(q, key.body))
+    elif key.body is not None:
+        parts.append(q @ key.body.mT)
+    if key.fresh is None:
+        return _join(parts)
+    fresh = q @ key.fresh.mT
+    if key.is_exact is None:
+        return _join([*parts, fresh])
+    missing = total - sum(part.shape[-1] for part in parts)
+    scores = _join([*parts, q.new_zeros(*q.shape[:-1], missing)])
+    is_exact = _is_exact(key.is_exact, queries, groups)[..., key.fresh_start :]
+    stored = scores[..., key.fresh_start :]
+    stored.copy_(torch.where(is_exact, fresh, stored))
     return scores
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _mix(weights: Tensor, value: StreamRead, queries: slice, groups: int) -> Tensor:
@@ -147,14 +167,19 @@ def _mix(weights: Tensor, value: StreamRead, queries: slice, groups: int) -> Ten
     parts = []
     stored = weights
     if value.fresh is not None:
-        start = value.rule_step.fresh_start
-        is_exact = _is_exact(value, queries, groups)
-        parts.append((weights * is_exact)[..., start:] @ value.fresh)
-        stored = weights * ~is_exact
+        recent = weights
+        if value.is_exact is not None:
+            is_exact = _is_exact(value.is_exact, queries, groups)
+            recent, stored = weights * is_exact, weights * ~is_exact
+        parts.append(recent[..., value.fresh_start :] @ value.fresh)
     first = 0
-    for part in (value.sink, value.body):
-        if part is not None:
-            last = first + part.shape[2]
-            parts.append(stored[..., first:last] @ part)
-            first = last
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    if value.sink is not None:
+        first = value.sink.shape[2]
+        parts.append(stored[..., :first] @ value.sink)
+    if isinstance(value.body, AffineCodes):
+        last = first + value.body.codes.shape[2]
+        parts.append(folded_values(stored[..., first:last], value.body))
+    elif value.body is not None:
+        last = first + value.body.shape[2]
+        parts.append(stored[..., first:last] @ value.body)
+    return functools.reduce(torch.add, parts)

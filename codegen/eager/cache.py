@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvxform.codecs.base import CODECS
 from kvxform.codegen.eager.attend import AttendOptions, attend_step
 from kvxform.codegen.eager.step import FlushRule, Step
 from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
@@ -144,9 +145,10 @@ class PagedCache:
         owner = self.plan.site(self._owner[layer])
         out = []
         for store, stream in zip(self._stores[owner.layer], (owner.key, owner.value), strict=True):
-            body = store.decode_pages(step, store.rule.body_tokens(length), dtype)
             sink, recent = store.exact_tokens(row, length, dtype)
-            parts = [sink, recent] if body is None else [sink, body[0], recent]
+            parts, body = [sink, recent], store.rule.body_tokens(length)
+            if body:
+                parts.insert(1, store.decode_body(step, body, dtype)[0])
             out.append(stream.basis.unrotate(torch.cat(parts, 1)))
         return out[0], out[1]
 
@@ -183,12 +185,14 @@ def check_plan(plan: CachePlan, page_size: int) -> None:
             _refuse("payload must be 'kv'", site.payload, site.layer, "cache K and V")
         if site.key.rope == "pre":
             _refuse("keys must be cached after RoPE", "pre", site.layer, "cache keys after RoPE")
-        for stream in (site.key, site.value):
+        for stream in site.streams.values():
             _check_stream(stream, site.layer, page_size)
 
 
 def _check_stream(stream: StreamPlan, layer: int, page_size: int) -> None:
-    group = stream.tokens_per_group
+    group, codec = stream.tokens_per_group, CODECS.get(stream.codec["codec"])
+    if stream.read.form == "folded" and not (codec is not None and codec.is_affine):
+        _refuse("only affine codecs can be read folded", stream.codec["codec"], layer, "")
     rows = max((p.tokens_per_row for p in stream.planes), default=1)
     if page_size % group or page_size % rows:
         _refuse(

@@ -207,6 +207,11 @@ class RuleStep:
         positions = self.step.columns[self.fresh_start :]
         return self.stage_columns(positions.expand(self.step.batch_size, -1))
 
+    @property
+    def is_split(self) -> bool:
+        """Whether all queries agree on where the body ends, so that no token has two copies."""
+        return self.step.num_new == 1 and self.step.is_uniform
+
     @functools.cached_property
     def is_exact(self) -> Tensor:
         """Whether a query reads the unencoded copy past the sink, bool `[B, S, T]`."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvxform.codecs.base import Codec, dtype_from_name, make_codec
-from kvxform.codegen.eager.step import FlushRule, RuleStep, Step
+from kvxform.codecs.base import AffineCodes, Codec, dtype_from_name, make_codec
+from kvxform.codegen.eager.step import FlushRule, Step
 from kvxform.ir.plan import StreamPlan
+
+FOLD_QUERIES = 8  # with more new tokens, decoding a value once is cheaper than folding scales
 
 
 @dataclass(frozen=True)
@@ -23,20 +25,18 @@ class StreamRead:
 
     Attributes:
         sink: Exact first tokens `[B, Hk, sink, D]`, or None.
-        body: Decoded body `[B, Hk, body_len, D]`, or None if it is empty.
-        fresh: Exact copies of positions `fresh_start`..T-1, `[B, Hk, T - fresh_start, D]`, or None.
-        rule_step: Positions and masks that belong to them.
+        body: Body `[B, Hk, body_len, D]`, decoded or as affine codes, or None if it is empty.
+        fresh: Exact copies of the positions from `fresh_start` on, `[B, Hk, n, D]`, or None.
+        fresh_start: Position of the first of them.
+        is_exact: Whether a query reads the fresh copy of a position and not the one in the body,
+            bool `[B, S, T]`; None if no token is in both.
     """
 
-    sink: Tensor | None
-    body: Tensor | None
-    fresh: Tensor | None
-    rule_step: RuleStep
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the body alone holds every token."""
-        return self.sink is None and self.fresh is None
+    sink: Tensor | None = None
+    body: Tensor | AffineCodes | None = None
+    fresh: Tensor | None = None
+    fresh_start: int = 0
+    is_exact: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class StreamStore:
         self.rule = FlushRule.of(stream)
         self._codec: Codec = make_codec(stream.codec)
         self._specs = stream.planes
+        self._folds = stream.read.form == "folded"
         self._page_size = page_size
         self._exact_dtype = dtype_from_name(stream.regions.dtype)
         self.pools = {
@@ -157,33 +158,47 @@ class StreamStore:
 
     def read(self, step: Step, appended: Appended, dtype: torch.dtype) -> StreamRead:
         """Return the stream in `dtype` as the queries of `step` see it."""
-        rule_step = step.rule(self.rule)
         if appended.planes is not None:  # what was just encoded is all there is: no gather
-            return StreamRead(None, self._codec.decode(appended.planes, dtype), None, rule_step)
-        body = self.decode_pages(step, rule_step.body_len, dtype)
-        sink = self.sink[step.rows, : step.total].transpose(1, 2).to(dtype)
-        fresh = self._fresh(rule_step, appended, dtype)
-        return StreamRead(sink if self.rule.sink else None, body, fresh, rule_step)
-
-    def _fresh(self, rule_step: RuleStep, appended: Appended, dtype: torch.dtype) -> Tensor | None:
-        stage = appended.stage
-        if stage is None:
-            return None
+            return StreamRead(body=self._codec.decode(appended.planes, dtype))
+        rule_step = step.rule(self.rule)
+        body = self._read_body(step, rule_step.body_len, dtype)
+        sink = None
+        if self.rule.sink:
+            sink = self.sink[step.rows, : step.total].transpose(1, 2).to(dtype)
+        if appended.stage is None:
+            return StreamRead(sink, body)
+        start = rule_step.fresh_start
+        fresh = appended.stage
         if rule_step.fresh_columns is not None:
-            batch = torch.arange(stage.shape[0], device=stage.device)[:, None]
-            stage = stage[batch, rule_step.fresh_columns]
-        return stage.transpose(1, 2).to(dtype)
+            batch = torch.arange(fresh.shape[0], device=fresh.device)[:, None]
+            fresh = fresh[batch, rule_step.fresh_columns]
+        if not rule_step.is_split:
+            fresh = fresh.transpose(1, 2).to(dtype)
+            return StreamRead(sink, body, fresh, start, rule_step.is_exact)
+        first = max(start, min(self.rule.sink, step.total) + rule_step.body_len)
+        fresh = fresh[:, first - start :].transpose(1, 2).to(dtype)
+        return StreamRead(sink, body, fresh, first)
 
-    def decode_pages(self, step: Step, tokens: int, dtype: torch.dtype) -> Tensor | None:
-        """Return the first `tokens` body tokens of each row, `[B, Hk, tokens, D]`, or None."""
+    def _read_body(
+        self, step: Step, tokens: int, dtype: torch.dtype
+    ) -> Tensor | AffineCodes | None:
         if tokens == 0:
             return None
+        planes = self._gather_planes(step, tokens)
+        if self._folds and step.num_new <= FOLD_QUERIES:
+            return self._codec.affine(planes, dtype)
+        return self._codec.decode(planes, dtype)
+
+    def decode_body(self, step: Step, tokens: int, dtype: torch.dtype) -> Tensor:
+        """Return the first `tokens` body tokens of each row, `[B, Hk, tokens, D]`."""
+        return self._codec.decode(self._gather_planes(step, tokens), dtype)
+
+    def _gather_planes(self, step: Step, tokens: int) -> dict[str, Tensor]:
         planes = {}
         for spec in self._specs:
             rows = -(-tokens // spec.tokens_per_row)
-            pool = self.pools[spec.name]
-            planes[spec.name] = _gather(pool, step, rows).transpose(1, 2)  # NHD -> HND
-        return self._codec.decode(planes, dtype)
+            planes[spec.name] = _gather(self.pools[spec.name], step, rows).transpose(1, 2)
+        return planes  # NHD -> HND
 
     def exact_tokens(self, row: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the (sink, recent) tokens of a row of `length`, each `[Hk, n, D]`."""

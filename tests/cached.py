@@ -1,0 +1,118 @@
+"""Cached programs for runtime tests, and the cache by its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from programs import apply, llama_program
+from torch import Tensor
+
+from kvxform.codecs.base import dtype_from_name, make_codec
+from kvxform.ir.cache import make_handle
+from kvxform.ir.plan import CachePlan, ReadForm, StreamPlan
+from kvxform.ir.program import Program, default_positions
+from kvxform.passes.base.insert_cache import InsertCache
+from kvxform.passes.memory.page_cache import PageCache
+from kvxform.passes.quantize.quantize_kv import QuantizeKv
+
+FOLDED = ReadForm("folded")
+
+
+def cached_program(
+    quantize: dict[str, Any] | None = None,
+    page_size: int | None = 16,
+    *,
+    folded: bool = False,
+    **model: Any,
+) -> Program:
+    """Return a toy model with a cache, without a limit of its context."""
+    program = llama_program(**model)
+    program.info = dataclasses.replace(program.info, context_length=None)
+    program, _ = apply(InsertCache(), program)
+    if quantize:
+        options = {"key": None, "value": None, **quantize}
+        program, _ = apply(QuantizeKv(**options), program)
+    if page_size:
+        program, _ = apply(PageCache(page_size), program)
+    if folded:
+        assert program.plan is not None
+        for site in program.plan.sites:
+            streams = {k: dataclasses.replace(s, read=FOLDED) for k, s in site.streams.items()}
+            program.plan = program.plan.replace_site(site.layer, **streams)
+    return program
+
+
+class DefinedCache:
+    """One sequence, by definition: for each query the cache is built anew as it stands then."""
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan = plan
+        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.stored[layer] = (k[0], v[0])
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        positions: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        site = self.plan.site(layer)
+        keys, values = self.stored[site.owner]
+        groups = q.shape[1] // keys.shape[0]
+        out = torch.empty(q.shape[1], q.shape[2], values.shape[-1], dtype=q.dtype)
+        for t in range(q.shape[2]):
+            k = live(site.key, keys[:, : t + 1])
+            v = live(site.value, values[:, : t + 1])
+            first = 0 if window is None else max(0, t + 1 - window)
+            for head in range(q.shape[1]):
+                scores = scale * (k[head // groups, first:] @ q[0, head, t])
+                if softcap is not None:
+                    scores = softcap * (scores / softcap).tanh()
+                weights = scores.exp()
+                total = weights.sum()
+                if sink_logits is not None:
+                    total = total + sink_logits[head].exp()
+                out[head, t] = weights @ v[head // groups, first:] / total
+        return out[None]
+
+
+def live(stream: StreamPlan, x: Tensor) -> Tensor:
+    """Return what is read of `x` `[Hk, n, D]` when the cache holds these n tokens."""
+    codec = make_codec(stream.codec)
+    sink, body = stream.regions.sink, stream.body_tokens(x.shape[1])
+    exact = x.to(dtype_from_name(stream.regions.dtype)).to(x.dtype)
+    source = exact if stream.recent_capacity else x
+    middle = source[:, sink : sink + body]
+    if body:
+        middle = codec.decode(codec.encode(middle), x.dtype)
+    return torch.cat([exact[:, :sink], middle, exact[:, sink + body :]], 1)
+
+
+def defined_logits(program: Program, tokens: Tensor) -> Tensor:
+    """Return logits `[n, vocab]` of one sequence `[n]` by definition."""
+    assert program.plan is not None
+    cache = DefinedCache(program.plan)
+    ids = tokens[None]
+    logits: Tensor = program.to_module()(ids, default_positions(ids), make_handle(cache))[0]
+    return logits
+
+
+def defined_cache(program: Program, tokens: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Return K and V of `layer` `[Hk, n, D]` after one sequence, by definition."""
+    assert program.plan is not None
+    cache = DefinedCache(program.plan)
+    ids = tokens[None]
+    program.to_module()(ids, default_positions(ids), make_handle(cache))
+    site = program.plan.site(layer)
+    k, v = cache.stored[site.owner]
+    return live(site.key, k), live(site.value, v)
