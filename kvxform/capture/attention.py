@@ -1,0 +1,272 @@
+"""Propose attention: SDPA calls, and softmax between two matrix products.
+
+A proposal is normalised to operands `[B, heads, S, channels]` and an additive mask; nothing is
+believed yet. `sites` proves it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvxform.capture.heads import size_node
+from kvxform.capture.masks import MASKED, Evaluate
+from kvxform.capture.probing import Prober, Setting, is_close
+from kvxform.capture.structure import ancestors, chain_back, literals, op_name, tensor_type
+from kvxform.ir.types import TensorType
+
+aten = torch.ops.aten
+_PRODUCTS = frozenset({"matmul", "bmm"})
+_BETWEEN = frozenset({"to", "_to_copy", "type_as", "dropout", "contiguous", "clone", "nan_to_num"})
+
+
+_FOLDED = re.compile(r"^(\d+)\*B$")  # batch and heads in one axis, as bmm wants them
+
+
+class NotRaisedError(Exception):
+    """A candidate turned out to be something else; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One attention as found in the source graph.
+
+    Attributes:
+        core: The node that names it: the SDPA call or the softmax.
+        out: Node whose value attention replaces.
+        q: Queries, node of type `[B, H, S, D]`.
+        k: Keys, `[B, H or Hk, S, D]`.
+        v: Values, `[B, H or Hk, S, Dv]`.
+        scale: Factor of the scores.
+        mask: Evaluates the additive mask; None if there is none.
+        mask_sources: Nodes that the mask is computed from.
+        causal: Whether the op itself masks later tokens.
+        softcap: Softcap of the scores, or None.
+        softmax_dtype: Dtype of the softmax if it is not that of q.
+    """
+
+    core: fx.Node
+    out: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    mask: Evaluate | None = None
+    mask_sources: tuple[fx.Node, ...] = ()
+    causal: bool = False
+    softcap: float | None = None
+    softmax_dtype: torch.dtype | None = None
+
+
+def find_cores(graph: fx.Graph, content: set[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that may be the heart of an attention, in graph order."""
+    return [
+        node
+        for node in graph.nodes
+        if node in content
+        and (op_name(node) == "scaled_dot_product_attention" or _is_score_softmax(node))
+    ]
+
+
+def _is_score_softmax(node: fx.Node) -> bool:
+    if op_name(node) not in ("softmax", "_softmax"):
+        return False
+    type_ = tensor_type(node)
+    return type_ is not None and type_.shape[-2:] == ("S", "S")
+
+
+def propose(prober: Prober, core: fx.Node) -> Proposal:
+    """Return the proposal around `core`.
+
+    Raises:
+        NotRaisedError: If the surroundings are not those of an attention.
+    """
+    if op_name(core) == "scaled_dot_product_attention":
+        return _propose_sdpa(prober, core)
+    return _propose_softmax(prober, core)
+
+
+def _propose_sdpa(prober: Prober, core: fx.Node) -> Proposal:
+    given = _named_arguments(core)
+    q, k, v = given["query"], given["key"], given["value"]
+    if given["dropout_p"]:
+        raise NotRaisedError("attention dropout is on")
+    head_dim = _shape(q)[-1]
+    assert isinstance(head_dim, int)
+    mask = given["attn_mask"]
+    if mask is not None and mask in prober.content:
+        raise NotRaisedError("the mask depends on the tokens")
+    evaluate = None if mask is None else _mask_of_node(prober, mask)
+    return Proposal(
+        core=core,
+        out=core,
+        q=_with_heads(q, core),
+        k=_with_heads(k, core),
+        v=_with_heads(v, core),
+        scale=given["scale"] if given["scale"] is not None else 1 / math.sqrt(head_dim),
+        mask=evaluate,
+        mask_sources=() if mask is None else (mask,),
+        causal=bool(given["is_causal"]),
+    )
+
+
+def _named_arguments(node: fx.Node) -> dict[str, Any]:
+    schema = node.target._schema  # type: ignore[union-attr]
+    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
+    return values | dict(node.kwargs)
+
+
+def _mask_of_node(prober: Prober, mask: fx.Node) -> Evaluate:
+    def evaluate(setting: Setting, numbers: dict[int, int]) -> Tensor:
+        (value,) = prober.run([mask], setting, numbers=numbers)
+        if value.dtype is torch.bool:
+            return torch.where(value, 0.0, -math.inf)
+        assert isinstance(value, Tensor)
+        return value
+
+    return evaluate
+
+
+def _shape(node: fx.Node) -> tuple[int | str, ...]:
+    type_ = tensor_type(node)
+    assert type_ is not None
+    return type_.shape
+
+
+def _with_heads(node: fx.Node, before: fx.Node) -> fx.Node:
+    """Return `node` as `[B, heads, S, channels]`; one head if it has no head axis."""
+    shape = _shape(node)
+    if len(shape) == 4 and shape[0] == "B" and shape[2] == "S":
+        return node
+    if len(shape) == 3 and shape[:2] == ("B", "S"):
+        return insert(before, aten.unsqueeze.default, (node, 1), ("B", 1, "S", shape[2]))
+    heads = _FOLDED.match(str(shape[0]))
+    if len(shape) == 3 and shape[1] == "S" and heads:
+        batch, length = size_node(node.graph, 0), size_node(node.graph, 1)
+        new = ("B", int(heads[1]), "S", shape[2])
+        return insert(before, aten.reshape.default, (node, [batch, new[1], length, new[3]]), new)
+    raise NotRaisedError(f"an operand has the shape {list(shape)} instead of [B, heads, S, D]")
+
+
+def insert(
+    before: fx.Node, target: Any, args: tuple[Any, ...], shape: tuple[int | str, ...]
+) -> fx.Node:
+    """Insert a call before a node; dtype comes from its first argument, provenance from `before`."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args)
+    type_ = tensor_type(args[0])
+    assert type_ is not None
+    node.meta = {**before.meta, "type": TensorType(type_.dtype, shape)}
+    return node
+
+
+def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
+    scores = core.args[0]
+    assert isinstance(scores, fx.Node)
+    product = chain_back(scores, prober.content, lambda n: op_name(n) not in _PRODUCTS)[-1]
+    if op_name(product.node) not in _PRODUCTS:
+        raise NotRaisedError("the softmax is not over a product of queries and keys")
+    out, v = _product_with_values(core)
+    q, k = product.node.args[:2]
+    assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
+    k_shape = _shape(k)
+    k = insert(core, aten.transpose.int, (k, -1, -2), (*k_shape[:-2], k_shape[-1], k_shape[-2]))
+    function = ScoreFunction(prober, product.node, scores)
+    scale, softcap = function.measure()
+    dtype, q_type = core.meta["type"].dtype, tensor_type(q)
+    assert q_type is not None
+    return Proposal(
+        core=core,
+        out=out,
+        q=_with_heads(q, core),
+        k=_with_heads(k, core),
+        v=_with_heads(v, core),
+        scale=scale,
+        mask=function.bias,
+        mask_sources=tuple(prober.leaves(product.region)),
+        softcap=softcap,
+        softmax_dtype=None if dtype == q_type.dtype else dtype,
+    )
+
+
+def _product_with_values(core: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return the product of the attention weights with v, and v."""
+    node = core
+    while True:
+        if len(node.users) != 1:
+            raise NotRaisedError("the attention weights are used more than once")
+        (user,) = node.users
+        if op_name(user) in _PRODUCTS and user.args[0] is node:
+            v = user.args[1]
+            assert isinstance(v, fx.Node)
+            return user, v
+        if op_name(user) not in _BETWEEN:
+            raise NotRaisedError(f"the attention weights go through {op_name(user)}")
+        node = user
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """What happens to scores between the product of q and k and the softmax."""
+
+    prober: Prober
+    product: fx.Node
+    scores: fx.Node
+
+    def _apply(
+        self, fill: float | Tensor, setting: Setting, numbers: dict[int, int] | None = None
+    ) -> Tensor:
+        sizes = {"B": setting.batch, "S": setting.length}
+        shape = [int(eval_size(n, sizes)) for n in _shape(self.product)]
+        dtype = self.product.meta["type"].dtype
+        value = torch.as_tensor(fill, dtype=dtype).expand(shape)
+        (out,) = self.prober.run([self.scores], setting, {self.product: value}, numbers)
+        assert isinstance(out, Tensor)
+        return out.double()
+
+    def bias(self, setting: Setting, numbers: dict[int, int]) -> Tensor:
+        """Return what scores of zero become: the additive mask."""
+        return self._apply(0.0, setting, numbers)
+
+    def measure(self) -> tuple[float, float | None]:
+        """Return scale and softcap.
+
+        Raises:
+            NotRaisedError: If scores are changed in another way.
+        """
+        setting = Setting.first(4)
+        zero = self._apply(0.0, setting)
+        seen = zero > MASKED
+        noise = self.prober.random(setting.length, setting.length, dtype=torch.float64)
+        seen_noise = noise.expand(zero.shape)[seen]
+        one = (self._apply(1.0, setting) - zero)[seen]
+        got = (self._apply(noise, setting) - zero)[seen]
+        dtype = self.product.meta["type"].dtype
+        scale = self._exact(float(one[0]))
+        if is_close(got, seen_noise * scale, dtype):
+            return scale, None
+        cap = self._exact(float((self._apply(1e6, setting) - zero)[seen][0]))
+        scale = self._exact(cap * math.atanh(float(one[0]) / cap))
+        if is_close(got, cap * torch.tanh(seen_noise * scale / cap), dtype):
+            return scale, cap
+        raise NotRaisedError("scores are changed by more than a scale, a softcap and a mask")
+
+    def _exact(self, value: float) -> float:
+        """Return the number in the graph, or one over it, that `value` was measured from."""
+        nodes = ancestors([self.scores], {self.product})
+        numbers = [float(n) for _, n in literals(nodes, (int, float)) if n]
+        known = [1.0, *numbers, *(1 / n for n in numbers)]
+        nearest = min(known, key=lambda n: abs(n - value))
+        return nearest if abs(nearest - value) < 1e-5 * abs(value) else value
+
+
+def eval_size(size: int | str, sizes: dict[str, int]) -> int:
+    """Return the value of a size such as `6*B`, a product of numbers and symbols."""
+    factors = str(size).split("*")
+    return math.prod(sizes[f] if f in sizes else int(f) for f in factors)

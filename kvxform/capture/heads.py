@@ -1,0 +1,291 @@
+"""Where the heads of an attention operand come from, measured instead of matched.
+
+Between a projection and attention lie views, splits, transposes and repeats. Whatever they are,
+together they pick features: channel d of head h is feature `index[h, d]` of an *anchor* node. The
+index is read off by sending the feature numbers themselves through the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from kvxform.capture.probing import Prober, Setting, is_close
+from kvxform.capture.structure import Stop, tensor_type
+from kvxform.ir.types import TensorType
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Channel d of head h of an operand is `factor[d]` times feature `index[h, d]` of an anchor.
+
+    Attributes:
+        anchor: Node that all of the operand passes through.
+        index: int64 `[heads, head_dim]`, into the flattened features of the anchor.
+        factor: float64 `[head_dim]`; the same for every head.
+        region: Content nodes between anchor (excluded) and operand (included).
+    """
+
+    anchor: fx.Node
+    index: Tensor
+    factor: Tensor
+    region: tuple[fx.Node, ...]
+
+    def uniform_factor(self) -> float | None:
+        """Return the factor if it is the same for all channels."""
+        first = float(self.factor[0])
+        return first if bool((self.factor == first).all()) else None
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which axes of an anchor are batch and sequence; all others are features."""
+
+    batch: int
+    sequence: int
+    features: tuple[int, ...]
+
+    @staticmethod
+    def of(node: fx.Node) -> Axes | None:
+        """Return the axes of a node, or None unless `B` and `S` are one axis each."""
+        type_ = tensor_type(node)
+        if type_ is None or type_.shape.count("B") != 1 or type_.shape.count("S") != 1:
+            return None
+        rest = tuple(i for i, n in enumerate(type_.shape) if n not in ("B", "S"))
+        if not all(isinstance(type_.shape[i], int) for i in rest):
+            return None
+        return Axes(type_.shape.index("B"), type_.shape.index("S"), rest)
+
+
+def feature_sizes(node: fx.Node) -> list[int]:
+    """Return the sizes of the feature axes of a node that has `Axes`."""
+    axes, type_ = Axes.of(node), tensor_type(node)
+    assert axes is not None and type_ is not None
+    return [int(type_.shape[i]) for i in axes.features]
+
+
+def num_features(node: fx.Node) -> int:
+    """Return how many features a node with `Axes` has."""
+    return int(torch.Size(feature_sizes(node)).numel())
+
+
+def from_rows(node: fx.Node, rows: Tensor) -> Tensor:
+    """Arrange `rows` `[B, S, features]` as a value of `node`."""
+    axes = Axes.of(node)
+    assert axes is not None
+    value = rows.unflatten(-1, feature_sizes(node)) if axes.features else rows.squeeze(-1)
+    return value.permute(_order(axes)).contiguous()
+
+
+def to_rows(node: fx.Node, value: Tensor) -> Tensor:
+    """Arrange a value of `node` as rows `[B, S, features]`; the inverse of `from_rows`."""
+    axes = Axes.of(node)
+    assert axes is not None
+    return value.permute(axes.batch, axes.sequence, *axes.features).flatten(2)
+
+
+def _order(axes: Axes) -> list[int]:
+    """Return the permutation from (batch, sequence, features) to the axes of the node."""
+    source = {axes.batch: 0, axes.sequence: 1}
+    source |= {axis: i + 2 for i, axis in enumerate(axes.features)}
+    return [source[i] for i in range(len(source))]
+
+
+def measure_heads(prober: Prober, operand: fx.Node, stop: Stop) -> HeadMap | None:
+    """Return how `operand` `[B, H, S, D]` picks features of `stop.node` at position 0, or None.
+
+    None means that the operand is not a choice of features there: it adds, mixes or computes.
+    """
+    if Axes.of(stop.node) is None:
+        return None
+    count, dtype = num_features(stop.node), _float_type(stop.node)
+    if dtype is None:
+        return None
+    setting = Setting.first(3)
+    prober.remember(stop.region, setting)
+
+    def first_token(features: Tensor) -> Tensor:
+        rows = features.to(dtype).expand(1, setting.length, count)
+        bound = {stop.node: from_rows(stop.node, rows)}
+        (value,) = prober.run([operand], setting, bound)
+        return value[0, :, 0].double()  # [H, D]
+
+    numbers = torch.arange(1, count + 1, dtype=torch.float64)
+    factor = first_token(torch.ones(count))
+    if not bool(torch.isfinite(factor).all()) or bool((factor == 0).any()):
+        return None
+    index = (first_token(numbers) / factor).round().long() - 1
+    if bool((index < 0).any() or (index >= count).any()) or bool((factor != factor[0]).any()):
+        return None
+    noise = prober.random(count, dtype=dtype)
+    want = noise.double()[index] * factor
+    if not is_close(first_token(noise), want, dtype) or bool(first_token(noise * 0).any()):
+        return None
+    return HeadMap(stop.node, index, factor[0], stop.region)
+
+
+def is_static(prober: Prober, operand: fx.Node, heads: HeadMap) -> bool:
+    """Return whether the map holds at every position, so that nothing but a choice happens."""
+    setting = Setting.first(5, batch=2)
+    dtype = _float_type(heads.anchor)
+    assert dtype is not None
+    rows = prober.random(2, 5, num_features(heads.anchor), dtype=dtype)
+    bound = {heads.anchor: from_rows(heads.anchor, rows)}
+    prober.remember(heads.region, setting)
+    (got,) = prober.run([operand], setting, bound)
+    want = (rows.double()[..., heads.index] * heads.factor).transpose(1, 2)
+    return is_close(got.double(), want, dtype)
+
+
+def _float_type(node: fx.Node) -> torch.dtype | None:
+    type_ = tensor_type(node)
+    return type_.dtype if type_ is not None and type_.dtype.is_floating_point else None
+
+
+def group_size(index: Tensor) -> int | None:
+    """Return how often each KV head repeats in `index`, or None if not in neighbouring groups.
+
+    `kvx::attention` lets query head h read KV head `h // group`. Heads repeated in any other order
+    cannot be stored once.
+    """
+    unique = torch.unique(index, dim=0).shape[0]
+    if index.shape[0] % unique:
+        return None
+    group = index.shape[0] // unique
+    return group if torch.equal(index, index[::group].repeat_interleave(group, 0)) else None
+
+
+@dataclass(frozen=True)
+class Stride:
+    """An index of the form `start + h * step + d`."""
+
+    start: int
+    step: int
+
+
+def find_stride(index: Tensor) -> Stride | None:
+    """Return the stride form of `index` `[heads, head_dim]`, or None if it has none."""
+    start = int(index[0, 0])
+    step = int(index[1, 0]) - start if index.shape[0] > 1 else index.shape[1]
+    want = start + torch.arange(index.shape[0])[:, None] * step + torch.arange(index.shape[1])
+    return Stride(start, step) if step > 0 and torch.equal(index, want) else None
+
+
+class HeadEmitter:
+    """Writes the shortest nodes that compute an operand from its anchor."""
+
+    def __init__(self, prober: Prober, before: fx.Node) -> None:
+        self.prober = prober
+        self.before = before
+
+    def emit(self, anchor: fx.Node, index: Tensor) -> fx.Node:
+        """Return a node `[B, heads, S, head_dim]` with the features `index` of `anchor`."""
+        heads, head_dim = index.shape
+        type_ = tensor_type(anchor)
+        assert type_ is not None
+        identity = torch.arange(index.numel()).view_as(index)
+        if type_.shape == ("B", heads, "S", head_dim) and torch.equal(index, identity):
+            return anchor
+        split = self._split_heads(self._flat(anchor), index)
+        return self._call(aten.transpose.int, split, 1, 2, shape=("B", heads, "S", head_dim))
+
+    def _flat(self, anchor: fx.Node) -> fx.Node:
+        """Return `[B, S, features]`."""
+        axes, shape = Axes.of(anchor), self._shape(anchor)
+        assert axes is not None
+        node, order = anchor, [axes.batch, axes.sequence, *axes.features]
+        if order != sorted(order):
+            node = self._call(
+                aten.permute.default, node, order, shape=tuple(shape[i] for i in order)
+            )
+        if len(axes.features) == 1:
+            return node
+        count = num_features(anchor)
+        sizes = [*self._sizes(), count]
+        return self._call(aten.reshape.default, node, sizes, shape=("B", "S", count))
+
+    def _split_heads(self, flat: fx.Node, index: Tensor) -> fx.Node:
+        """Return `[B, S, heads, head_dim]`."""
+        heads, head_dim = index.shape
+        count, stride = int(self._shape(flat)[2]), find_stride(index)
+        if stride is None or stride.step < head_dim:
+            return self._gather(flat, index)
+        inner = stride.start % stride.step
+        if count % stride.step or inner + head_dim > stride.step:
+            stop = stride.start + heads * stride.step
+            if stride.step != head_dim or stop > count:
+                return self._gather(flat, index)
+            flat = self._slice(flat, 2, stride.start, stop)
+            return self._view(flat, heads, head_dim)
+        node = self._view(flat, count // stride.step, stride.step)
+        first = stride.start // stride.step
+        node = self._slice(node, 2, first, first + heads)
+        return self._slice(node, 3, inner, inner + head_dim)
+
+    def _gather(self, flat: fx.Node, index: Tensor) -> fx.Node:
+        name = self._constant(index.flatten())
+        with flat.graph.inserting_before(self.before):
+            weight = flat.graph.create_node("get_attr", name)
+        type_ = TensorType(torch.int64, (index.numel(),))
+        weight.meta = {"type": type_, "module": "", "origin": "", "via": ()}
+        shape = ("B", "S", index.numel())
+        node = self._call(aten.index_select.default, flat, 2, weight, shape=shape)
+        return self._view(node, index.shape[0], index.shape[1])
+
+    def _constant(self, value: Tensor) -> str:
+        weights = self.prober.weights
+        for name, known in weights.items():
+            if name.startswith("head_index_") and torch.equal(known, value):
+                return name
+        name = f"head_index_{sum(n.startswith('head_index_') for n in weights)}"
+        weights[name] = value
+        return name
+
+    def _view(self, node: fx.Node, heads: int, head_dim: int) -> fx.Node:
+        sizes = [*self._sizes(), heads, head_dim]
+        return self._call(aten.reshape.default, node, sizes, shape=("B", "S", heads, head_dim))
+
+    def _slice(self, node: fx.Node, axis: int, start: int, stop: int) -> fx.Node:
+        shape = list(self._shape(node))
+        if (start, stop) == (0, shape[axis]):
+            return node
+        shape[axis] = stop - start
+        return self._call(aten.slice.Tensor, node, axis, start, stop, shape=tuple(shape))
+
+    def _sizes(self) -> tuple[fx.Node, fx.Node]:
+        return size_node(self.before.graph, 0), size_node(self.before.graph, 1)
+
+    def _shape(self, node: fx.Node) -> tuple[int | str, ...]:
+        type_ = tensor_type(node)
+        assert type_ is not None
+        return type_.shape
+
+    def _call(
+        self, target: object, node: fx.Node, *args: object, shape: tuple[int | str, ...]
+    ) -> fx.Node:
+        with node.graph.inserting_before(self.before):
+            new = node.graph.call_function(target, (node, *args))  # type: ignore[arg-type]
+        type_ = tensor_type(node)
+        assert type_ is not None
+        new.meta = {**self.before.meta, "type": TensorType(type_.dtype, shape)}
+        return new
+
+
+def size_node(graph: fx.Graph, axis: int) -> fx.Node:
+    """Return the node with the batch (axis 0) or sequence (axis 1) size of `input_ids`."""
+    from kvxform.ir.types import SymType
+
+    (input_ids,) = (n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids")
+    for user in input_ids.users:
+        if user.target is aten.sym_size.int and user.args[1] == axis:
+            return user
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.call_function(aten.sym_size.int, (input_ids, axis))
+    meta = {"type": SymType("BS"[axis]), "module": "", "origin": "sym_size", "via": ()}
+    node.meta = meta
+    return node

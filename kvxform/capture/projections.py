@@ -1,0 +1,131 @@
+"""Which entries of which weight make the heads of q, k, v, and read the heads of o."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from kvxform.capture.heads import HeadMap, find_stride, from_rows, to_rows
+from kvxform.capture.probing import Prober, Setting, is_close
+from kvxform.capture.structure import TRANSPARENT, ancestors, chain_back, op_name, tensor_type
+from kvxform.ir.program import Projection
+
+LINEAR = frozenset({"linear", "addmm", "mm", "matmul"})
+
+
+@dataclass(frozen=True)
+class LinearNode:
+    """A call that multiplies by one constant matrix.
+
+    Attributes:
+        node: The call.
+        x: Its input, last axis `in`.
+        weight: Key of the matrix.
+        bias: Key of the bias, or None.
+        layout: `out_in` or `in_out`.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+    layout: Literal["out_in", "in_out"]
+
+    def matrix(self, prober: Prober) -> Tensor:
+        """Return the weight as `[out, in]`."""
+        weight = prober.weights[self.weight]
+        return weight if self.layout == "out_in" else weight.T
+
+    def apply(self, prober: Prober, x: Tensor, rows: Tensor) -> Tensor:
+        """Return outputs `rows` for inputs `x` `[..., in]`."""
+        bias = None if self.bias is None else prober.weights[self.bias][rows]
+        return torch.nn.functional.linear(x, self.matrix(prober)[rows], bias)
+
+
+def read_linear(prober: Prober, node: fx.Node) -> LinearNode | None:
+    """Return the linear layer that `node` is, or None."""
+    name = op_name(node)
+    if name not in LINEAR:
+        return None
+    arguments = [a for a in node.args if isinstance(a, fx.Node)]
+    bias = arguments.pop(0) if name == "addmm" else None
+    if name == "linear" and len(arguments) == 3:
+        bias = arguments.pop()
+    if len(arguments) != 2 or node.kwargs or arguments[0] not in prober.content:
+        return None
+    found = _find_matrix(prober, arguments[1], transposed=name != "linear")
+    if found is None or (bias is not None and bias.op != "get_attr"):
+        return None
+    return LinearNode(
+        node, arguments[0], found[0], None if bias is None else str(bias.target), found[1]
+    )
+
+
+def _find_matrix(
+    prober: Prober, node: fx.Node, *, transposed: bool
+) -> tuple[str, Literal["out_in", "in_out"]] | None:
+    """Return the weight that `node` is, or is the transpose of."""
+    (source,) = [n for n in ancestors([node]) if n.op == "get_attr"][:1] or [None]
+    if source is None or len(source.meta["type"].shape) != 2:
+        return None
+    held, used = prober.weights[str(source.target)], prober.value(node, Setting.first(1))
+    if node is source:
+        return str(source.target), "in_out" if transposed else "out_in"
+    if used.data_ptr() == held.data_ptr() and used.shape == held.T.shape:
+        if torch.equal(used[:2], held.T[:2]):
+            return str(source.target), "out_in" if transposed else "in_out"
+    return None
+
+
+def source_projection(prober: Prober, heads: HeadMap) -> Projection | None:
+    """Return the projection that makes the heads, or None.
+
+    None if the anchor is not the output of a linear layer, or heads are not evenly spaced.
+    """
+    stop = chain_back(heads.anchor, prober.content, lambda n: op_name(n) in TRANSPARENT)[-1]
+    linear, stride = read_linear(prober, stop.node), find_stride(heads.index)
+    if linear is None or stride is None:
+        return None
+    projection = Projection(linear.weight, linear.bias, linear.layout, stride.start, stride.step)
+    return projection if _makes_heads(prober, linear, heads) else None
+
+
+def _makes_heads(prober: Prober, linear: LinearNode, heads: HeadMap) -> bool:
+    """Compare the anchor with the rows of the weight on random input."""
+    index = heads.index.flatten()
+    x_type = tensor_type(linear.x)
+    assert x_type is not None
+    shape = [{"B": 1, "S": 3, "B*S": 3}.get(str(n), n) for n in x_type.shape]
+    x = prober.random(*(int(n) for n in shape), dtype=x_type.dtype)
+    (value,) = prober.run([heads.anchor], Setting.first(3), {linear.x: x})
+    got = to_rows(heads.anchor, value)[0][:, index]
+    return is_close(got, linear.apply(prober, x.reshape(3, -1), index))
+
+
+def output_projection(prober: Prober, out: fx.Node, heads: int, channels: int) -> Projection | None:
+    """Return the projection that reads the attention output `[B, H, S, Dv]`, or None."""
+    node = out
+    while op_name(node) not in LINEAR:
+        users = [u for u in node.users if u in prober.content]
+        if len(users) != 1 or (node is not out and op_name(node) not in TRANSPARENT):
+            return None
+        node = users[0]
+    linear = read_linear(prober, node)
+    if linear is None:
+        return None
+    setting = Setting.first(3)
+    dtype = out.meta["type"].dtype
+    numbers = torch.arange(1, heads * channels + 1, dtype=dtype)
+    value = from_rows(out, numbers.expand(1, 3, -1))
+    (seen,) = prober.run([linear.x], setting, {out: value})
+    seen = seen.reshape(3, -1)
+    if seen.shape[1] != numbers.numel() or not torch.equal(seen, seen[:1].expand_as(seen)):
+        return None
+    index = seen[0].long().argsort().view(heads, channels)
+    stride = find_stride(index)
+    if stride is None or not torch.equal(seen[0][index.flatten()], numbers):
+        return None
+    return Projection(linear.weight, linear.bias, linear.layout, stride.start, stride.step)

@@ -1,0 +1,245 @@
+"""Recognise rotary embedding by what it does to chosen vectors.
+
+A candidate region is run on single channels to see which are paired, then on `a = 1, b = 0` in every
+pair, which gives cosine and sine at many positions at once. The frequencies follow: from position
+1, sharpened at powers of two (exact in floating point). `kvx::rope` with them must then equal the
+region on random input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+import kvxform.ir.ops as kvx
+from kvxform.capture.heads import HeadMap, from_rows, num_features
+from kvxform.capture.probing import TOLERANCE, Prober, Setting, error
+from kvxform.capture.structure import ancestors, literals, tensor_type
+
+_CONSTANT = "inv_freq_"  # prefix of weights that capture adds
+_FREE_POSITIONS = (0, 1, 2, 3, 4, 7, 8, 16, 64, 256, 1000, 1024, 4096)
+_LENGTHS = (513, 257, 129, 65, 33, 17, 9)  # tried in turn where positions cannot be chosen
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A proven rotary embedding.
+
+    Attributes:
+        inv_freq: Key of the frequencies in the weights; its dtype is that of the angles.
+        rotary_dim: Channels that rotate.
+        interleaved: Whether neighbours are pairs, rather than halves.
+        scaling: Factor of cosine and sine.
+        factor: Factor of the whole operand that is left to the scale of the scores.
+    """
+
+    inv_freq: str
+    rotary_dim: int
+    interleaved: bool
+    scaling: float
+    factor: float
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which channels turn together."""
+
+    rotary_dim: int
+    interleaved: bool
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first and second channels of all pairs."""
+        turned = x[..., : self.rotary_dim]
+        if self.interleaved:
+            return turned[..., 0::2], turned[..., 1::2]
+        first, second = turned.chunk(2, -1)
+        return first, second
+
+    def first_channels(self, head_dim: int) -> Tensor:
+        """Return a vector `[head_dim]` that is 1 on the first channel of every pair."""
+        x = torch.zeros(head_dim, dtype=torch.float64)
+        self.split(x)[0].fill_(1.0)
+        return x
+
+
+class RopeProbe:
+    """Runs the region between an anchor and an operand on chosen head vectors."""
+
+    def __init__(self, prober: Prober, operand: fx.Node, heads: HeadMap) -> None:
+        self.prober, self.operand, self.heads = prober, operand, heads
+        type_ = tensor_type(heads.anchor)
+        assert type_ is not None
+        self.dtype = type_.dtype
+        self.head_dim = heads.index.shape[1]
+        self.settings = self._settings()
+
+    def apply(self, x: Tensor, setting: Setting) -> Tensor:
+        """Return the operand `[B, H, S, D]` when every head of the anchor is `x` `[..., D]`."""
+        x = x.to(self.dtype).expand(setting.batch, setting.length, self.head_dim)
+        rows = torch.zeros(*x.shape[:2], num_features(self.heads.anchor), dtype=self.dtype)
+        for head in self.heads.index:
+            rows[..., head] = x
+        bound = {self.heads.anchor: from_rows(self.heads.anchor, rows)}
+        return self._run(setting, bound)
+
+    def apply_random(self, setting: Setting) -> tuple[Tensor, Tensor]:
+        """Return random head vectors `[B, H, S, D]` and the operand they give."""
+        shape = (setting.batch, setting.length, num_features(self.heads.anchor))
+        rows = self.prober.random(*shape, dtype=self.dtype)
+        bound = {self.heads.anchor: from_rows(self.heads.anchor, rows)}
+        return rows[..., self.heads.index].transpose(1, 2), self._run(setting, bound)
+
+    def _run(self, setting: Setting, bound: dict[fx.Node, Tensor]) -> Tensor:
+        (value,) = self.prober.run([self.operand], setting, bound)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _settings(self) -> tuple[Setting, ...]:
+        """Return settings to measure in: free positions if the region reads `position_ids`."""
+        leaves = self.prober.leaves(self.heads.region)
+        if any(n.op == "placeholder" and n.target == "position_ids" for n in ancestors(leaves)):
+            free = Setting(1, _FREE_POSITIONS)
+            self.prober.remember(self.heads.region, free)
+            return (free,)
+        for length in _LENGTHS:
+            setting = Setting.first(length)
+            try:
+                self.prober.remember(self.heads.region, setting)
+                self.apply(torch.ones(self.head_dim), setting)
+            except (RuntimeError, IndexError):
+                continue  # longer than the table of the model
+            return (setting,)
+        return ()
+
+
+def find_rope(probe: RopeProbe) -> Rotary | str:
+    """Return the rotary embedding that the region computes, or why it is none."""
+    if not probe.settings:
+        return "the region cannot be run on nine positions"
+    pairs = find_pairs(probe)
+    if pairs is None:
+        return "no channel turns with the position"
+    setting = probe.settings[0]
+    y = probe.apply(pairs.first_channels(probe.head_dim), setting)[0, 0].double()  # [S, D]
+    cos, sin = pairs.split(y)
+    length = (cos.square() + sin.square()).sqrt()
+    factor = float(probe.heads.factor[-1]) if pairs.rotary_dim < probe.head_dim else None
+    total = _exact(float(length.median()), probe)
+    if float((length - total).abs().max()) > 1e-4 * total:
+        return "cosine and sine do not lie on one circle"
+    frequencies = fit_frequencies(torch.atan2(sin, cos), setting.positions)
+    scaling, rest = (total, 1.0) if factor is None else (_exact(total / factor, probe), factor)
+    return prove_rope(probe, pairs, scaling, rest, frequencies)
+
+
+def find_pairs(probe: RopeProbe) -> Pairs | None:
+    """Return which channels turn together, from single channels at position 1 and beyond."""
+    setting, head_dim = probe.settings[0], probe.head_dim
+    partner = _partner(probe, 0, setting)
+    if partner is None:
+        return None
+    if partner == 1 and head_dim > 2 and _partner(probe, 2, setting) == 3:
+        full = Pairs(head_dim - head_dim % 2, interleaved=True)
+        y = probe.apply(full.first_channels(head_dim), setting)[0, 0]
+        turning = full.split(y)[1].abs().amax(0).nonzero().flatten()
+        return Pairs(2 * (int(turning[-1]) + 1), interleaved=True)
+    return Pairs(2 * partner, interleaved=False) if 2 * partner <= head_dim else None
+
+
+def _partner(probe: RopeProbe, channel: int, setting: Setting) -> int | None:
+    x = torch.zeros(probe.head_dim, dtype=torch.float64)
+    x[channel] = 1.0
+    y = probe.apply(x, setting)[0, 0].abs().amax(0)
+    y[channel] = 0.0
+    found = y.nonzero().flatten()
+    return int(found[0]) if found.numel() == 1 else None
+
+
+def fit_frequencies(angles: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """Return the angle per position, float64 `[pairs]`.
+
+    Args:
+        angles: `[S, pairs]`, known only up to full turns.
+        positions: The S positions, ascending, with 1 among them.
+    """
+    theta = angles[positions.index(1)].clone()
+    for row, position in enumerate(positions):
+        if position > 1 and position & (position - 1) == 0:
+            rest = angles[row] - position * theta
+            theta += torch.remainder(rest + math.pi, 2 * math.pi).sub(math.pi) / position
+    return theta
+
+
+def prove_rope(
+    probe: RopeProbe, pairs: Pairs, scaling: float, factor: float, frequencies: Tensor
+) -> Rotary | str:
+    """Return the rotary embedding if `kvx::rope` equals the region on random input, else why not.
+
+    Frequencies that the model itself holds are preferred over measured ones, and of the rest those
+    with the smallest error.
+    """
+    best: tuple[str, Tensor] = ("", frequencies)
+    best_error = float("inf")
+    for candidate in _candidates(probe, frequencies):
+        found = _error_of(probe, candidate[1], pairs, scaling, factor)
+        if found < best_error:
+            best, best_error = candidate, found
+        if best_error == 0.0:
+            break
+    if best_error > TOLERANCE.get(probe.dtype, TOLERANCE[torch.float32]):
+        return f"kvx::rope differs from the region by {best_error:.1e}"
+    name = best[0] or _add_constant(probe.prober.weights, best[1])
+    return Rotary(name, pairs.rotary_dim, pairs.interleaved, scaling, factor)
+
+
+def _error_of(
+    probe: RopeProbe, inv_freq: Tensor, pairs: Pairs, scaling: float, factor: float
+) -> float:
+    worst = 0.0
+    for setting in probe.settings:
+        x, want = probe.apply_random(setting)
+        got = kvx.rope(
+            x,
+            setting.position_ids(x.device),
+            inv_freq,
+            rotary_dim=pairs.rotary_dim,
+            attention_scaling=scaling,
+            interleaved=pairs.interleaved,
+        )
+        worst = max(worst, error(got * factor, want))
+    return worst
+
+
+def _candidates(probe: RopeProbe, frequencies: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and values: known constants, then weights of the region, then measured ones.
+
+    A value that is not yet a weight has an empty name.
+    """
+    weights = probe.prober.weights
+    leaves = ancestors(probe.prober.leaves(probe.heads.region))
+    own = [str(n.target) for n in leaves if n.op == "get_attr"]
+    for name in [*(n for n in weights if n.startswith(_CONSTANT)), *own]:
+        value = weights[name]
+        if value.shape == frequencies.shape and value.is_floating_point():
+            yield name, value
+            yield "", value.float()  # many models compute angles in float32 whatever their dtype
+    yield "", frequencies.float()
+    yield "", frequencies
+
+
+def _add_constant(weights: MutableMapping[str, Tensor], value: Tensor) -> str:
+    name = f"{_CONSTANT}{sum(n.startswith(_CONSTANT) for n in weights)}"
+    weights[name] = value
+    return name
+
+
+def _exact(value: float, probe: RopeProbe) -> float:
+    """Return the number in the graph that `value` was measured from, or 1, or `value`."""
+    nodes = ancestors(probe.prober.leaves(probe.heads.region))
+    numbers = {1.0, *(number for _, number in literals(nodes, float))}
+    nearest = min(numbers, key=lambda n: abs(n - value))
+    return nearest if abs(nearest - value) < 1e-5 * value else value

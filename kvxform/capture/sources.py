@@ -1,0 +1,159 @@
+"""Where models come from: modules, Hugging Face folders, GGUF files, exported programs, SmolLM2."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from kvxform.capture.gguf_files import load_gguf
+from kvxform.capture.smollm2 import SMOLLM2, smollm2_folder
+from kvxform.errors import CaptureError
+from kvxform.ir.program import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AnySource = nn.Module | ExportedProgram | str | Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    Attributes:
+        model: The module or exported program.
+        info: What is known of it; vocabulary and dtype are filled in after export.
+    """
+
+    model: nn.Module | ExportedProgram
+    info: ModelInfo
+
+
+def open_source(
+    source: AnySource, *, name: str | None = None, dtype: torch.dtype | None = None
+) -> Source:
+    """Open a source; see `capture` for its forms.
+
+    Raises:
+        CaptureError: KVX301 if it is none of them, or cannot be read.
+    """
+    if isinstance(source, ExportedProgram):
+        return Source(source, ModelInfo(name or "exported", "ExportedProgram", 0))
+    if isinstance(source, nn.Module):
+        return Source(source, _info_of(source, name or type(source).__name__, None))
+    if not isinstance(source, str | Path):
+        raise _unknown(type(source).__name__)
+    text = str(source)
+    path = smollm2_folder() if text == SMOLLM2 else Path(text).expanduser()
+    label = name or (text if text == SMOLLM2 else path.name or text)
+    model, tokenizer = _load(path, text, dtype)
+    return Source(model, _info_of(model, label, tokenizer))
+
+
+def load_source_module(source: AnySource, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return the unrewritten model of a source, in evaluation mode.
+
+    A module is returned as it is; an exported program as its own module.
+
+    Raises:
+        CaptureError: KVX301 if the source is unknown or cannot be read.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    model = open_source(source, dtype=dtype).model
+    return model.module() if isinstance(model, ExportedProgram) else model.eval()
+
+
+def load_tokenizer(path: str | Path | None) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a folder or GGUF file, or None if there is none."""
+    from transformers import AutoTokenizer
+
+    place = Path(path) if path else None
+    if place is None or not place.exists():
+        return None
+    is_file = place.is_file()
+    options = {"gguf_file": place.name} if is_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(place.parent if is_file else place), local_files_only=True, **options
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _load(path: Path, text: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
+    """Return the model and the place of its tokenizer."""
+    is_gguf = path.suffix == ".gguf"
+    if is_gguf and not path.is_file():
+        raise _unknown(text, "no such GGUF file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise _unknown(text, "the folder has no config.json")
+    try:
+        if is_gguf:
+            return load_gguf(path, dtype or torch.float32), str(path)
+        place = str(path) if path.is_dir() else text
+        return _load_checkpoint(place, dtype or "auto"), _checkpoint_folder(place)
+    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError) as failure:
+        first_line = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        raise _unknown(text, first_line[:200]) from failure
+
+
+def _load_checkpoint(place: str, dtype: torch.dtype | str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        place, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _checkpoint_folder(place: str) -> str | None:
+    """Return a local folder as it is, or the cached snapshot of a Hugging Face id."""
+    from transformers.utils import cached_file
+
+    found = cached_file(place, "config.json", local_files_only=True)
+    return str(Path(found).parent) if found else None
+
+
+def _unknown(text: str, why: str = "") -> CaptureError:
+    return CaptureError(
+        "KVX301",
+        "a model source must be a module, an exported program, a Hugging Face folder or cached id, "
+        f"a .gguf file or {SMOLLM2!r}",
+        where="capture",
+        got=f"{text!r}: {why}" if why else repr(text),
+        hint="nothing is downloaded; give the path of a local model",
+    )
+
+
+def _info_of(model: nn.Module, name: str, tokenizer: str | None) -> ModelInfo:
+    config = getattr(model, "config", None)
+    family = getattr(config, "model_type", None) or type(model).__name__
+    info = ModelInfo(name, family, 0, tokenizer_path=tokenizer)
+    if config is None:
+        return info
+    generation = getattr(model, "generation_config", None)
+    end = _first_given("eos_token_id", generation, config)
+    return dataclasses.replace(
+        info,
+        context_length=getattr(config, "max_position_embeddings", None),
+        bos_token_id=_first_given("bos_token_id", generation, config),
+        eos_token_ids=tuple(end)
+        if isinstance(end, list | tuple)
+        else ()
+        if end is None
+        else (end,),
+        pad_token_id=_first_given("pad_token_id", generation, config),
+    )
+
+
+def _first_given(name: str, *holders: object) -> Any:
+    values = (getattr(holder, name, None) for holder in holders)
+    return next((value for value in values if value is not None), None)
