@@ -1,0 +1,46 @@
+"""Programs before and after each pass, as text; `pytest --update-golden` rewrites the files."""
+
+from __future__ import annotations
+
+import pytest
+from programs import apply, fired, gpt2_program, llama_program
+
+from kvxform.ir.text import format_program
+from kvxform.passes.base.insert_cache import InsertCache
+from kvxform.passes.base.simplify import Simplify
+from kvxform.passes.memory.page_cache import PageCache
+from kvxform.passes.quantize.quantize_kv import QuantizeKv
+from kvxform.passes.rotation.fuse_norms import FuseNorms
+from kvxform.passes.rotation.rotate_qk import RotateQk
+from kvxform.passes.rotation.rotate_v import RotateV
+
+KIVI = QuantizeKv(
+    {"codec": "int", "bits": 2, "axis": "channel", "zero": "float"},
+    {"codec": "int", "bits": 2, "group": 8, "zero": "float"},
+    regions={"recent": 128},
+)
+CASES = {
+    "fuse_norms/llama": (FuseNorms(), (), llama_program),
+    "fuse_norms/gpt2_tied": (FuseNorms(), (), gpt2_program),  # the last norm is a near miss
+    "fuse_norms/gpt2_untied": (FuseNorms(), (), lambda **k: gpt2_program(tied=False, **k)),
+    "rotate_v/gpt2": (RotateV(), (InsertCache(),), gpt2_program),
+    "rotate_qk/stateless": (RotateQk(seed=1), (), llama_program),
+    "rotate_qk/cached": (RotateQk(block=8), (InsertCache(),), llama_program),
+    "insert_cache/llama": (InsertCache(), (), llama_program),
+    "insert_cache/gpt2": (InsertCache(), (RotateQk(),), gpt2_program),
+    "page_cache/llama": (PageCache(64), (InsertCache(),), llama_program),
+    "quantize_kv/kivi2": (KIVI, (InsertCache(), PageCache()), llama_program),
+    "simplify/kivi2": (Simplify(), (InsertCache(), PageCache(), KIVI), llama_program),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_before_and_after(name, golden):
+    graph_pass, before, make = CASES[name]
+    program = make(layers=1)
+    for earlier in before:
+        program, _ = apply(earlier, program)
+    rewritten, found = apply(graph_pass, program)
+    assert fired(found)
+    golden(f"{name}.before.txt", format_program(program))
+    golden(f"{name}.after.txt", format_program(rewritten))
