@@ -8,7 +8,8 @@ A group is a run of channels of one token (`axis: token`) or a run of tokens of 
 - `symmetric`    s = max(-m, M) / h,  q = round(x / s) + z,  x' = s (q - z),
                  with the constants h = (n - 1) / 2 and z = h + 1
 
-Scales and zero points are rounded to their stored float16 before they are used to encode.
+Scales and zero points are rounded to their stored float16 before they are used to encode. A scale
+is at least 2**-24, and with `zero: int` so large that float16 holds z exactly, |z| <= 2048.
 
 Source: QuaRot, arXiv 2404.00456, section 4 (`zero: int`, token axis); KIVI, arXiv 2402.02750,
 section 3 (`zero: float`, channel axis for keys).
