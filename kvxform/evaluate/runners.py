@@ -6,7 +6,6 @@ continues it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -94,24 +93,42 @@ class SessionRunner:
         return out
 
 
-def greedy(
-    runner: Runner, input_ids: Tensor, max_new_tokens: int, eos_token_ids: tuple[int, ...] = ()
-) -> Iterator[int]:
-    """Yield the most likely next tokens, one at a time, the end token included.
+class OnnxRunner:
+    """An OnnxSession; it holds one sequence, which `prefill` starts anew."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Return logits of all positions, `[1, S, vocab]`."""
+        self._session.reset()
+        out: Tensor = self._session.prefill(input_ids, all_logits=True)
+        return out
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Start a new sequence; logits of the last position `[1, vocab]`."""
+        self._session.reset()
+        out: Tensor = self._session.prefill(input_ids)
+        return out
+
+    def decode(self, token_ids: Tensor) -> Tensor:
+        """Append one token, int64 `[1]`; logits `[1, vocab]`."""
+        out: Tensor = self._session.decode(token_ids)
+        return out
+
+
+def make_runner(model: Any, max_seq_len: int) -> Runner:
+    """Return the runner for a source module, an OptimizedModel or an OnnxSession.
 
     Args:
-        runner: The model.
-        input_ids: Prompt, int64 `[1, S]`.
-        max_new_tokens: Most tokens to yield.
-        eos_token_ids: Tokens that end the text.
+        model: What to run.
+        max_seq_len: Longest sequence that will be run.
     """
-    logits = runner.prefill(input_ids)
-    for step in range(max_new_tokens):
-        token = int(logits.argmax(-1))
-        yield token
-        if token in eos_token_ids or step + 1 == max_new_tokens:
-            return
-        logits = runner.decode(torch.tensor([token]))
+    from kvxform.runtime.model import OptimizedModel
+
+    if isinstance(model, OptimizedModel):
+        return SessionRunner(model, max_seq_len)
+    return SourceRunner(model) if isinstance(model, nn.Module) else OnnxRunner(model)
 
 
 def _logits_of(out: Any) -> Tensor:

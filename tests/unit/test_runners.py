@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from kvxform.evaluate.runners import SourceRunner, greedy
+from kvxform.evaluate.runners import SourceRunner
 
 
 class LastPlusOne(nn.Module):
@@ -40,11 +40,3 @@ def test_steps_and_the_stateless_call_agree(make):
         rows = [runner.prefill(ids[:, :4])]
         rows += [runner.decode(ids[0, t : t + 1]) for t in range(4, 9)]
         torch.testing.assert_close(torch.cat(rows), whole[0, 3:], rtol=1e-5, atol=1e-5)
-
-
-def test_greedy_follows_the_model_and_stops_at_the_end_token():
-    runner = SourceRunner(LastPlusOne())
-    prompt = torch.tensor([[5, 2]])
-    assert list(greedy(runner, prompt, 4)) == [3, 4, 5, 6]
-    assert list(greedy(runner, prompt, 9, eos_token_ids=(5,))) == [3, 4, 5]
-    assert list(greedy(runner, prompt, 0)) == []

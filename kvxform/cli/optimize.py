@@ -1,0 +1,84 @@
+"""`kvxform optimize`: run a recipe on a model and write an artifact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvxform.cli.options import Json, Model, Out, RecipeName, Verify, VerifyLevel
+from kvxform.cli.output import format_bytes, print_json, print_table, talk
+
+if TYPE_CHECKING:
+    from kvxform.report import Report
+
+Onnx = Annotated[bool, typer.Option("--onnx", help="Write an ONNX package too, into OUT/onnx.")]
+
+
+def run(
+    model: Model,
+    recipe: RecipeName,
+    out: Out,
+    onnx: Onnx = False,
+    verify: VerifyLevel = Verify.probe,
+    json: Json = False,
+) -> None:
+    """Rewrite a model by a recipe, verify it and write an artifact."""
+    import kvxform
+    from kvxform.atomic import check_replaceable
+
+    check_replaceable(out)  # before the work, not after it
+    optimized = kvxform.optimize(model, recipe, verify=verify.value)
+    optimized.save(out)
+    files = {"artifact": str(out), "report": str(out / "report.html")}
+    if onnx:
+        talk("kvxform: writing the ONNX package")
+        files["onnx"] = str(optimized.export_onnx(out / "onnx"))
+    data = {**summarize(optimized.report), "files": files}
+    if json:
+        print_json(data)
+    else:
+        print_table(("what", "value"), summary_rows(data))
+
+
+def summarize(report: Report) -> dict[str, Any]:
+    """Return the main figures of a report as plain data."""
+    final, plan = report.final, report.plan
+    data: dict[str, Any] = {
+        "model": report.source.name,
+        "recipe": report.recipe["name"],
+        "passes": [p.name for p in report.passes],
+        "sites_raised": report.source.sites_raised,
+        "sites_rejected": len(report.source.sites_rejected),
+    }
+    if plan is not None:
+        data["bytes_per_token_before"] = plan.kv_bytes_per_token_before
+        data["bytes_per_token"] = plan.kv_bytes_per_token
+        data["bits_per_value"] = plan.bits_per_value
+    if final is not None:
+        data |= {"max_abs": final.max_abs, "kl": final.kl, "top1_agreement": final.top1}
+    return data
+
+
+def summary_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures of `summarize` as rows for people."""
+    rejected = f", {data['sites_rejected']} rejected" if data["sites_rejected"] else ""
+    rows = [
+        ("model", data["model"]),
+        ("recipe", data["recipe"]),
+        ("passes", " ".join(data["passes"])),
+        ("attention sites", f"{data['sites_raised']} raised{rejected}"),
+    ]
+    if "bytes_per_token" in data:
+        before, after = data["bytes_per_token_before"], data["bytes_per_token"]
+        rows += [
+            ("cache per token", f"{format_bytes(before)} (16 bit) -> {format_bytes(after)}"),
+            ("true bits per value", f"{data['bits_per_value']:.2f}"),
+        ]
+    if "kl" in data:
+        rows += [
+            ("logits, max difference", f"{data['max_abs']:.2e} (probe inputs)"),
+            ("KL to the source", f"{data['kl']:.2e} nats per token (probe inputs)"),
+            ("same greedy token", f"{data['top1_agreement']:.1%} (probe inputs)"),
+        ]
+    return [*rows, *data["files"].items()]

@@ -1,0 +1,105 @@
+"""What a TARGET may be: an artifact folder, an ONNX package folder, or a model with a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvxform.errors import KvxformError
+
+if TYPE_CHECKING:
+    from kvxform.runtime.model import OptimizedModel
+
+
+def is_artifact(target: str) -> bool:
+    """Return whether `target` is a folder that `save` wrote, whole or not."""
+    return any((Path(target) / name).is_file() for name in ("kvxform.lock", "program.json"))
+
+
+def is_onnx_package(target: str) -> bool:
+    """Return whether `target` is a folder that `export` wrote."""
+    return (Path(target) / "model.onnx").is_file()
+
+
+def open_model(
+    target: str, recipe: str | None, *, verify: Literal["none", "probe", "full"] = "none"
+) -> OptimizedModel:
+    """Load an artifact, or optimise a model.
+
+    Raises:
+        KvxformError: KVX801 if a recipe is missing or makes no sense, and all of the library's.
+    """
+    import kvxform
+
+    if is_artifact(target):
+        refuse_recipe(target, recipe)
+        return kvxform.load(target)
+    if recipe is None:
+        raise KvxformError(
+            "KVX801",
+            "a model that is not an artifact needs a recipe",
+            got=repr(target),
+            hint="add --recipe, for instance -r kv4",
+        )
+    return kvxform.optimize(target, recipe, verify=verify)
+
+
+def refuse_recipe(target: str, recipe: str | None) -> None:
+    """Raise KVX801 if a recipe is given for something that is finished."""
+    if recipe is not None:
+        raise KvxformError(
+            "KVX801", "what is optimised already takes no recipe", got=repr(target), hint="drop -r"
+        )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a TARGET turned out to be.
+
+    Attributes:
+        model: OptimizedModel, OnnxSession, or the source module; `make_runner` takes each.
+        tokenizer: Its tokenizer, or None.
+        eos_token_ids: Tokens that end a text.
+    """
+
+    model: Any
+    tokenizer: Any
+    eos_token_ids: tuple[int, ...]
+
+
+def open_target(target: str, recipe: str | None) -> Opened:
+    """Open anything that can run; a model without a recipe is the source model itself."""
+    if is_onnx_package(target):
+        from kvxform.capture import load_tokenizer
+        from kvxform.runtime.onnx_session import OnnxSession
+
+        refuse_recipe(target, recipe)
+        session = OnnxSession(target)
+        return Opened(session, load_tokenizer(target), tuple(session.info["eos_token_ids"]))
+    if recipe is None and not is_artifact(target):
+        return open_source_model(target)
+    model = open_model(target, recipe)
+    return Opened(model, model.tokenizer, model.program.info.eos_token_ids)
+
+
+def open_source_model(model: str) -> Opened:
+    """Open the unrewritten model."""
+    from kvxform.capture import load_tokenizer
+    from kvxform.capture.sources import open_source
+
+    source = open_source(model)
+    tokenizer = load_tokenizer(source.info.tokenizer_path)
+    return Opened(source.model, tokenizer, source.info.eos_token_ids)
+
+
+def need_tokenizer(tokenizer: Any, target: str) -> Any:
+    """Return `tokenizer`; raise KVX801 if there is none."""
+    if tokenizer is None:
+        raise KvxformError(
+            "KVX801",
+            "text needs a model with a tokenizer",
+            got=repr(target),
+            hint="take a Hugging Face folder with tokenizer files, or use the Python API",
+        )
+    return tokenizer
