@@ -50,7 +50,7 @@ def make_batch(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
     Raises:
         KvxformError: KVX704 for anything else.
     """
-    _check_ids(input_ids, 2, vocab_size)
+    check_ids(input_ids, 2, vocab_size)
     ids = input_ids.to(torch.int64)
     batch_size, width = ids.shape
     mask = None if attention_mask is None else _check_mask(attention_mask, ids)
@@ -69,11 +69,12 @@ def check_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
     Raises:
         KvxformError: KVX704 for a wrong shape, dtype or id.
     """
-    _check_ids(token_ids, 1, vocab_size)
+    check_ids(token_ids, 1, vocab_size)
     return token_ids.to(torch.int64)
 
 
-def _check_ids(ids: Tensor, dims: int, vocab_size: int) -> None:
+def check_ids(ids: Tensor, dims: int, vocab_size: int) -> None:
+    """Raise KVX704 unless `ids` is an integer tensor of `dims` axes with ids in the vocabulary."""
     shape = "[batch, tokens]" if dims == 2 else "[batch]"
     if not isinstance(ids, Tensor):
         refuse("token ids must be a tensor", type(ids).__name__)

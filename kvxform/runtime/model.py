@@ -13,8 +13,8 @@ from torch import Tensor
 from kvxform.codegen.eager.lowering import EagerExecutable
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program, default_positions
-from kvxform.runtime.generate import GenerationOptions, Streamer, eos_tuple, run_loop
-from kvxform.runtime.inputs import make_batch, refuse
+from kvxform.runtime.generate import GenerationOptions, NextLogits, Streamer, eos_tuple, run_loop
+from kvxform.runtime.inputs import Batch, check_ids, make_batch, refuse
 from kvxform.runtime.session import Session
 
 DEFAULT_SEQ_LEN = 2048
@@ -96,11 +96,12 @@ class OptimizedModel:
         Raises:
             CodegenError: KVX401 if the program has no cache.
         """
-        limit = max_seq_len or self.program.info.context_length or DEFAULT_SEQ_LEN
+        if max_seq_len is None:
+            max_seq_len = self.program.info.context_length or DEFAULT_SEQ_LEN
         return Session(
             self._executable,
             max_batch_size=max_batch_size,
-            max_seq_len=limit,
+            max_seq_len=max_seq_len,
             num_pages=num_pages,
         )
 
@@ -187,20 +188,22 @@ class OptimizedModel:
 
     def _start(
         self, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, NextLogits]:
         """Return logits of the prompts' last tokens, and what feeds one more token to each."""
+        fed_later = max_new_tokens - 1  # nothing comes after the last token
         if self.plan is not None:
-            session = self._session_for(input_ids, max_new_tokens)
+            session = self._session_for(input_ids, fed_later)
             return session.prefill(input_ids, attention_mask), session.decode
-        rows = _Recompute(self._executable, input_ids, attention_mask)
+        batch = make_batch(input_ids, attention_mask, self.program.info.vocab_size)
+        self._check_length(batch.width + fed_later)
+        rows = _Recompute(self._executable, batch)
         return rows.logits(), rows.advance
 
-    def _session_for(self, input_ids: Tensor, new_tokens: int) -> Session:
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
-            make_batch(input_ids, None, self.program.info.vocab_size)  # raises the right error
+    def _session_for(self, input_ids: Tensor, fed_later: int) -> Session:
+        check_ids(input_ids, 2, self.program.info.vocab_size)
         batch_size, width = input_ids.shape
-        self._check_length(width + new_tokens)
-        return self.new_session(batch_size, width + new_tokens)
+        self._check_length(width + fed_later)
+        return self.new_session(batch_size, width + fed_later)
 
     def _check_length(self, tokens: int) -> None:
         limit = self.program.info.context_length
@@ -211,10 +214,7 @@ class OptimizedModel:
 class _Recompute:
     """Generation without a cache: every step runs the whole sequence again."""
 
-    def __init__(
-        self, executable: EagerExecutable, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> None:
-        batch = make_batch(input_ids, attention_mask, executable.program.info.vocab_size)
+    def __init__(self, executable: EagerExecutable, batch: Batch) -> None:
         self._executable = executable
         self._ids = batch.input_ids.to(executable.device)
         self._counts = torch.tensor(batch.counts, device=executable.device)

@@ -1,0 +1,96 @@
+"""Pages are owned once, tables agree with each other, and a refusal changes nothing."""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvxform.errors import CacheFullError
+from kvxform.runtime.pages import NULL_PAGE, PagePool
+
+NUM_PAGES, PAGE_SIZE = 12, 16
+SEQUENCES = range(4)
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Random calls against a model that only counts pages."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = PagePool(NUM_PAGES, PAGE_SIZE)
+        self.counts = dict.fromkeys(SEQUENCES, 0)
+
+    @rule(wanted=st.dictionaries(st.sampled_from(SEQUENCES), st.integers(0, 8), min_size=1))
+    def grow(self, wanted):
+        before = {s: self.pool.pages(s) for s in SEQUENCES}
+        grown = {s: max(n, wanted.get(s, 0)) for s, n in self.counts.items()}
+        if sum(grown.values()) > NUM_PAGES - 1:
+            with pytest.raises(CacheFullError, match="KVX702"):
+                self.pool.grow(wanted)
+            assert before == {s: self.pool.pages(s) for s in SEQUENCES}
+            return
+        self.pool.grow(wanted)
+        self.counts = grown
+        for s in SEQUENCES:
+            assert self.pool.pages(s)[: len(before[s])] == before[s]
+
+    @precondition(lambda self: any(self.counts.values()))
+    @rule(sequence=st.sampled_from(SEQUENCES), keep=st.integers(0, 8))
+    def shrink(self, sequence, keep):
+        pages = self.pool.pages(sequence)
+        assert self.pool.shrink(sequence, keep) == list(pages[keep:])
+        self.counts[sequence] = min(keep, self.counts[sequence])
+
+    @invariant()
+    def every_page_has_one_owner(self):
+        owned = [page for s in SEQUENCES for page in self.pool.pages(s)]
+        assert len(set(owned)) == len(owned)
+        assert NULL_PAGE not in owned
+        assert all(0 < page < NUM_PAGES for page in owned)
+        assert {s: len(self.pool.pages(s)) for s in SEQUENCES} == self.counts
+        assert self.pool.num_used == len(owned)
+        assert self.pool.num_free + self.pool.num_used == NUM_PAGES - 1
+
+    @invariant()
+    def both_tables_say_the_same(self):
+        tokens = [n * PAGE_SIZE - s for s, n in self.counts.items()]
+        tokens = [max(0, n) for n in tokens]
+        padded = self.pool.block_table(list(SEQUENCES))
+        table = self.pool.page_table(list(SEQUENCES), tokens)
+        assert padded.dtype == table.indptr.dtype == table.indices.dtype == torch.int32
+        assert int(table.indptr[0]) == 0
+        for i, n in enumerate(tokens):
+            row = table.indices[table.indptr[i] : table.indptr[i + 1]]
+            assert torch.equal(row, padded[i, : len(row)])
+            assert not padded[i, self.counts[i] :].any()
+            assert 1 <= table.last_page_len[i] <= PAGE_SIZE
+            assert PAGE_SIZE * (len(row) - 1) + table.last_page_len[i] == n
+
+
+TestPagePool = PoolMachine.TestCase
+TestPagePool.settings = settings(deadline=None, max_examples=40, stateful_step_count=20)
+
+
+def test_lowest_free_page_comes_first():
+    pool = PagePool(8, PAGE_SIZE)
+    pool.grow({"a": 2, "b": 2})
+    assert (pool.pages("a"), pool.pages("b")) == ((1, 2), (3, 4))
+    pool.shrink("a", 0)
+    pool.grow({"b": 3, "c": 2})
+    assert (pool.pages("b"), pool.pages("c")) == ((3, 4, 1), (2, 5))
+
+
+def test_full_pool_says_what_to_do():
+    pool = PagePool(4, PAGE_SIZE)
+    with pytest.raises(CacheFullError) as caught:
+        pool.grow({0: 2, 1: 2})
+    assert str(caught.value) == (
+        "KVX702 [session] the step needs 4 free pages of 16 tokens; got 3. "
+        "Hint: free rows, or make a session with more num_pages."
+    )
+
+
+def test_empty_batch_has_empty_tables():
+    assert PagePool(4, PAGE_SIZE).block_table([]).shape == (0, 0)
+    assert PagePool(4, PAGE_SIZE).page_table([], []).indptr.tolist() == [0]
