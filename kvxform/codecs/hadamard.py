@@ -96,6 +96,11 @@ def make_basis(block: int | None, seed: int | None, dim: int, where: str, at: st
     return Basis("hadamard", block, seed)
 
 
+def basis_fact(block: int | None, seed: int | None) -> str:
+    """Return the fact value of options; only the kind where the size depends on the model."""
+    return "hadamard" if block is None else str(Basis("hadamard", block, seed))
+
+
 @functools.cache
 def make_signs(dim: int, seed: int | None) -> Tensor | None:
     """Return `dim` random signs, float32 of -1 and 1 on the CPU, or None if `seed` is None."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.hadamard import Basis, is_block, make_basis, make_signs
+from kvxform.codecs.hadamard import Basis, basis_fact, is_block, make_basis, make_signs
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.program import AttentionSite, Program
@@ -59,9 +59,8 @@ class RotateQk(GraphPass):
             raise RecipeError("KVX107", rule, where="rotate-qk", got=repr(self.block))
 
     def ensures(self) -> Mapping[str, FactValue]:
-        """State the basis of keys; without a size where it depends on the model."""
-        named = None if self.block is None else Basis("hadamard", self.block, self.seed)
-        return {"k.basis": "hadamard" if named is None else str(named)}
+        """State the basis of keys."""
+        return {"k.basis": basis_fact(self.block, self.seed)}
 
     def match(self, program: Program) -> list[Match | NoMatch]:
         """Match every site.

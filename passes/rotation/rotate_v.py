@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvxform.codecs.hadamard import Basis, is_block, make_basis
+from kvxform.codecs.hadamard import Basis, basis_fact, is_block, make_basis
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.linear import weight_uses
@@ -51,9 +51,8 @@ class RotateV(GraphPass):
             raise RecipeError("KVX107", rule, where="rotate-v", got=repr(self.block))
 
     def ensures(self) -> Mapping[str, FactValue]:
-        """State the basis of values; without a size where it depends on the model."""
-        named = None if self.block is None else Basis("hadamard", self.block, self.seed)
-        return {"v.basis": "hadamard" if named is None else str(named)}
+        """State the basis of values."""
+        return {"v.basis": basis_fact(self.block, self.seed)}
 
     def match(self, program: Program) -> list[Match | NoMatch]:
         """Match every site whose W_v and W_o can absorb the rotation.
