@@ -10,33 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from kvxform.codegen.onnx.builder import onnx_dtype
 from kvxform.codegen.onnx.capability import IR_VERSION, MINIMUM_RUNTIME, OPSET, takes_padding
 from kvxform.codegen.onnx.ports import PAST, PRESENT, is_plain
-from kvxform.codegen.onnx.builder import onnx_dtype
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
+from kvxform.tokenizer import tokenizer_files
 
 PACKAGE_VERSION = 1
 MODEL, DATA = "model.onnx", "model.onnx.data"
 EMBEDDED_BYTES = 1024  # smaller constants stay in the graph file, where shape inference reads them
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 def write_package(
@@ -53,7 +41,7 @@ def write_package(
         model: The graph.
         program: What it was made from.
         folder: An empty folder.
-        tokenizer_path: Folder with tokenizer files, or None.
+        tokenizer_path: Folder with tokenizer files, GGUF file, or None.
         recipe: A `kvxform.recipe.Recipe`, or None.
         report: A `kvxform.report.Report`, or None.
     """
@@ -64,10 +52,8 @@ def write_package(
     _write_json(folder / "kvxform.json", _description(program, recipe))
     if report is not None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    if tokenizer_path is not None:
-        for name in TOKENIZER_FILES:
-            if (source := Path(tokenizer_path) / name).is_file():
-                shutil.copyfile(source, folder / name)
+    for name, content in tokenizer_files(tokenizer_path).items():
+        (folder / name).write_bytes(content)
 
 
 def model_name(program: Program) -> str:
@@ -82,9 +68,7 @@ def genai_config(program: Program) -> dict[str, Any]:
     first = sites[0]
     names = {"inputs": ("past", PAST), "outputs": ("present", PRESENT)}
     ports = {
-        side: {
-            f"{word}_{part}_names": f"{prefix}.%d.{part}" for part in ("key", "value")
-        }
+        side: {f"{word}_{part}_names": f"{prefix}.%d.{part}" for part in ("key", "value")}
         for side, (word, prefix) in names.items()
         if _is_plain_cache(program)
     }

@@ -10,6 +10,6 @@
 from __future__ import annotations
 
 from kvxform.capture.capturing import Captured, capture
-from kvxform.capture.sources import load_source_module, load_tokenizer
+from kvxform.capture.sources import load_source_module, open_source
 
-__all__ = ["Captured", "capture", "load_source_module", "load_tokenizer"]
+__all__ = ["Captured", "capture", "load_source_module", "open_source"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +15,6 @@ from kvxform.capture.gguf_files import load_gguf
 from kvxform.capture.smollm2 import SMOLLM2, smollm2_folder
 from kvxform.errors import CaptureError
 from kvxform.ir.program import ModelInfo
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 AnySource = nn.Module | ExportedProgram | str | Path
 
@@ -68,23 +65,6 @@ def load_source_module(source: AnySource, *, dtype: torch.dtype | None = None) -
         return source
     model = open_source(source, dtype=dtype).model
     return model.module() if isinstance(model, ExportedProgram) else model.eval()
-
-
-def load_tokenizer(path: str | Path | None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a folder or GGUF file, or None if there is none."""
-    from transformers import AutoTokenizer
-
-    place = Path(path) if path else None
-    if place is None or not place.exists():
-        return None
-    is_file = place.is_file()
-    options = {"gguf_file": place.name} if is_file else {}
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(place.parent if is_file else place), local_files_only=True, **options
-        )
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _load(path: Path, text: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:

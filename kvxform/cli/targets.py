@@ -71,8 +71,8 @@ class Opened:
 def open_target(target: str, recipe: str | None) -> Opened:
     """Open anything that can run; a model without a recipe is the source model itself."""
     if is_onnx_package(target):
-        from kvxform.capture import load_tokenizer
         from kvxform.runtime.onnx_session import OnnxSession
+        from kvxform.tokenizer import load_tokenizer
 
         refuse_recipe(target, recipe)
         session = OnnxSession(target)
@@ -85,8 +85,8 @@ def open_target(target: str, recipe: str | None) -> Opened:
 
 def open_source_model(model: str) -> Opened:
     """Open the unrewritten model."""
-    from kvxform.capture import load_tokenizer
-    from kvxform.capture.sources import open_source
+    from kvxform.capture import open_source
+    from kvxform.tokenizer import load_tokenizer
 
     source = open_source(model)
     tokenizer = load_tokenizer(source.info.tokenizer_path)

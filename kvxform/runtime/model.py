@@ -16,6 +16,7 @@ from kvxform.ir.program import Program, default_positions
 from kvxform.runtime.generate import GenerationOptions, NextLogits, Streamer, eos_tuple, run_loop
 from kvxform.runtime.inputs import Batch, check_ids, make_batch, refuse
 from kvxform.runtime.session import Session
+from kvxform.tokenizer import load_tokenizer, tokenizer_files
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -51,11 +52,7 @@ class OptimizedModel:
     def tokenizer(self) -> Any:
         """The source's tokenizer, or None."""
         path = self.program.info.tokenizer_path
-        if self._tokenizer is None and path is not None:
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
-        return self._tokenizer
+        return load_tokenizer(path) if self._tokenizer is None else self._tokenizer
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return logits `[B, S, vocab]` of all positions, in the caller's columns.
@@ -169,6 +166,8 @@ class OptimizedModel:
             extra |= {"report.json": self.report.to_json(), "report.html": self.report.to_html()}
         if self.recipe is not None:
             extra["recipe.yaml"] = self.recipe.to_yaml()
+        files = tokenizer_files(self.program.info.tokenizer_path)
+        extra |= {f"tokenizer/{name}": content for name, content in files.items()}
         save_artifact(Path(path), self.program, extra)
         return Path(path)
 
