@@ -7,6 +7,7 @@ the `kvx` dialect, and arithmetic on run-time sizes (`py.mul` and the like).
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Collection
@@ -50,6 +51,7 @@ def target_name(target: object) -> str | None:
         return None
 
 
+@functools.cache
 def resolve_target(name: str) -> Callable[..., Any] | None:
     """Return the callable with the text name `name`, or None if it is not on the list."""
     if name in PYTHON_FUNCTIONS:
@@ -71,23 +73,29 @@ def call_problem(
     """Return what is wrong with the number and names of arguments of a call, or None."""
     if not isinstance(target, OpOverload):
         return "takes no keyword arguments" if keywords else None
-    arguments = target._schema.arguments
-    if num_args > sum(not a.kwarg_only for a in arguments):
+    num_positional, is_required = _arguments(target)
+    if num_args > num_positional:
         return f"takes fewer than {num_args} positional arguments"
-    rest = {a.name: a for a in arguments[num_args:]}
+    rest = list(is_required)[num_args:]
     for keyword in keywords:
         if keyword not in rest:
             return f"takes no argument {keyword!r} here"
-    missing = [n for n, a in rest.items() if not a.has_default_value() and n not in keywords]
+    missing = [name for name in rest if is_required[name] and name not in keywords]
     return f"needs the argument {missing[0]!r}" if missing else None
 
 
 def keyword_order(target: Callable[..., Any], keywords: Collection[str]) -> list[str]:
-    """Return `keywords` in the order of the schema of `target`."""
-    if not isinstance(target, OpOverload):
-        return sorted(keywords)
-    order = {a.name: i for i, a in enumerate(target._schema.arguments)}
-    return sorted(keywords, key=lambda name: (order.get(name, len(order)), name))
+    """Return `keywords` in the order of the schema of `target`, unknown ones last."""
+    known = list(_arguments(target)[1]) if isinstance(target, OpOverload) else []
+    return [n for n in known if n in keywords] + sorted(n for n in keywords if n not in known)
+
+
+@functools.cache
+def _arguments(op: OpOverload) -> tuple[int, dict[str, bool]]:
+    """Return the number of positional arguments, and which arguments by name are required."""
+    arguments = op._schema.arguments
+    num_positional = sum(not argument.kwarg_only for argument in arguments)
+    return num_positional, {a.name: not a.has_default_value() for a in arguments}
 
 
 def _op_name(op: OpOverload) -> str:
@@ -96,6 +104,7 @@ def _op_name(op: OpOverload) -> str:
     return f"{namespace}.{base}.{overload}" if overload else f"{namespace}.{base}"
 
 
+@functools.cache
 def _is_allowed_op(op: OpOverload) -> bool:
     if op.namespace == "kvx":
         return op in kvx.DIALECT

@@ -71,3 +71,4 @@ def test_calls_are_compared_with_the_schema():
 def test_keywords_are_ordered_as_in_the_schema():
     given = ["causal", "scale", "layer"]
     assert keyword_order(kvx.ATTENTION, given) == ["layer", "scale", "causal"]
+    assert keyword_order(kvx.HADAMARD, ["z", "a", "block"]) == ["block", "a", "z"]
