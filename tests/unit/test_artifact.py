@@ -269,7 +269,7 @@ def test_deep_json_is_refused(copy):
 
 
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
 def test_random_damage_is_a_program_or_a_clear_error(saved, copy, data):

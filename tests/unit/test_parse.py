@@ -21,6 +21,7 @@ from tests.programs import gpt2_program, llama_program, token_ids
 
 aten = torch.ops.aten
 
+WHOLE = format_graph(llama_program(layers=1).graph)
 HEAD = '%0 = placeholder("input_ids")\n'
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
@@ -126,7 +127,7 @@ def content(graph: fx.Graph) -> list:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(graphs())
 def test_print_parse_print_is_the_identity(graph):
     text = format_graph(graph)
@@ -250,7 +251,7 @@ def test_bad_text_is_refused_with_the_reason(text, words):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_text_is_a_graph_or_a_clear_error(data):
-    text = format_graph(llama_program(layers=1).graph)
+    text = WHOLE
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, min(len(text), start + 20)))
     damaged = text[:start] + data.draw(st.text(max_size=6)) + text[end:]
