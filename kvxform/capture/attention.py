@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvxform.capture.heads import size_node
 from kvxform.capture.masks import MASKED, Evaluate
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import ancestors, chain_back, literals, op_name, tensor_type
+from kvxform.capture.weights import size_node
 from kvxform.ir.types import TensorType
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ from kvxform.capture.attention import find_cores
 from kvxform.capture.exporting import export_module, make_functional, prepare
 from kvxform.capture.normalise import normalise, remove_dead
 from kvxform.capture.norms import raise_norms
+from kvxform.capture.positions import prove_local, read_positions
 from kvxform.capture.probing import TOLERANCE, Prober, error
 from kvxform.capture.sites import SiteRaiser
 from kvxform.capture.sources import AnySource, Source, open_source
@@ -105,15 +106,20 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
             got="; ".join(reasons) or "no softmax over scores and no SDPA call",
         )
     remove_dead(graph)
+    prober.refresh()
+    read_positions(prober, info.context_length)
+    remove_dead(graph)
     graph.lint()
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    return Program(
+    program = Program(
         graph=graph,
         weights={k: v for k, v in weights.items() if k in used},
         sites=tuple(raiser.sites),
         info=complete_info(info, graph),
         rejected=tuple(raiser.rejected),
     )
+    prove_local(program)
+    return program
 
 
 def complete_info(info: ModelInfo, graph: fx.Graph) -> ModelInfo:

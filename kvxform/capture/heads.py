@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import Stop, tensor_type
+from kvxform.capture.weights import add_weight, size_node, weight_node
 from kvxform.ir.types import TensorType
 
 aten = torch.ops.aten
@@ -227,23 +228,12 @@ class HeadEmitter:
         return self._slice(node, 3, inner, inner + head_dim)
 
     def _gather(self, flat: fx.Node, index: Tensor) -> fx.Node:
-        name = self._constant(index.flatten())
-        with flat.graph.inserting_before(self.before):
-            weight = flat.graph.create_node("get_attr", name)
-        type_ = TensorType(torch.int64, (index.numel(),))
-        weight.meta = {"type": type_, "module": "", "origin": "", "via": ()}
+        graph, weights = flat.graph, self.prober.weights
+        name = add_weight(weights, "head_index", index.flatten())
+        weight = weight_node(graph, name, weights[name])
         shape = ("B", "S", index.numel())
         node = self._call(aten.index_select.default, flat, 2, weight, shape=shape)
         return self._view(node, index.shape[0], index.shape[1])
-
-    def _constant(self, value: Tensor) -> str:
-        weights = self.prober.weights
-        for name, known in weights.items():
-            if name.startswith("head_index_") and torch.equal(known, value):
-                return name
-        name = f"head_index_{sum(n.startswith('head_index_') for n in weights)}"
-        weights[name] = value
-        return name
 
     def _view(self, node: fx.Node, heads: int, head_dim: int) -> fx.Node:
         sizes = [*self._sizes(), heads, head_dim]
@@ -273,19 +263,3 @@ class HeadEmitter:
         assert type_ is not None
         new.meta = {**self.before.meta, "type": TensorType(type_.dtype, shape)}
         return new
-
-
-def size_node(graph: fx.Graph, axis: int) -> fx.Node:
-    """Return the node with the batch (axis 0) or sequence (axis 1) size of `input_ids`."""
-    from kvxform.ir.types import SymType
-
-    (input_ids,) = (n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids")
-    for user in input_ids.users:
-        if user.target is aten.sym_size.int and user.args[1] == axis:
-            return user
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        node = graph.call_function(aten.sym_size.int, (input_ids, axis))
-    meta = {"type": SymType("BS"[axis]), "module": "", "origin": "sym_size", "via": ()}
-    node.meta = meta
-    return node

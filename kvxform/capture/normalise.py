@@ -23,7 +23,13 @@ from kvxform.ir.types import SymType, TensorType, TupleType, ValueType
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _DROPPED = frozenset(
-    ["_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"]
+    [
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    ]
 )
 _ALIASES = frozenset({"alias", "detach", "lift_fresh_copy", "detach_copy", "alias_copy"})
 _CASTS = frozenset({"to", "_to_copy", "type_as"})
@@ -41,6 +47,7 @@ def normalise(exported: ExportedProgram) -> tuple[fx.Graph, dict[str, Tensor]]:
     graph = builder.graph
     _drop_identities(graph)
     _split_to_slices(graph)
+    _view_to_reshape(graph)
     remove_dead(graph)
     return graph, {k: v for k, v in builder.weights.items() if k in _used(graph)}
 
@@ -272,6 +279,13 @@ def _is_identity(node: fx.Node, source: fx.Node) -> bool:
         to_end = end is None or (isinstance(end, int) and end >= _END)
         return same_type and start in (0, None) and to_end and step in (1, None)
     return False
+
+
+def _view_to_reshape(graph: fx.Graph) -> None:
+    """Make no claim about strides: other implementations of an op may lay out results otherwise."""
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
 
 
 def _split_to_slices(graph: fx.Graph) -> None:

@@ -26,7 +26,25 @@ from kvxform.capture.structure import (
 aten = torch.ops.aten
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow", "norm", "linalg_vector_norm", "rms_norm"})
 _INSIDE = frozenset(
-    ["rsqrt", "sqrt", "pow", "reciprocal", "mean", "sum", "mul", "div", "add", "square", "to", "_to_copy", "type_as", "linalg_vector_norm", "norm", "clamp_min", "rms_norm"]
+    [
+        "rsqrt",
+        "sqrt",
+        "pow",
+        "reciprocal",
+        "mean",
+        "sum",
+        "mul",
+        "div",
+        "add",
+        "square",
+        "to",
+        "_to_copy",
+        "type_as",
+        "linalg_vector_norm",
+        "norm",
+        "clamp_min",
+        "rms_norm",
+    ]
 )
 _LONGEST = 12  # nodes of a norm
 _SETTING = Setting.first(3, batch=2)

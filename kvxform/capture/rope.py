@@ -9,7 +9,7 @@ region on random input.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ import kvxform.ir.ops as kvx
 from kvxform.capture.heads import HeadMap, from_rows, num_features
 from kvxform.capture.probing import TOLERANCE, Prober, Setting, error
 from kvxform.capture.structure import ancestors, literals, tensor_type
+from kvxform.capture.weights import add_weight
 
-_CONSTANT = "inv_freq_"  # prefix of weights that capture adds
+_ADDED = "inv_freq"  # prefix of weights that capture adds
 _FREE_POSITIONS = (0, 1, 2, 3, 4, 7, 8, 16, 64, 256, 1000, 1024, 4096)
 _LENGTHS = (513, 257, 129, 65, 33, 17, 9)  # tried in turn where positions cannot be chosen
 
@@ -179,20 +180,20 @@ def prove_rope(
 ) -> Rotary | str:
     """Return the rotary embedding if `kvx::rope` equals the region on random input, else why not.
 
-    Frequencies that the model itself holds are preferred over measured ones, and of the rest those
-    with the smallest error.
+    Frequencies found for another operand are taken if they fit; else those of the model or the
+    measured ones, whichever have the smallest error.
     """
-    best: tuple[str, Tensor] = ("", frequencies)
-    best_error = float("inf")
-    for candidate in _candidates(probe, frequencies):
-        found = _error_of(probe, candidate[1], pairs, scaling, factor)
+    tolerance = TOLERANCE.get(probe.dtype, TOLERANCE[torch.float32])
+    best, best_error = ("", frequencies), float("inf")
+    for name, value in _candidates(probe, frequencies):
+        found = _error_of(probe, value, pairs, scaling, factor)
         if found < best_error:
-            best, best_error = candidate, found
-        if best_error == 0.0:
+            best, best_error = (name, value), found
+        if best_error == 0.0 or (name.startswith(_ADDED) and best_error <= tolerance):
             break
-    if best_error > TOLERANCE.get(probe.dtype, TOLERANCE[torch.float32]):
+    if best_error > tolerance:
         return f"kvx::rope differs from the region by {best_error:.1e}"
-    name = best[0] or _add_constant(probe.prober.weights, best[1])
+    name = best[0] or add_weight(probe.prober.weights, _ADDED, best[1])
     return Rotary(name, pairs.rotary_dim, pairs.interleaved, scaling, factor)
 
 
@@ -222,19 +223,13 @@ def _candidates(probe: RopeProbe, frequencies: Tensor) -> Iterator[tuple[str, Te
     weights = probe.prober.weights
     leaves = ancestors(probe.prober.leaves(probe.heads.region))
     own = [str(n.target) for n in leaves if n.op == "get_attr"]
-    for name in [*(n for n in weights if n.startswith(_CONSTANT)), *own]:
+    for name in [*(n for n in weights if n.startswith(_ADDED)), *own]:
         value = weights[name]
         if value.shape == frequencies.shape and value.is_floating_point():
             yield name, value
             yield "", value.float()  # many models compute angles in float32 whatever their dtype
     yield "", frequencies.float()
     yield "", frequencies
-
-
-def _add_constant(weights: MutableMapping[str, Tensor], value: Tensor) -> str:
-    name = f"{_CONSTANT}{sum(n.startswith(_CONSTANT) for n in weights)}"
-    weights[name] = value
-    return name
 
 
 def _exact(value: float, probe: RopeProbe) -> float:

@@ -18,13 +18,13 @@ from kvxform.capture.heads import (
     is_static,
     measure_heads,
     num_features,
-    size_node,
 )
 from kvxform.capture.masks import MaskKind, classify
 from kvxform.capture.probing import Prober, Setting, error, is_close
 from kvxform.capture.projections import output_projection, source_projection
 from kvxform.capture.rope import RopeProbe, Rotary, find_rope
 from kvxform.capture.structure import chain_back, is_transparent, tensor_type
+from kvxform.capture.weights import position_ids, size_node, weight_node
 from kvxform.ir.program import AttentionSite, RejectedSite, RopeSpec
 from kvxform.ir.types import TensorType
 
@@ -159,9 +159,10 @@ class SiteRaiser:
             "softmax_dtype": proposal.softmax_dtype,
         }
         options |= {name: value for name, value in optional.items() if value is not None}
-        position_ids = _position_ids(self.prober.graph)
         with self.prober.graph.inserting_before(proposal.out):
-            node = self.prober.graph.call_function(kvx.ATTENTION, (q, k, v, position_ids), options)
+            node = self.prober.graph.call_function(
+                kvx.ATTENTION, (q, k, v, position_ids(self.prober.graph)), options
+            )
         type_ = TensorType(
             q.meta["type"].dtype, (*q.meta["type"].shape[:3], v.meta["type"].shape[3])
         )
@@ -180,7 +181,7 @@ class SiteRaiser:
         if rotary.interleaved:
             options["interleaved"] = True
         with graph.inserting_before(emitter.before):
-            new = graph.call_function(kvx.ROPE, (node, _position_ids(graph), inv_freq), options)
+            new = graph.call_function(kvx.ROPE, (node, position_ids(graph), inv_freq), options)
         new.meta = {**operand.heads.region[-1].meta, "type": node.meta["type"]}
         return new
 
@@ -246,25 +247,6 @@ def _difference(prober: Prober, q: Rotary | None, k: Rotary | None) -> str:
         return "q and k turn different channels"
     a, b = prober.weights[q.inv_freq], prober.weights[k.inv_freq]
     return "" if q.inv_freq == k.inv_freq or torch.equal(a, b) else "q and k differ in frequency"
-
-
-def _position_ids(graph: fx.Graph) -> fx.Node:
-    (node,) = (n for n in graph.nodes if n.op == "placeholder" and n.target == "position_ids")
-    assert isinstance(node, fx.Node)
-    return node
-
-
-def weight_node(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
-    """Return the `get_attr` node of a weight, made at the top of the graph if there is none."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target == name:
-            assert isinstance(node, fx.Node)
-            return node
-    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        node = graph.create_node("get_attr", name)
-    type_ = TensorType(value.dtype, tuple(value.shape))
-    node.meta = {"type": type_, "module": "", "origin": "", "via": ()}
-    return node
 
 
 def _restore(old: fx.Node, new: fx.Node) -> fx.Node:

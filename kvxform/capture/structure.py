@@ -17,13 +17,84 @@ from kvxform.ir.types import TensorType
 
 # Ops whose result does not depend on the values of their tensor arguments.
 _SHAPE_ONLY = frozenset(
-    ["sym_size", "sym_numel", "new_ones", "new_zeros", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"]
+    [
+        "sym_size",
+        "sym_numel",
+        "new_ones",
+        "new_zeros",
+        "new_full",
+        "new_empty",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+    ]
 )
 # Ops that read only dtype or shape from their second argument.
 _FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as"})
 # Ops that move, select, join, copy, scale or add values, and do nothing else.
 TRANSPARENT = frozenset(
-    ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "slice", "select", "index_select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "getitem", "cat", "stack", "contiguous", "clone", "alias", "to", "_to_copy", "type_as", "lift_fresh_copy", "detach", "view_as_complex", "view_as_real", "real", "imag", "complex", "neg", "mul", "add", "sub", "div", "rsub", "movedim", "swapaxes", "swapdims", "T", "mT", "unsafe_chunk", "unsafe_split", "slice_scatter", "index", "addcmul", "copy", "float", "double", "half", "bfloat16"]
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "unflatten",
+        "transpose",
+        "permute",
+        "t",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "repeat",
+        "repeat_interleave",
+        "slice",
+        "select",
+        "index_select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "getitem",
+        "cat",
+        "stack",
+        "contiguous",
+        "clone",
+        "alias",
+        "to",
+        "_to_copy",
+        "type_as",
+        "lift_fresh_copy",
+        "detach",
+        "view_as_complex",
+        "view_as_real",
+        "real",
+        "imag",
+        "complex",
+        "neg",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "rsub",
+        "movedim",
+        "swapaxes",
+        "swapdims",
+        "T",
+        "mT",
+        "unsafe_chunk",
+        "unsafe_split",
+        "slice_scatter",
+        "index",
+        "addcmul",
+        "copy",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+    ]
 )
 
 
