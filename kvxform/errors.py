@@ -50,7 +50,7 @@ class KvxformError(Exception):
             text += f"; got {got}"
         if at:
             text += f" at {at}"
-        text += "."
+        text = text.rstrip(".") + "."
         if hint:
             text += f" Hint: {hint}."
         super().__init__(text)
