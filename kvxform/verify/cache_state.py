@@ -24,7 +24,7 @@ from kvxform.codecs.exact import ExactCodec
 from kvxform.errors import VerifyError
 from kvxform.ir.cache import watch_caches
 from kvxform.ir.plan import CachePlan, StreamPlan
-from kvxform.verify.probe import Difference, Probe, SourceRun, difference
+from kvxform.verify.probe import Difference, Probe, Reference, SourceRun
 from kvxform.verify.protocols import ModelLike, SessionLike
 from kvxform.verify.schedules import Action, Decode, Free, Prefill, Schedule
 from kvxform.verify.shadow import Shadow
@@ -70,7 +70,7 @@ class StateCheck:
     def compare(self, reference: Tensor) -> Difference:
         """Compare the logits with those of all sequences and positions, `[sequences, S, vocab]`."""
         expected = torch.stack([reference[place] for place in self.logits])
-        return difference(expected, torch.stack(list(self.logits.values())))
+        return Reference(expected).compare(Reference(torch.stack(list(self.logits.values()))))
 
     def require(self, tolerance: Tolerance, where: str) -> None:
         """Raise VerifyError KVX502 if the state was not what it must be."""

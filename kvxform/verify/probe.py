@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import kvxform.ir.ops as kvx
 from kvxform.ir.program import Program, default_positions
 
 PROBE_SEED = 2026
+REWRITES = 2
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,52 @@ def run_source(program: Program, probe: Probe) -> SourceRun:
     return SourceRun(logits, recorder.keys, recorder.values)
 
 
-def compare_logits(reference: Tensor, measured: Tensor, probe: Probe) -> Difference:
-    """Compare logits `[B, S, vocab]` at the positions that count."""
-    real = probe.real.to(reference.device)
-    return difference(reference[real], measured[real])  # [positions, vocab]
+def write_probe(program: Program, lengths: Sequence[int]) -> Probe:
+    """Return a probe whose text the source model wrote itself.
+
+    Random ids are unlike anything a model was trained on, and errors on them are two to three times
+    those on text. So each token is drawn anew from what the model predicts after the tokens before
+    it, all positions at once (the noise is fixed), `REWRITES` times; the first ids are random.
+    """
+    probe = make_probe(program.info.vocab_size, lengths)
+    generator = torch.Generator().manual_seed(PROBE_SEED + 1)
+    shape = (*probe.input_ids.shape, program.info.vocab_size)
+    noise = -torch.empty(shape).exponential_(generator=generator).log()  # Gumbel distributed
+    for _ in range(REWRITES):
+        logits = run_source(program, probe).logits.float().cpu()
+        written = (logits + noise).argmax(-1)
+        ids = torch.cat([probe.input_ids[:, :1], written[:, :-1]], 1)
+        probe = Probe(ids, probe.lengths)
+    return probe
 
 
-def difference(reference: Tensor, measured: Tensor) -> Difference:
-    """Compare logits `[positions, vocab]`; computed in float64."""
-    expected, got = reference.double(), measured.double()
-    log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    return Difference(
-        max_abs=float((expected - got).abs().max()),
-        scale=float(expected.abs().max()),
-        kl=max(0.0, float(kl)),
-        top1=float((expected.argmax(-1) == got.argmax(-1)).double().mean()),
-    )
+class Reference:
+    """Logits at the positions that count, ready to be compared with more than once.
+
+    Args:
+        logits: `[positions, vocab]`; compared in float64.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.double()
+
+    @functools.cached_property
+    def log_p(self) -> Tensor:
+        """Log-probabilities, float64 `[positions, vocab]`."""
+        return self.logits.log_softmax(-1)
+
+    def compare(self, measured: Reference) -> Difference:
+        """Return how far `measured` lies from these logits."""
+        kl = (self.log_p.exp() * (self.log_p - measured.log_p)).sum(-1).mean()
+        same = self.logits.argmax(-1) == measured.logits.argmax(-1)
+        return Difference(
+            max_abs=float((self.logits - measured.logits).abs().max()),
+            scale=float(self.logits.abs().max()),
+            kl=max(0.0, float(kl)),
+            top1=float(same.double().mean()),
+        )
+
+
+def pick(logits: Tensor, probe: Probe) -> Tensor:
+    """Return the logits at the positions that count: `[B, S, vocab]` -> `[positions, vocab]`."""
+    return logits[probe.real.to(logits.device)]

@@ -12,12 +12,19 @@ from kvxform.errors import VerifyError
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.verify.cache_state import StateCheck, check_schedule, is_lossy
-from kvxform.verify.probe import Difference, Probe, compare_logits, make_probe, run_source
+from kvxform.verify.probe import (
+    Difference,
+    Reference,
+    make_probe,
+    pick,
+    run_source,
+    write_probe,
+)
 from kvxform.verify.protocols import ModelLike
 from kvxform.verify.schedules import full_schedules, probe_schedule
 from kvxform.verify.tolerances import Tolerance, tolerance_for
 
-PROBE_LENGTHS = (33, 20)  # ragged, and neither a multiple of a page or a group
+PROBE_LENGTHS = (45, 20)  # ragged, and neither a multiple of a page or a group
 FULL_STEPS = 64  # decode steps of a full check
 Executor = Callable[[Program], ModelLike]
 
@@ -40,7 +47,7 @@ class StageMeasure:
 
 
 class Prober:
-    """Keeps the logits of the source and of the last stage; weights of neither.
+    """Measures stages, each against the last one and against the source.
 
     Args:
         program: The source, without a cache.
@@ -51,13 +58,14 @@ class Prober:
     def __init__(self, program: Program, executor: Executor, plan: CachePlan | None) -> None:
         self.executor, self.dtype = executor, program.dtype
         self.tolerance: Tolerance = tolerance_for(program.dtype)
-        self._source_program, self._vocab_size = program, program.info.vocab_size
+        self._source_program = program
         self._context = program.info.context_length or 1 << 30
         self._needed = first_encoded_length(plan)
         longest = self._needed + self._needed // 4 + 8 if self._needed > 1 else 0
-        self.probe = self._make_probe((max(PROBE_LENGTHS[0], longest), PROBE_LENGTHS[1]))
+        lengths = (max(PROBE_LENGTHS[0], longest), PROBE_LENGTHS[1])
+        self.probe = write_probe(program, [min(n, self._context) for n in lengths])
         self._source = run_source(program, self.probe)
-        self._before = self._source.logits
+        self._reference = self._before = Reference(pick(self._source.logits, self.probe))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -69,18 +77,17 @@ class Prober:
         model = self.executor(program)
         state: StateCheck | None = None
         if program.plan is None:
-            logits = model(self.probe.input_ids)
+            logits = pick(model(self.probe.input_ids), self.probe)
         else:
             schedule = probe_schedule(self.lengths)
             state = check_schedule(model, schedule, self.probe, self._source, self.dtype)
             logits = self._arrange(state)
         lossy = program.plan is not None and is_lossy(program.plan, self.dtype)
-        measured = StageMeasure(
-            self._compare(self._before, logits), self._compare(self._source.logits, logits),
-            lossy, state,
-        )  # fmt: skip
-        self._before = logits
-        return measured
+        found = Reference(logits)
+        before = self._before.compare(found)
+        source = self._reference.compare(found)
+        self._before = found
+        return StageMeasure(before, source, lossy, state)
 
     def check_full(self, program: Program) -> list[StateCheck]:
         """Run all schedules of the cache-state checker on a cached program.
@@ -91,7 +98,7 @@ class Prober:
         assert program.plan is not None, "the program has a cache"
         base = max(40, self._needed + 8)
         lengths = (base + FULL_STEPS + 2, base // 2 + FULL_STEPS + 2, 24)
-        sequences = self._make_probe(lengths)
+        sequences = make_probe(program.info.vocab_size, [min(n, self._context) for n in lengths])
         source = run_source(self._source_program, sequences)
         model = self.executor(program)
         lossy = is_lossy(program.plan, self.dtype)
@@ -118,18 +125,10 @@ class Prober:
                 at=check.schedule,
             )
 
-    def _make_probe(self, lengths: tuple[int, ...]) -> Probe:
-        return make_probe(self._vocab_size, [min(n, self._context) for n in lengths])
-
-    def _compare(self, reference: Tensor, measured: Tensor) -> Difference:
-        return compare_logits(reference, measured, self.probe)
-
     def _arrange(self, state: StateCheck) -> Tensor:
-        """Put logits by position into `[B, S, vocab]`; padding stays zero."""
-        logits = torch.zeros_like(self._source.logits)
-        for (sequence, position), values in state.logits.items():
-            logits[sequence, position] = values
-        return logits
+        """Return the logits of a schedule in the order of `pick`, `[positions, vocab]`."""
+        places = self.probe.real.nonzero().tolist()
+        return torch.stack([state.logits[sequence, position] for sequence, position in places])
 
 
 def first_encoded_length(plan: CachePlan | None) -> int:
