@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from kvxform.cli.options import Json, OptionalRecipe, Out, Target, Verify, VerifyLevel
+from kvxform.cli.options import Exportable, Json, OptionalRecipe, Out, Verify, VerifyLevel
 from kvxform.cli.output import print_data, print_json
 from kvxform.cli.targets import open_model
 
 
 def run(
-    target: Target,
+    target: Exportable,
     out: Out,
     recipe: OptionalRecipe = None,
     verify: VerifyLevel = Verify.probe,

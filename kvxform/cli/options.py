@@ -26,22 +26,20 @@ class ProtocolName(enum.StrEnum):
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="smollm2-135m, a Hugging Face folder, a .gguf or a .pt2 file."
-    ),
+    typer.Argument(metavar="MODEL", help="smollm2-135m, a Hugging Face folder or a .gguf file."),
 ]
 Target = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET", help="Artifact folder, ONNX package folder, or a model with --recipe."
-    ),
+    str, typer.Argument(metavar="TARGET", help="Artifact folder, ONNX package folder, or a MODEL.")
+]
+Exportable = Annotated[
+    str, typer.Argument(metavar="TARGET", help="Artifact folder, or a MODEL with --recipe.")
 ]
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="Bundled name, or a .yaml or .json file.")
 ]
 OptionalRecipe = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Recipe, where TARGET is a model and not an artifact."),
+    typer.Option("--recipe", "-r", help="Recipe, where TARGET is a MODEL."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; replaced as a whole.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
