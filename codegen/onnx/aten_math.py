@@ -59,9 +59,7 @@ _COMPARE = {
 
 
 def _binary(op_type: str) -> Emit:
-    def emit(
-        e: Emission, node: fx.Node, a: Operand, b: Operand, *, alpha: float = 1
-    ) -> ir.Value:
+    def emit(e: Emission, node: fx.Node, a: Operand, b: Operand, *, alpha: float = 1) -> ir.Value:
         dtype = dtype_of(node)
         right = e.operand(b, dtype)
         if alpha != 1:

@@ -96,9 +96,7 @@ def emit_to(e: Emission, node: fx.Node, x: Operand, *_: object, **__: object) ->
 
 
 @emits(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-def emit_reshape(
-    e: Emission, node: fx.Node, x: ir.Value, sizes: Sequence[int | Size]
-) -> ir.Value:
+def emit_reshape(e: Emission, node: fx.Node, x: ir.Value, sizes: Sequence[int | Size]) -> ir.Value:
     """Emit a Reshape whose vector is constant wherever possible.
 
     A run-time size that the input has on the same axis becomes 0, and a single other one -1.

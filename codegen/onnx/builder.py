@@ -80,9 +80,7 @@ class Builder:
             ir.Value(name=f"{name}_output_{i}" if dtype else "", type=_tensor_type(dtype))
             for i, dtype in enumerate(dtypes)
         ]
-        self._append(
-            ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=name)
-        )
+        self._append(ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=name))
         return tuple(outputs)
 
     def op(

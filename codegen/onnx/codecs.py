@@ -20,7 +20,7 @@ from kvxform.codecs.integer import (
     SMALLEST_SCALE,
     IntCodec,
 )
-from kvxform.codegen.onnx.builder import Builder
+from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.ir.plan import StreamPlan
 
 FLOAT = ir.DataType.FLOAT
@@ -46,7 +46,7 @@ class ExactEmitter:
 
     def encode(self, b: Builder, x: ir.Value) -> dict[str, ir.Value]:
         """Emit the conversion to the stored dtype."""
-        return {"value": b.cast(x, ir.DataType[_short_name(self.plan.planes[0].dtype)])}
+        return {"value": b.cast(x, onnx_dtype(self.plan.planes[0].torch_dtype))}
 
     def decode(self, b: Builder, planes: Mapping[str, ir.Value], dtype: ir.DataType) -> ir.Value:
         """Emit the conversion back."""
@@ -149,9 +149,7 @@ class IntEmitter:
         clip = self.codec.clip
         return found if clip == 1 else b.op("Mul", found, b.const(clip, FLOAT))
 
-    def _quantise(
-        self, b: Builder, groups: ir.Value, scale: ir.Value, zero: ir.Value
-    ) -> ir.Value:
+    def _quantise(self, b: Builder, groups: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
         if self._adds_zero:
             codes = b.op("Round", b.op("Div", b.op("Sub", groups, zero), scale))
         else:
@@ -179,6 +177,12 @@ def unpack(b: Builder, packed: ir.Value, bits: int, width: int) -> ir.Value:
         low, high = b.ops("Split", packed, sizes, dtypes=[UINT8, UINT8], axis=-1)
         fours = b.op("Mul", unpack(b, high, 1, width), b.const(4.0, FLOAT))
         return b.op("Add", unpack(b, low, 2, width), fours)
+    parts = unpack_parts(b, packed, bits)
+    return parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=-1)
+
+
+def unpack_parts(b: Builder, packed: ir.Value, bits: int) -> list[ir.Value]:
+    """Emit the codes of a byte plane as one float32 tensor for each code of a byte, lowest first."""
     rest = b.cast(packed, FLOAT)
     parts = []
     for i in reversed(range(1, 8 // bits)):
@@ -186,7 +190,7 @@ def unpack(b: Builder, packed: ir.Value, bits: int, width: int) -> ir.Value:
         part = b.op("Floor", b.op("Mul", rest, b.const(1 / unit, FLOAT)))
         rest = b.op("Sub", rest, b.op("Mul", part, b.const(unit, FLOAT)))
         parts.append(part)
-    return b.op("Concat", rest, *reversed(parts), axis=-1) if parts else rest
+    return [rest, *reversed(parts)]
 
 
 def codec_emitter(plan: StreamPlan) -> CodecEmitter:

@@ -98,7 +98,9 @@ def _weight_of(e: Emission, node: Any) -> Tensor | None:
 
 
 def _ones(b: Builder, size: int, dtype: torch.dtype) -> ir.Value:
-    return b.tensor(f"const/ones/{onnx_dtype(dtype).short_name()}/[{size}]", torch.ones(size, dtype=dtype))
+    return b.tensor(
+        f"const/ones/{onnx_dtype(dtype).short_name()}/[{size}]", torch.ones(size, dtype=dtype)
+    )
 
 
 def _table(

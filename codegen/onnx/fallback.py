@@ -1,8 +1,8 @@
-"""Operations without an emitter of our own: exported one at a time by `torch.onnx`, then spliced in.
+"""Operations without an emitter of our own: exported singly by `torch.onnx`, then spliced in.
 
 The exporter of torch knows several hundred aten operations and decomposes many more, so coverage
-does not end with our tables. Each distinct call (operation, types, constants) is exported once. Every
-run-time size stays dynamic; an operation that would fix one is refused, not emitted wrongly.
+does not end with our tables. Each distinct call (operation, types, constants) is exported once.
+Every run-time size stays dynamic; an operation that would fix one is refused, not emitted wrongly.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def _size(size: int | str) -> int:
         return size
     import sympy
 
-    return int(sympy.sympify(size, locals={n: sympy.Symbol(n) for n in SAMPLE_SIZES}).subs(SAMPLE_SIZES))
+    return int(
+        sympy.sympify(size, locals={n: sympy.Symbol(n) for n in SAMPLE_SIZES}).subs(SAMPLE_SIZES)
+    )
 
 
 def _signature(node: fx.Node) -> str:

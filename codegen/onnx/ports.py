@@ -86,7 +86,10 @@ class CachePorts:
             kind = "body" if spec.tokens_per_row == 1 else "groups"
         else:
             kind = spec.name
-        rules = {(s.streams[stream].regions, s.streams[stream].tokens_per_group) for s in self.plan.owners}
+        rules = {
+            (s.streams[stream].regions, s.streams[stream].tokens_per_group)
+            for s in self.plan.owners
+        }
         layer = f"{site.layer}_" if len(rules) > 1 else ""
         return f"{layer}{stream}_{kind}_length"
 

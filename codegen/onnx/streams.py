@@ -4,7 +4,7 @@ A stream with `t` cached tokens is stored as its first `sink` tokens unencoded, 
 tokens encoded, and the rest unencoded. Planes grow along their token axis by concatenation.
 
 A token that is encoded in this call was still exact for the earlier queries of the same call. So a
-view has `values`, every token as the last query sees it, and `fresh`, exact copies of the tokens
+view has `segments`, every token as the last query sees it, and `fresh`, exact copies of the tokens
 encoded in this call; `attend` picks per query.
 """
 
@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from kvxform.codecs.base import make_codec
+from kvxform.codecs.integer import IntCodec
 from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.codecs import codec_emitter
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_length, past_length, total_length
+from kvxform.codegen.onnx.segments import ExactSegment, FoldedSegment, Segment, can_fold
 from kvxform.ir.plan import SitePlan, StreamPlan
 
 TOKENS = 2  # the axis of tokens in every plane
@@ -29,13 +32,23 @@ class StreamView:
 
     Attributes:
         plan: The plan of the stream.
-        values: Every token as the last query sees it, `[B, Hk, total, D]`.
+        segments: Every token as the last query sees it; sink, body, tail, or all in one.
+        bounds: First token of each segment but the first, int64 `[1]`.
         fresh: Exact copies of the tokens encoded in this call, or None if no query sees them.
     """
 
     plan: StreamPlan
-    values: ir.Value
-    fresh: ir.Value | None
+    segments: tuple[Segment, ...]
+    bounds: tuple[ir.Value, ...]
+    fresh: ExactSegment | None
+
+    @property
+    def values(self) -> ir.Value | None:
+        """All tokens as one tensor `[B, Hk, total, D]`, if every query sees just that."""
+        only = self.segments[0]
+        if len(self.segments) > 1 or self.fresh is not None or not isinstance(only, ExactSegment):
+            return None
+        return only.values
 
 
 def append(e: Emission, site: SitePlan, stream: str, new: ir.Value) -> StreamView:
@@ -43,22 +56,48 @@ def append(e: Emission, site: SitePlan, stream: str, new: ir.Value) -> StreamVie
     plan, b, dtype = site.streams[stream], e.builder, new.dtype
     assert dtype is not None, "graph values have a dtype"
     past = e.ports.enter(site, stream)
-    parts = []
-    if "sink" in past:
-        parts.append(b.cast(_append_sink(e, site, stream, new, past["sink"]), dtype))
-    leaving, staying = _leave_tail(e, site, stream, new, past)
+    sink = _append_sink(e, site, stream, new, past["sink"]) if "sink" in past else None
+    leaving, tail = _leave_tail(e, site, stream, new, past)
     encoded = codec_emitter(plan).encode(b, leaving)
-    planes = {
-        spec.name: e.ports.leave(
-            site, stream, spec.name, b.op("Concat", past[spec.name], encoded[spec.name], axis=TOKENS)
-        )
-        for spec in plan.planes
-    }
-    parts.append(codec_emitter(plan).decode(b, planes, dtype))
-    if staying is None:
-        return StreamView(plan, _join(e, parts), None)
-    parts.append(b.cast(staying, dtype))
-    return StreamView(plan, _join(e, parts), b.cast(leaving, dtype))
+    planes = {}
+    for spec in plan.planes:
+        joined = b.op("Concat", past[spec.name], encoded[spec.name], axis=TOKENS)
+        planes[spec.name] = e.ports.leave(site, stream, spec.name, joined)
+    exact = [None if x is None else b.cast(x, dtype) for x in (sink, tail)]
+    fresh = None if tail is None else ExactSegment(b.cast(leaving, dtype))
+    codec = make_codec(plan.codec)
+    if (
+        plan.read.form == "folded"
+        and isinstance(codec, IntCodec)
+        and can_fold(codec, plan.head_dim)
+    ):
+        body: Segment = FoldedSegment(codec, plan.head_dim, planes)
+        return _separate_view(e, plan, exact[0], body, exact[1], fresh)
+    decoded = codec_emitter(plan).decode(b, planes, dtype)
+    parts = [x for x in (exact[0], decoded, exact[1]) if x is not None]
+    values = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=TOKENS)
+    return StreamView(plan, (ExactSegment(values),), (), fresh)
+
+
+def _separate_view(
+    e: Emission,
+    plan: StreamPlan,
+    sink: ir.Value | None,
+    body: Segment,
+    tail: ir.Value | None,
+    fresh: ExactSegment | None,
+) -> StreamView:
+    """Return a view in which sink, body and tail stay apart."""
+    segments, bounds = [body], []
+    first = e.builder.const([plan.regions.sink])
+    if sink is not None:
+        segments.insert(0, ExactSegment(sink))
+        bounds.append(first)
+    if tail is not None:
+        segments.append(ExactSegment(tail))
+        total = body_length(e, plan, total_length(e), "total")
+        bounds.append(e.builder.op("Add", total, first))
+    return StreamView(plan, tuple(segments), tuple(bounds), fresh)
 
 
 def _append_sink(
@@ -99,10 +138,6 @@ def _new_in_sink(e: Emission, plan: StreamPlan) -> ir.Value:
         return e.builder.op("Max", free, e.builder.const([0]))
 
     return e.shared(("new in sink", sink), make)
-
-
-def _join(e: Emission, parts: list[ir.Value]) -> ir.Value:
-    return parts[0] if len(parts) == 1 else e.builder.op("Concat", *parts, axis=TOKENS)
 
 
 def leaving_length(e: Emission, plan: StreamPlan) -> ir.Value:

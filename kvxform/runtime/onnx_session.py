@@ -1,13 +1,12 @@
 """OnnxSession: an exported package in use, on ONNX Runtime.
 
 The cache never leaves the runtime: every step binds the `present` values of the last one as `past`.
-All rows of a batch are as long as each other in the cache; shorter prompts are padded on the left and
-the padding is masked.
+In the cache all rows are equally long; shorter prompts are padded on the left, and the padding is
+masked.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
