@@ -65,13 +65,18 @@ def resolve_handle(handle: Tensor) -> CacheState:
         raise KvxformError(
             "KVX701", "a cache handle must belong to a live session", got=int(handle)
         )
+    return watched(state)
+
+
+def watched(state: CacheState) -> CacheState:
+    """Return what cached ops have to talk to: `state`, or what watches it (see `watch_caches`)."""
     watch = _WATCH.get()
     return state if watch is None else watch(state)
 
 
 @contextlib.contextmanager
 def watch_caches(watch: CacheWatch) -> Iterator[None]:
-    """Let the cached ops of this context talk to `watch(state)` instead of `state`.
+    """Let lowerings of this context talk to `watch(state)` instead of `state`.
 
     Verification stands in between this way and sees what goes into a cache and what comes out.
     """
