@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvxform.capture.masks import MASKED, Evaluate
-from kvxform.capture.probing import Prober, Setting, is_close
-from kvxform.capture.structure import ancestors, chain_back, literals, op_name, tensor_type
+from kvxform.capture.emitting import insert
+from kvxform.capture.masks import Evaluate
+from kvxform.capture.probing import Prober, Setting
+from kvxform.capture.refusal import NotRaisedError
+from kvxform.capture.scores import ScoreFunction
+from kvxform.capture.structure import chain_back, op_name, shape_of, tensor_type
 from kvxform.capture.weights import size_node
-from kvxform.ir.types import TensorType
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({"matmul", "bmm"})
@@ -26,10 +28,6 @@ _BETWEEN = frozenset({"to", "_to_copy", "type_as", "dropout", "contiguous", "clo
 
 
 _FOLDED = re.compile(r"^(\d+)\*B$")  # batch and heads in one axis, as bmm wants them
-
-
-class NotRaisedError(Exception):
-    """A candidate turned out to be something else; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def _propose_sdpa(prober: Prober, core: fx.Node) -> Proposal:
     q, k, v = given["query"], given["key"], given["value"]
     if given["dropout_p"]:
         raise NotRaisedError("attention dropout is on")
-    head_dim = _shape(q)[-1]
+    head_dim = shape_of(q)[-1]
     assert isinstance(head_dim, int)
     mask = given["attn_mask"]
     if mask is not None and mask in prober.content:
@@ -133,15 +131,9 @@ def _mask_of_node(prober: Prober, mask: fx.Node) -> Evaluate:
     return evaluate
 
 
-def _shape(node: fx.Node) -> tuple[int | str, ...]:
-    type_ = tensor_type(node)
-    assert type_ is not None
-    return type_.shape
-
-
 def _with_heads(node: fx.Node, before: fx.Node) -> fx.Node:
     """Return `node` as `[B, heads, S, channels]`; one head if it has no head axis."""
-    shape = _shape(node)
+    shape = shape_of(node)
     if len(shape) == 4 and shape[0] == "B" and shape[2] == "S":
         return node
     if len(shape) == 3 and shape[:2] == ("B", "S"):
@@ -154,18 +146,6 @@ def _with_heads(node: fx.Node, before: fx.Node) -> fx.Node:
     raise NotRaisedError(f"an operand has the shape {list(shape)} instead of [B, heads, S, D]")
 
 
-def insert(
-    before: fx.Node, target: Any, args: tuple[Any, ...], shape: tuple[int | str, ...]
-) -> fx.Node:
-    """Insert a call before a node; dtype comes from its first argument, provenance from `before`."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args)
-    type_ = tensor_type(args[0])
-    assert type_ is not None
-    node.meta = {**before.meta, "type": TensorType(type_.dtype, shape)}
-    return node
-
-
 def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     scores = core.args[0]
     assert isinstance(scores, fx.Node)
@@ -174,8 +154,9 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
         raise NotRaisedError("the softmax is not over a product of queries and keys")
     out, v = _product_with_values(core)
     q, k = product.node.args[:2]
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node)
-    k_shape = _shape(k)
+    assert isinstance(q, fx.Node)
+    assert isinstance(k, fx.Node)
+    k_shape = shape_of(k)
     k = insert(core, aten.transpose.int, (k, -1, -2), (*k_shape[:-2], k_shape[-1], k_shape[-2]))
     function = ScoreFunction(prober, product.node, scores)
     scale, softcap = function.measure()
@@ -209,64 +190,3 @@ def _product_with_values(core: fx.Node) -> tuple[fx.Node, fx.Node]:
         if op_name(user) not in _BETWEEN:
             raise NotRaisedError(f"the attention weights go through {op_name(user)}")
         node = user
-
-
-@dataclass(frozen=True)
-class ScoreFunction:
-    """What happens to scores between the product of q and k and the softmax."""
-
-    prober: Prober
-    product: fx.Node
-    scores: fx.Node
-
-    def _apply(
-        self, fill: float | Tensor, setting: Setting, numbers: dict[int, int] | None = None
-    ) -> Tensor:
-        sizes = {"B": setting.batch, "S": setting.length}
-        shape = [int(eval_size(n, sizes)) for n in _shape(self.product)]
-        dtype = self.product.meta["type"].dtype
-        value = torch.as_tensor(fill, dtype=dtype).expand(shape)
-        (out,) = self.prober.run([self.scores], setting, {self.product: value}, numbers)
-        assert isinstance(out, Tensor)
-        return out.double()
-
-    def bias(self, setting: Setting, numbers: dict[int, int]) -> Tensor:
-        """Return what scores of zero become: the additive mask."""
-        return self._apply(0.0, setting, numbers)
-
-    def measure(self) -> tuple[float, float | None]:
-        """Return scale and softcap.
-
-        Raises:
-            NotRaisedError: If scores are changed in another way.
-        """
-        setting = Setting.first(4)
-        zero = self._apply(0.0, setting)
-        seen = zero > MASKED
-        noise = self.prober.random(setting.length, setting.length, dtype=torch.float64)
-        seen_noise = noise.expand(zero.shape)[seen]
-        one = (self._apply(1.0, setting) - zero)[seen]
-        got = (self._apply(noise, setting) - zero)[seen]
-        dtype = self.product.meta["type"].dtype
-        scale = self._exact(float(one[0]))
-        if is_close(got, seen_noise * scale, dtype):
-            return scale, None
-        cap = self._exact(float((self._apply(1e6, setting) - zero)[seen][0]))
-        scale = self._exact(cap * math.atanh(float(one[0]) / cap))
-        if is_close(got, cap * torch.tanh(seen_noise * scale / cap), dtype):
-            return scale, cap
-        raise NotRaisedError("scores are changed by more than a scale, a softcap and a mask")
-
-    def _exact(self, value: float) -> float:
-        """Return the number in the graph, or one over it, that `value` was measured from."""
-        nodes = ancestors([self.scores], {self.product})
-        numbers = [float(n) for _, n in literals(nodes, (int, float)) if n]
-        known = [1.0, *numbers, *(1 / n for n in numbers)]
-        nearest = min(known, key=lambda n: abs(n - value))
-        return nearest if abs(nearest - value) < 1e-5 * abs(value) else value
-
-
-def eval_size(size: int | str, sizes: dict[str, int]) -> int:
-    """Return the value of a size such as `6*B`, a product of numbers and symbols."""
-    factors = str(size).split("*")
-    return math.prod(sizes[f] if f in sizes else int(f) for f in factors)

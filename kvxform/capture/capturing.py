@@ -11,14 +11,15 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from kvxform.capture.attention import find_cores
-from kvxform.capture.exporting import export_module, make_functional, prepare
-from kvxform.capture.normalise import normalise, remove_dead
+from kvxform.capture.exporting import ExportedReference, export_module, make_functional, prepare
+from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
 from kvxform.capture.positions import prove_local, read_positions
 from kvxform.capture.probing import TOLERANCE, Prober, error
 from kvxform.capture.sites import SiteRaiser
 from kvxform.capture.sources import AnySource, Source, open_source
 from kvxform.capture.structure import op_name
+from kvxform.capture.tidy import remove_dead
 from kvxform.errors import CaptureError
 from kvxform.ir.program import ModelInfo, Program, default_positions
 
@@ -70,8 +71,9 @@ def capture(
 def capture_opened(opened: Source, *, dtype: torch.dtype | None, tell: Progress) -> Captured:
     """Capture a source that has been opened; see `capture`."""
     model = opened.model
+    reference: Callable[..., Any]
     if isinstance(model, ExportedProgram):
-        exported, reference = model, model.module()
+        exported, reference = model, ExportedReference(model)
     else:
         adapter = prepare(model, dtype)
         tell("exporting")

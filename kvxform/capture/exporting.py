@@ -35,29 +35,41 @@ class LogitsOnly(nn.Module):
         options = dict(self.options)
         if self.takes_positions:
             options["position_ids"] = position_ids
-        out = self.source(input_ids, **options)
-        logits = getattr(out, "logits", out[0] if isinstance(out, tuple | list) else out)
-        if not isinstance(logits, Tensor):
-            raise CaptureError(
-                "KVX304", "a model must return logits", where="capture", got=type(out).__name__
-            )
+        return first_tensor(self.source(input_ids, **options))
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Return the logits in what a model returns.
+
+    Raises:
+        CaptureError: KVX304 if there is no tensor where logits should be.
+    """
+    logits = getattr(out, "logits", out[0] if isinstance(out, tuple | list) else out)
+    if isinstance(logits, Tensor):
         return logits
+    raise CaptureError(
+        "KVX304", "a model must return logits", where="capture", got=type(logits).__name__
+    )
 
 
 def prepare(module: nn.Module, dtype: torch.dtype | None = None) -> LogitsOnly:
     """Return an adapter around an independent copy of `module` that shares its parameters.
 
     The copy is in evaluation mode, so that neither flags nor buffers of the original are touched.
+    With another `dtype` the parameters are copied too.
     """
-    shared = {id(p): p for p in module.parameters()}
-    own = copy.deepcopy(module, memo=dict(shared)).eval()
+    parameters = list(module.parameters())
+    converts = dtype is not None and any(
+        p.dtype != dtype for p in parameters if p.is_floating_point()
+    )
+    shared: dict[int, Any] = {} if converts else {id(p): p for p in parameters}
+    own = copy.deepcopy(module, memo=shared).eval()
+    if converts:
+        own = own.to(dtype)
     config = getattr(own, "config", None)
-    if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):
-        own.set_attn_implementation("sdpa")  # type: ignore[operator]
-    if dtype is not None and any(
-        p.dtype != dtype for p in shared.values() if p.is_floating_point()
-    ):
-        own = copy.deepcopy(module).eval().to(dtype)
+    if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager", None):
+        set_attention: Any = own.set_attn_implementation
+        set_attention("sdpa")
     return LogitsOnly(own)
 
 
@@ -68,7 +80,7 @@ def export_module(adapter: LogitsOnly) -> ExportedProgram:
         CaptureError: KVX302 with the reason that torch.export gives.
     """
     device = next((p.device for p in adapter.parameters()), torch.device("cpu"))
-    input_ids = torch.arange(1, 1 + _SAMPLE[0] * _SAMPLE[1], device=device).view(_SAMPLE)
+    input_ids = torch.zeros(_SAMPLE, dtype=torch.int64, device=device)
     positions = torch.arange(_SAMPLE[1], device=device).expand(_SAMPLE).contiguous()
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
@@ -96,3 +108,45 @@ def make_functional(exported: ExportedProgram) -> ExportedProgram:
         for node in exported.graph.nodes
     )
     return exported.run_decompositions({}) if mutable else exported
+
+
+class ExportedReference:
+    """Calls an exported program as `(input_ids, position_ids) -> logits`, whatever its inputs."""
+
+    def __init__(self, exported: ExportedProgram) -> None:
+        self.module = exported.module()
+        self.inputs = find_inputs(exported)
+        self.samples, self.structure = torch.utils._pytree.tree_flatten(exported.example_inputs)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return logits `[B, S, vocab]`."""
+        values = dict(zip(self.inputs, (input_ids, position_ids), strict=False))
+        leaves = [values.get(i, sample) for i, sample in enumerate(self.samples)]
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, self.structure)
+        return first_tensor(self.module(*args, **kwargs))
+
+
+def find_inputs(exported: ExportedProgram) -> tuple[int, ...]:
+    """Return which user inputs are `input_ids` and, if there is one, `position_ids`.
+
+    Raises:
+        CaptureError: KVX304 if there are other tensors among the inputs.
+    """
+    names = list(exported.graph_signature.user_inputs)
+    nodes = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    tensors = [
+        i for i, n in enumerate(names) if n in nodes and isinstance(nodes[n].meta["val"], Tensor)
+    ]
+    known = {name: i for i, name in enumerate(names) if i in tensors}
+    first = known.get("input_ids", tensors[0] if tensors else None)
+    second = known.get("position_ids", tensors[1] if len(tensors) == 2 else None)
+    found = tuple(i for i in (first, second) if i is not None)
+    if first is None or set(found) != set(tensors):
+        raise CaptureError(
+            "KVX304",
+            "a model may take only input_ids and position_ids",
+            where="capture",
+            got=[str(names[i]) for i in tensors],
+            hint="export it without attention_mask, cache and labels",
+        )
+    return found

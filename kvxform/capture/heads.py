@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from kvxform.capture.probing import Prober, Setting, is_close
-from kvxform.capture.structure import Stop, tensor_type
-from kvxform.capture.weights import add_weight, size_node, weight_node
-from kvxform.ir.types import TensorType
-
-aten = torch.ops.aten
+from kvxform.capture.structure import Stop, shape_of, tensor_type
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,16 @@ class Axes:
             return None
         return Axes(type_.shape.index("B"), type_.shape.index("S"), rest)
 
+    def is_last_feature(self) -> bool:
+        """Return whether the last axis is a feature axis."""
+        return max(self.batch, self.sequence) < max(self.features, default=-1)
+
 
 def feature_sizes(node: fx.Node) -> list[int]:
     """Return the sizes of the feature axes of a node that has `Axes`."""
-    axes, type_ = Axes.of(node), tensor_type(node)
-    assert axes is not None and type_ is not None
-    return [int(type_.shape[i]) for i in axes.features]
+    axes = Axes.of(node)
+    assert axes is not None
+    return [int(shape_of(node)[i]) for i in axes.features]
 
 
 def num_features(node: fx.Node) -> int:
@@ -112,7 +112,7 @@ def measure_heads(prober: Prober, operand: fx.Node, stop: Stop) -> HeadMap | Non
     def first_token(features: Tensor) -> Tensor:
         rows = features.to(dtype).expand(1, setting.length, count)
         bound = {stop.node: from_rows(stop.node, rows)}
-        (value,) = prober.run([operand], setting, bound)
+        value: Tensor = prober.run([operand], setting, bound)[0]
         return value[0, :, 0].double()  # [H, D]
 
     numbers = torch.arange(1, count + 1, dtype=torch.float64)
@@ -174,92 +174,3 @@ def find_stride(index: Tensor) -> Stride | None:
     step = int(index[1, 0]) - start if index.shape[0] > 1 else index.shape[1]
     want = start + torch.arange(index.shape[0])[:, None] * step + torch.arange(index.shape[1])
     return Stride(start, step) if step > 0 and torch.equal(index, want) else None
-
-
-class HeadEmitter:
-    """Writes the shortest nodes that compute an operand from its anchor."""
-
-    def __init__(self, prober: Prober, before: fx.Node) -> None:
-        self.prober = prober
-        self.before = before
-
-    def emit(self, anchor: fx.Node, index: Tensor) -> fx.Node:
-        """Return a node `[B, heads, S, head_dim]` with the features `index` of `anchor`."""
-        heads, head_dim = index.shape
-        type_ = tensor_type(anchor)
-        assert type_ is not None
-        identity = torch.arange(index.numel()).view_as(index)
-        if type_.shape == ("B", heads, "S", head_dim) and torch.equal(index, identity):
-            return anchor
-        split = self._split_heads(self._flat(anchor), index)
-        return self._call(aten.transpose.int, split, 1, 2, shape=("B", heads, "S", head_dim))
-
-    def _flat(self, anchor: fx.Node) -> fx.Node:
-        """Return `[B, S, features]`."""
-        axes, shape = Axes.of(anchor), self._shape(anchor)
-        assert axes is not None
-        node, order = anchor, [axes.batch, axes.sequence, *axes.features]
-        if order != sorted(order):
-            node = self._call(
-                aten.permute.default, node, order, shape=tuple(shape[i] for i in order)
-            )
-        if len(axes.features) == 1:
-            return node
-        count = num_features(anchor)
-        sizes = [*self._sizes(), count]
-        return self._call(aten.reshape.default, node, sizes, shape=("B", "S", count))
-
-    def _split_heads(self, flat: fx.Node, index: Tensor) -> fx.Node:
-        """Return `[B, S, heads, head_dim]`."""
-        heads, head_dim = index.shape
-        count, stride = int(self._shape(flat)[2]), find_stride(index)
-        if stride is None or stride.step < head_dim:
-            return self._gather(flat, index)
-        inner = stride.start % stride.step
-        if count % stride.step or inner + head_dim > stride.step:
-            stop = stride.start + heads * stride.step
-            if stride.step != head_dim or stop > count:
-                return self._gather(flat, index)
-            flat = self._slice(flat, 2, stride.start, stop)
-            return self._view(flat, heads, head_dim)
-        node = self._view(flat, count // stride.step, stride.step)
-        first = stride.start // stride.step
-        node = self._slice(node, 2, first, first + heads)
-        return self._slice(node, 3, inner, inner + head_dim)
-
-    def _gather(self, flat: fx.Node, index: Tensor) -> fx.Node:
-        graph, weights = flat.graph, self.prober.weights
-        name = add_weight(weights, "head_index", index.flatten())
-        weight = weight_node(graph, name, weights[name])
-        shape = ("B", "S", index.numel())
-        node = self._call(aten.index_select.default, flat, 2, weight, shape=shape)
-        return self._view(node, index.shape[0], index.shape[1])
-
-    def _view(self, node: fx.Node, heads: int, head_dim: int) -> fx.Node:
-        sizes = [*self._sizes(), heads, head_dim]
-        return self._call(aten.reshape.default, node, sizes, shape=("B", "S", heads, head_dim))
-
-    def _slice(self, node: fx.Node, axis: int, start: int, stop: int) -> fx.Node:
-        shape = list(self._shape(node))
-        if (start, stop) == (0, shape[axis]):
-            return node
-        shape[axis] = stop - start
-        return self._call(aten.slice.Tensor, node, axis, start, stop, shape=tuple(shape))
-
-    def _sizes(self) -> tuple[fx.Node, fx.Node]:
-        return size_node(self.before.graph, 0), size_node(self.before.graph, 1)
-
-    def _shape(self, node: fx.Node) -> tuple[int | str, ...]:
-        type_ = tensor_type(node)
-        assert type_ is not None
-        return type_.shape
-
-    def _call(
-        self, target: object, node: fx.Node, *args: object, shape: tuple[int | str, ...]
-    ) -> fx.Node:
-        with node.graph.inserting_before(self.before):
-            new = node.graph.call_function(target, (node, *args))  # type: ignore[arg-type]
-        type_ = tensor_type(node)
-        assert type_ is not None
-        new.meta = {**self.before.meta, "type": TensorType(type_.dtype, shape)}
-        return new

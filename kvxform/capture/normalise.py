@@ -7,60 +7,42 @@ come from the traced values, and `module` and `origin` from the recorded stacks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec
 
-from kvxform.capture.exporting import PREFIX
+from kvxform.capture.exporting import PREFIX, find_inputs
 from kvxform.capture.structure import op_name
+from kvxform.capture.tidy import tidy
+from kvxform.capture.weights import new_meta
 from kvxform.errors import CaptureError
 from kvxform.ir.types import SymType, TensorType, TupleType, ValueType
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _DROPPED = frozenset(
-    [
-        "_assert_tensor_metadata",
-        "_assert_scalar",
-        "_assert_async",
-        "sym_constrain_range",
-        "sym_constrain_range_for_size",
-    ]
+    {
+        *("_assert_tensor_metadata", "_assert_scalar", "_assert_async"),
+        *("sym_constrain_range", "sym_constrain_range_for_size"),
+    }
 )
-_ALIASES = frozenset({"alias", "detach", "lift_fresh_copy", "detach_copy", "alias_copy"})
-_CASTS = frozenset({"to", "_to_copy", "type_as"})
-_END = 1 << 31  # slice ends beyond this mean "to the end"
 
 
 def normalise(exported: ExportedProgram) -> tuple[fx.Graph, dict[str, Tensor]]:
     """Return the graph and its weights; weights share memory with the exported program.
 
     Raises:
-        CaptureError: KVX302 for nested graphs that cannot be inlined, KVX304 for other inputs.
+        CaptureError: KVX302 for nested graphs that cannot be inlined, KVX304 for inputs or outputs
+            that are not those of a decoder.
     """
     builder = _Builder(exported)
     builder.build()
-    graph = builder.graph
-    _drop_identities(graph)
-    _split_to_slices(graph)
-    _view_to_reshape(graph)
-    remove_dead(graph)
-    return graph, {k: v for k, v in builder.weights.items() if k in _used(graph)}
-
-
-def remove_dead(graph: fx.Graph) -> None:
-    """Erase calls and weights without users."""
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
-            graph.erase_node(node)
-
-
-def _used(graph: fx.Graph) -> set[str]:
-    return {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    tidy(builder.graph)
+    used = {str(n.target) for n in builder.graph.nodes if n.op == "get_attr"}
+    return builder.graph, {k: v for k, v in builder.weights.items() if k in used}
 
 
 class _Builder:
@@ -83,29 +65,14 @@ class _Builder:
             if node not in users:
                 self._add_weight(node, specs[node.name])
         for node in source.nodes:
-            if node.op == "call_function":
-                self._copy_call(node, self.exported.graph_module)
-            elif node.op == "get_attr":
-                self._copy_attribute(node, self.exported.graph_module)
+            self._copy(node, self.exported.graph_module)
         self.graph.output(self._find_output())
         self.graph.lint()
 
     def _add_inputs(self, users: list[fx.Node]) -> None:
-        tensors = [n for n in users if isinstance(n.meta.get("val"), Tensor)]
-        names = ("input_ids", "position_ids")
-        known = {n.name: n for n in tensors}
-        first = known.get("input_ids", tensors[0] if tensors else None)
-        second = known.get("position_ids", tensors[1] if len(tensors) == 2 else None)
-        extra = [n.name for n in tensors if n is not first and n is not second]
-        if first is None or extra:
-            raise CaptureError(
-                "KVX304",
-                "a model may take only input_ids and position_ids",
-                where="capture",
-                got=[n.name for n in tensors],
-                hint="export it without attention_mask, cache and labels",
-            )
-        shape = list(first.meta["val"].shape)
+        self.env |= dict.fromkeys(users)  # options such as use_cache
+        inputs = [users[i] for i in find_inputs(self.exported)]
+        shape = list(inputs[0].meta["val"].shape)
         if len(shape) != 2 or not all(isinstance(n, torch.SymInt) for n in shape):
             raise CaptureError(
                 "KVX304",
@@ -115,28 +82,30 @@ class _Builder:
                 hint="export with dynamic_shapes={0: Dim.DYNAMIC, 1: Dim.DYNAMIC}",
             )
         self.symbols = {str(n): name for n, name in zip(shape, "BS", strict=True)}
-        for name, node in zip(names, (first, second), strict=True):
+        for i, name in enumerate(("input_ids", "position_ids")):
             new = self.graph.placeholder(name)
-            type_ = TensorType(torch.int64, ("B", "S"))
-            new.meta = {"type": type_, "module": "", "origin": "", "via": ()}
-            if node is not None:
-                self.env[node] = new
-        for node in users:
-            self.env.setdefault(node, None)  # options such as use_cache
+            new.meta = new_meta(TensorType(torch.int64, ("B", "S")))
+            if i < len(inputs):
+                self.env[inputs[i]] = new
 
     def _add_weight(self, node: fx.Node, spec: InputSpec) -> None:
         name = str(spec.target)
-        store = self.exported.state_dict if name in self.exported.state_dict else None
-        value = (store or self.exported.constants)[name]
-        assert isinstance(value, Tensor) and isinstance(spec.arg, TensorArgument)
+        in_state = name in self.exported.state_dict
+        value = (self.exported.state_dict if in_state else self.exported.constants)[name]
+        assert isinstance(value, Tensor)
         self.env[node] = self._get_attr(name.removeprefix(PREFIX), value)
 
     def _get_attr(self, name: str, value: Tensor) -> fx.Node:
         self.weights[name] = value.detach()
         node = self.graph.create_node("get_attr", name)
-        type_ = TensorType(value.dtype, tuple(value.shape))
-        node.meta = {"type": type_, "module": "", "origin": "", "via": ()}
+        node.meta = new_meta(TensorType(value.dtype, tuple(value.shape)))
         return node
+
+    def _copy(self, node: fx.Node, owner: fx.GraphModule) -> None:
+        if node.op == "call_function":
+            self._copy_call(node)
+        elif node.op == "get_attr":
+            self._copy_attribute(node, owner)
 
     def _copy_attribute(self, node: fx.Node, owner: fx.GraphModule) -> None:
         value = _attribute(owner, str(node.target))
@@ -145,19 +114,18 @@ class _Builder:
         else:
             self.env[node] = value  # a nested graph, inlined where it is called
 
-    def _copy_call(self, node: fx.Node, owner: fx.GraphModule) -> None:
-        if op_name(node) in _DROPPED:
+    def _copy_call(self, node: fx.Node) -> None:
+        if op_name(node) in _DROPPED or _is_scalar_check(node):
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             self._inline(node)
             return
-        if op_name(node) == "getitem" and isinstance(self.env[node.all_input_nodes[0]], tuple):
-            self.env[node] = self.env[node.all_input_nodes[0]][node.args[1]]
-            return
+        if op_name(node) == "getitem":
+            whole, index = self.env[node.all_input_nodes[0]], node.args[1]
+            if isinstance(whole, tuple) and isinstance(index, int):
+                self.env[node] = whole[index]  # of a nested graph
+                return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        assert callable(node.target)
-        if _is_scalar_check(node):
-            return
         new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
         new.meta = {
             "type": self._type_of(node.meta.get("val")),
@@ -177,29 +145,24 @@ class _Builder:
             )
         if name == "wrap_with_autocast" and call.args[2]:
             raise CaptureError("KVX304", "autocast must be off in the model", where="capture")
-        arguments = iter([a for a in call.all_input_nodes if not _is_module(self.env[a])])
+        arguments = iter([a for a in call.all_input_nodes if self.env[a] is not inner])
         for node in inner.graph.nodes:
             if node.op == "placeholder":
                 self.env[node] = self.env[next(arguments)]
-            elif node.op == "call_function":
-                self._copy_call(node, inner)
-            elif node.op == "get_attr":
-                self._copy_attribute(node, inner)
+            elif node.op == "output":
+                self.env[call] = tuple(self.env[n] for n in node.all_input_nodes)
             else:
-                results = (
-                    node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
-                )
-                self.env[call] = tuple(self.env[n] for n in results)
+                self._copy(node, inner)
 
     def _find_output(self) -> fx.Node:
         (output,) = (n for n in self.exported.graph.nodes if n.op == "output")
         tensors = [n for n in output.args[0] if isinstance(n, fx.Node)]
         for node in tensors:
             new = self.env[node]
-            type_ = new.meta["type"] if isinstance(new, fx.Node) else None
-            if isinstance(type_, TensorType) and type_.shape[:2] == ("B", "S"):
-                if len(type_.shape) == 3:
-                    return new
+            assert isinstance(new, fx.Node)
+            shape = getattr(new.meta["type"], "shape", ())
+            if len(shape) == 3 and shape[:2] == ("B", "S"):
+                return new
         raise CaptureError(
             "KVX304",
             "a model must return logits [B, S, vocab] of all positions",
@@ -222,10 +185,6 @@ class _Builder:
         for symbol, name in self.symbols.items():
             text = re.sub(rf"\b{symbol}\b", name, text)
         return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, fx.GraphModule)
 
 
 def _is_scalar_check(node: fx.Node) -> bool:
@@ -256,78 +215,3 @@ def _origin_of(node: fx.Node) -> str:
         return name
     file, line = (own or frames)[-1]
     return f"{name} ({PurePath(file).name}:{line})"
-
-
-def _drop_identities(graph: fx.Graph) -> None:
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-            if _is_identity(node, node.args[0]):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-
-
-def _is_identity(node: fx.Node, source: fx.Node) -> bool:
-    name, same_type = op_name(node), node.meta["type"] == source.meta["type"]
-    if name in _ALIASES:
-        return True
-    if name == "dropout":
-        return not node.args[2] or node.args[1] == 0
-    if name in _CASTS or name == "expand":
-        return same_type
-    if name == "slice":
-        start, end, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])[:3]
-        to_end = end is None or (isinstance(end, int) and end >= _END)
-        return same_type and start in (0, None) and to_end and step in (1, None)
-    return False
-
-
-def _view_to_reshape(graph: fx.Graph) -> None:
-    """Make no claim about strides: other implementations of an op may lay out results otherwise."""
-    for node in graph.nodes:
-        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-            node.target = torch.ops.aten.reshape.default
-
-
-def _split_to_slices(graph: fx.Graph) -> None:
-    """Replace split, chunk and unbind with one slice or select per part."""
-    for node in list(graph.nodes):
-        makers: dict[str, Callable[[fx.Node, int], fx.Node]] = {
-            "split": _slice_part,
-            "split_with_sizes": _slice_part,
-            "chunk": _slice_part,
-            "unbind": _select_part,
-        }
-        make = makers.get(op_name(node))
-        if make is None or any(op_name(u) != "getitem" for u in node.users):
-            continue
-        axis = _axis(node)
-        if any(not isinstance(u.meta["type"].shape[axis], int) for u in node.users):
-            continue
-        for user in list(node.users):
-            with graph.inserting_before(user):
-                part = make(node, int(user.args[1]))
-            part.meta = {**user.meta, "origin": node.meta["origin"]}
-            user.replace_all_uses_with(part)
-            graph.erase_node(user)
-
-
-def _axis(node: fx.Node) -> int:
-    default = 0
-    position = 1 if op_name(node) == "unbind" else 2
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    assert isinstance(axis, int)
-    rank = len(node.args[0].meta["type"].shape)  # type: ignore[union-attr]
-    return axis % rank - (rank if op_name(node) != "unbind" else 0)
-
-
-def _slice_part(node: fx.Node, index: int) -> fx.Node:
-    axis = _axis(node)
-    sizes = [item.shape[axis] for item in node.meta["type"].items]
-    start = sum(sizes[:index])
-    return node.graph.call_function(
-        torch.ops.aten.slice.Tensor, (node.args[0], axis, start, start + sizes[index])
-    )
-
-
-def _select_part(node: fx.Node, index: int) -> fx.Node:
-    return node.graph.call_function(torch.ops.aten.select.int, (node.args[0], _axis(node), index))

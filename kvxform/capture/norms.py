@@ -1,7 +1,7 @@
 """Recognise RMSNorm by its values and replace it with `kvx::rms_norm`.
 
-A candidate starts at `rsqrt` (or the like) and the first node that all of it is computed from. It is
-extended over casts and the gain as long as `kvx::rms_norm` equals it on random input.
+A candidate starts at a root and at a node that all of it is computed from. It is extended over
+casts and the gain as long as `kvx::rms_norm` equals it on random input.
 """
 
 from __future__ import annotations
@@ -17,37 +17,24 @@ from kvxform.capture.heads import Axes, from_rows, num_features
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import (
     Stop,
+    ancestors,
     chain_back,
     literals,
     op_name,
     tensor_type,
 )
 
-aten = torch.ops.aten
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow", "norm", "linalg_vector_norm", "rms_norm"})
-_INSIDE = frozenset(
-    [
-        "rsqrt",
-        "sqrt",
-        "pow",
-        "reciprocal",
-        "mean",
-        "sum",
-        "mul",
-        "div",
-        "add",
-        "square",
-        "to",
-        "_to_copy",
-        "type_as",
-        "linalg_vector_norm",
-        "norm",
-        "clamp_min",
-        "rms_norm",
-    ]
+_INSIDE = _ROOTS | frozenset(
+    {
+        *("mean", "sum", "square", "mul", "div", "add", "reciprocal", "clamp_min"),
+        *("to", "_to_copy", "type_as"),
+    }
 )
 _LONGEST = 12  # nodes of a norm
+_LARGEST_EPS = 1e-2
 _SETTING = Setting.first(3, batch=2)
+_SIZES = (1.0, 1e-3, 30.0)  # of the inputs; the small one makes eps count
 
 
 @dataclass(frozen=True)
@@ -60,15 +47,17 @@ class Norm:
     eps: float
     offset: float
     compute_dtype: torch.dtype | None
+    region: tuple[fx.Node, ...]
 
 
 def raise_norms(prober: Prober) -> int:
     """Replace every RMSNorm of the graph; return how many there were."""
-    count = 0
+    count, done = 0, set[fx.Node]()
     for root in [n for n in prober.graph.nodes if n in prober.content and op_name(n) in _ROOTS]:
-        norm = find_norm(prober, root)
+        norm = None if root in done else find_norm(prober, root)
         if norm is not None:
             _replace(prober, norm)
+            done.update(norm.region)
             count += 1
     return count
 
@@ -78,10 +67,8 @@ def find_norm(prober: Prober, root: fx.Node) -> Norm | None:
     best = None
     for out in _forward(prober, root):
         for stop in chain_back(out, prober.content, lambda n: op_name(n) in _INSIDE):
-            if root not in stop.region or len(stop.region) > _LONGEST:
-                continue
-            found = _explain(prober, stop, out)
-            best = found or best
+            if root in stop.region and len(stop.region) <= _LONGEST:
+                best = _explain(prober, stop, out) or best
     return best
 
 
@@ -98,17 +85,16 @@ def _forward(prober: Prober, root: fx.Node) -> Iterator[fx.Node]:
 
 def _explain(prober: Prober, stop: Stop, out: fx.Node) -> Norm | None:
     """Return the norm that the region from `stop` to `out` computes, or None."""
-    x_type, out_type, axes = tensor_type(stop.node), tensor_type(out), Axes.of(stop.node)
-    if x_type is None or out_type is None or axes is None or x_type != out_type:
+    axes = Axes.of(stop.node)
+    if axes is None or tensor_type(stop.node) != tensor_type(out) or not axes.is_last_feature():
         return None
-    if max(axes.batch, axes.sequence, *axes.features) not in axes.features[-1:]:
-        return None  # the last axis must be a feature axis, the one that is normalised
     prober.remember(stop.region, _SETTING)
-    rows = prober.random(2, 3, num_features(stop.node), dtype=x_type.dtype)
-    samples = [from_rows(stop.node, rows * size) for size in (1.0, 1e-3, 30.0)]
+    dtype = stop.node.meta["type"].dtype
+    rows = prober.random(2, 3, num_features(stop.node), dtype=dtype)
+    samples = [from_rows(stop.node, rows * size) for size in _SIZES]
     wants = [prober.run([out], _SETTING, {stop.node: x})[0] for x in samples]
     for norm in _hypotheses(prober, stop, out):
-        gots = [apply_norm(prober, norm, x) for x in samples]
+        gots = (apply_norm(prober, norm, x) for x in samples)
         if all(is_close(got, want) for got, want in zip(gots, wants, strict=True)):
             return norm
     return None
@@ -116,21 +102,28 @@ def _explain(prober: Prober, stop: Stop, out: fx.Node) -> Norm | None:
 
 def _hypotheses(prober: Prober, stop: Stop, out: fx.Node) -> Iterator[Norm]:
     """Yield norms worth a trial: numbers, weights and dtypes that the region contains."""
-    last = stop.node.meta["type"].shape[-1]
-    weights = [n for n in prober.leaves(stop.region) if n.op == "get_attr" and _shape(n) == (last,)]
-    numbers = sorted({n for _, n in literals(stop.region, float) if 0 < n < 1e-2})
     own = stop.node.meta["type"].dtype
     inner = {n.meta["type"].dtype for n in stop.region if tensor_type(n) is not None}
-    dtypes = [None, *sorted(inner - {own}, key=str)]
-    for dtype in dtypes:
-        for eps in numbers or [float(torch.finfo(own).eps)]:
-            for weight in weights or [None]:
-                yield Norm(stop.node, out, weight, eps, 0.0, dtype)
+    found = sorted({n for _, n in literals(stop.region, float) if 0 < n < _LARGEST_EPS})
+    gains = list(_gains(prober, stop))
+    for dtype in (None, *sorted(inner - {own}, key=str)):
+        for eps in found or [float(torch.finfo(own).eps)]:
+            for weight, offset in gains or [(None, 0.0)]:
+                yield Norm(stop.node, out, weight, eps, offset, dtype, stop.region)
 
 
-def _shape(node: fx.Node) -> tuple[int | str, ...] | None:
-    type_ = tensor_type(node)
-    return type_.shape if type_ is not None else None
+def _gains(prober: Prober, stop: Stop) -> Iterator[tuple[fx.Node | None, float]]:
+    """Yield weights of the region that fit the last axis, and what is added to them."""
+    last = stop.node.meta["type"].shape[-1]
+    for leaf in prober.leaves(stop.region):
+        type_ = tensor_type(leaf)
+        if type_ is None or type_.shape != (last,):
+            continue
+        gain = prober.value(leaf, _SETTING)
+        for node in ancestors([leaf]):
+            if node.op == "get_attr" and tensor_type(node) == type_:
+                offset = (gain - prober.weights[str(node.target)]).double()
+                yield node, round(float(offset.mean()), 6)
 
 
 def apply_norm(prober: Prober, norm: Norm, x: Tensor) -> Tensor:
@@ -142,11 +135,13 @@ def apply_norm(prober: Prober, norm: Norm, x: Tensor) -> Tensor:
 
 
 def _replace(prober: Prober, norm: Norm) -> None:
-    kwargs = {"weight_offset": norm.offset} if norm.offset else {}
+    options: dict[str, fx.node.Argument] = {}
+    if norm.offset:
+        options["weight_offset"] = norm.offset
     if norm.compute_dtype is not None:
-        kwargs["compute_dtype"] = norm.compute_dtype  # type: ignore[assignment]
+        options["compute_dtype"] = norm.compute_dtype
     with prober.graph.inserting_before(norm.out):
-        node = prober.graph.call_function(kvx.RMS_NORM, (norm.x, norm.weight, norm.eps), kwargs)
+        node = prober.graph.call_function(kvx.RMS_NORM, (norm.x, norm.weight, norm.eps), options)
     node.meta = dict(norm.out.meta)
     norm.out.replace_all_uses_with(node)
     prober.content.add(node)

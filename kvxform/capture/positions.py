@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
-from kvxform.capture.heads import size_node
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import ancestors, tensor_type
-from kvxform.capture.weights import add_weight, position_ids, weight_node
+from kvxform.capture.weights import add_weight, position_ids, size_node, weight_node
 from kvxform.errors import CaptureError
 from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
@@ -50,9 +49,9 @@ def _tables(prober: Prober) -> list[fx.Node]:
     tables = []
     for leaf in leaves:
         type_ = tensor_type(leaf)
-        if type_ is not None and type_.shape.count("S") == 1 and type_.dtype != torch.int64:
-            if source not in ancestors([leaf]):
-                tables.append(leaf)
+        is_table = type_ is not None and type_.shape.count("S") == 1 and type_.dtype != torch.int64
+        if is_table and source not in ancestors([leaf]):
+            tables.append(leaf)
     return tables
 
 
@@ -60,7 +59,7 @@ def _rows(prober: Prober, leaf: fx.Node, setting: Setting) -> Tensor | None:
     """Return the value of a table as `[S, features]`, or None if it cannot be that long."""
     axis = leaf.meta["type"].shape.index("S")
     try:
-        (value,) = prober.run([leaf], setting)
+        value: Tensor = prober.run([leaf], setting)[0]
     except (RuntimeError, IndexError):
         return None
     if value.shape[axis] != setting.length:

@@ -140,7 +140,10 @@ class Prober:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """Return the largest difference, relative to the largest value of `want`; inf on NaN or shape."""
+    """Return the largest difference, relative to the largest value of `want`.
+
+    Infinite for NaN, infinity and different shapes.
+    """
     if got.shape != want.shape:
         return float("inf")
     if not want.numel():

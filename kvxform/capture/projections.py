@@ -68,15 +68,16 @@ def _find_matrix(
     prober: Prober, node: fx.Node, *, transposed: bool
 ) -> tuple[str, Literal["out_in", "in_out"]] | None:
     """Return the weight that `node` is, or is the transpose of."""
-    (source,) = [n for n in ancestors([node]) if n.op == "get_attr"][:1] or [None]
+    source = next((n for n in ancestors([node]) if n.op == "get_attr"), None)
     if source is None or len(source.meta["type"].shape) != 2:
         return None
-    held, used = prober.weights[str(source.target)], prober.value(node, Setting.first(1))
+    name = str(source.target)
     if node is source:
-        return str(source.target), "in_out" if transposed else "out_in"
-    if used.data_ptr() == held.data_ptr() and used.shape == held.T.shape:
-        if torch.equal(used[:2], held.T[:2]):
-            return str(source.target), "out_in" if transposed else "in_out"
+        return name, "in_out" if transposed else "out_in"
+    held, used = prober.weights[name], prober.value(node, Setting.first(1))
+    shares = used.data_ptr() == held.data_ptr() and used.shape == held.T.shape
+    if shares and used.stride() == held.T.stride():
+        return name, "out_in" if transposed else "in_out"
     return None
 
 

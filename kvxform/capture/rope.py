@@ -1,9 +1,9 @@
 """Recognise rotary embedding by what it does to chosen vectors.
 
-A candidate region is run on single channels to see which are paired, then on `a = 1, b = 0` in every
-pair, which gives cosine and sine at many positions at once. The frequencies follow: from position
-1, sharpened at powers of two (exact in floating point). `kvx::rope` with them must then equal the
-region on random input.
+A candidate region is run on single channels to see which are paired, then on `a = 1, b = 0` in
+every pair, which gives cosine and sine at many positions at once. The frequencies follow: from
+position 1, sharpened at powers of two (exact in floating point). `kvx::rope` with them must then
+equal the region on random input.
 """
 
 from __future__ import annotations

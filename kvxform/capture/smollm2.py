@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,6 +67,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         str(gguf.parent), gguf_file=gguf.name, local_files_only=True
     )
     with atomic_folder(folder) as target:
-        model.save_pretrained(target)
+        save: Any = model.save_pretrained
+        save(target)
         tokenizer.save_pretrained(target)
         (target / _DONE).write_text(f"converted from {gguf.name}\n", encoding="utf-8")

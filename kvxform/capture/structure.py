@@ -1,6 +1,6 @@
-"""Structure of an aten graph: op names, content, and the chain of nodes that a value passes through.
+"""Structure of an aten graph: op names, content, and what a value passes through.
 
-*Content* is what depends on the values of `input_ids`: hidden states, scores, logits. Everything else
+*Content* is what depends on the values of `input_ids`: hidden states, scores, logits. The rest
 (masks, positions, rotary tables, sizes) is known once batch, length and positions are known.
 """
 
@@ -17,84 +17,24 @@ from kvxform.ir.types import TensorType
 
 # Ops whose result does not depend on the values of their tensor arguments.
 _SHAPE_ONLY = frozenset(
-    [
-        "sym_size",
-        "sym_numel",
-        "new_ones",
-        "new_zeros",
-        "new_full",
-        "new_empty",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-    ]
+    {
+        *("sym_size", "sym_numel", "new_ones", "new_zeros", "new_full", "new_empty"),
+        *("zeros_like", "ones_like", "full_like", "empty_like"),
+    }
 )
 # Ops that read only dtype or shape from their second argument.
 _FIRST_ONLY = frozenset({"type_as", "expand_as", "view_as"})
-# Ops that move, select, join, copy, scale or add values, and do nothing else.
+# Ops that move, join, copy, scale or add values, and do nothing else.
 TRANSPARENT = frozenset(
-    [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "permute",
-        "t",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "repeat",
-        "repeat_interleave",
-        "slice",
-        "select",
-        "index_select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "getitem",
-        "cat",
-        "stack",
-        "contiguous",
-        "clone",
-        "alias",
-        "to",
-        "_to_copy",
-        "type_as",
-        "lift_fresh_copy",
-        "detach",
-        "view_as_complex",
-        "view_as_real",
-        "real",
-        "imag",
-        "complex",
-        "neg",
-        "mul",
-        "add",
-        "sub",
-        "div",
-        "rsub",
-        "movedim",
-        "swapaxes",
-        "swapdims",
-        "T",
-        "mT",
-        "unsafe_chunk",
-        "unsafe_split",
-        "slice_scatter",
-        "index",
-        "addcmul",
-        "copy",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-    ]
+    {
+        *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),
+        *("transpose", "permute", "t", "movedim", "swapaxes", "swapdims", "expand", "expand_as"),
+        *("repeat", "repeat_interleave", "slice", "select", "index_select", "index", "narrow"),
+        *("split", "split_with_sizes", "chunk", "unbind", "getitem", "cat", "stack"),
+        *("contiguous", "clone", "to", "_to_copy", "type_as", "slice_scatter", "copy"),
+        *("view_as_complex", "view_as_real", "real", "imag", "complex"),
+        *("neg", "mul", "add", "sub", "rsub", "div", "addcmul"),
+    }
 )
 
 
@@ -112,6 +52,13 @@ def tensor_type(node: fx.Node) -> TensorType | None:
     """Return the tensor type of a node, or None for sizes and tuples."""
     found = node.meta.get("type")
     return found if isinstance(found, TensorType) else None
+
+
+def shape_of(node: fx.Node) -> tuple[int | str, ...]:
+    """Return the shape of a node that is a tensor."""
+    type_ = tensor_type(node)
+    assert type_ is not None
+    return type_.shape
 
 
 def content_inputs(node: fx.Node, content: set[fx.Node]) -> list[fx.Node]:
@@ -193,11 +140,6 @@ def chain_back(
 def is_transparent(node: fx.Node) -> bool:
     """Return whether a node only moves, joins, scales or adds values."""
     return op_name(node) in TRANSPARENT
-
-
-def users_of(node: fx.Node) -> list[fx.Node]:
-    """Return the users of a node in graph order."""
-    return sorted(node.users)
 
 
 def literals(
