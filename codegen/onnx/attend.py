@@ -20,7 +20,7 @@ from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
 from kvxform.codegen.onnx.masks import attention_mask
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
-from kvxform.codegen.onnx.streams import append
+from kvxform.codegen.onnx.streams import append_both
 from kvxform.ir.plan import SitePlan
 
 
@@ -54,7 +54,7 @@ def emit_cache_append(
     if appends_itself(e, node):
         e.caches[layer] = NewTokens(k, v)
     else:
-        e.caches[layer] = (append(e, site, "key", k), append(e, site, "value", v))
+        e.caches[layer] = append_both(e, site, k, v)
 
 
 @emits(kvx.CACHED_ATTENTION)

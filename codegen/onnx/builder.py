@@ -44,6 +44,7 @@ class Builder:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
+        self._calls: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
         self._names: Counter[str] = Counter()
         self._scope = ""
         self._origin = ""
@@ -66,12 +67,12 @@ class Builder:
         role: str = "",
         **attributes: Attribute,
     ) -> tuple[ir.Value, ...]:
-        """Add a node with `len(dtypes)` outputs; a dtype of None leaves that output out.
+        """Return the outputs of a node, `len(dtypes)` of them; equal calls share one node.
 
         Args:
             op_type: Operator of the default domain.
             inputs: Values; None for an optional input left out.
-            dtypes: Dtype of every output.
+            dtypes: Dtype of every output; None leaves that output out.
             role: Last part of the node name; the operator if empty.
             attributes: Attributes by name.
         """
@@ -147,6 +148,16 @@ class Builder:
         self._append(ir.Node("", node.op_type, inputs, attributes, outputs=outputs, name=name))
         return tuple(outputs)
 
+    def prune(self, outputs: Sequence[ir.Value]) -> None:
+        """Drop nodes and initialisers that no output needs."""
+        needed, kept = set(outputs), []
+        for node in reversed(self.nodes):
+            if needed & set(node.outputs):
+                needed.update(x for x in node.inputs if x is not None)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.initializers = {n: v for n, v in self.initializers.items() if v in needed}
+
     def unique(self, name: str) -> str:
         """Return `name`, numbered if it was given out before."""
         self._names[name] += 1
@@ -162,7 +173,7 @@ class Builder:
         self.initializers[name] = ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(list(tensor.shape.numpy())),
             const_value=tensor,
         )
 

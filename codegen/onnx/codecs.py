@@ -129,19 +129,20 @@ class IntEmitter:
         if codec.include_zero:
             smallest = b.op("Min", smallest, b.const(0.0, FLOAT))
             largest = b.op("Max", largest, b.const(0.0, FLOAT))
-        magnitude = b.op("Max", b.op("Neg", smallest), largest)
+        levels = b.const(float(2**codec.bits - 1), FLOAT)
+        step = b.op("Div", b.op("Sub", largest, smallest), levels)
+        if self._adds_zero:
+            zero = _clip(b, smallest, -LARGEST_FLOAT16, LARGEST_FLOAT16)
+            return _to_scale(b, step), b.cast(b.cast(zero, FLOAT16), FLOAT)
+        lowest = b.op("Neg", smallest)
+        magnitude = b.op("Max", lowest, largest)
         if codec.symmetric:
             half = 2 ** (codec.bits - 1)
             step = b.op("Div", magnitude, b.const(float(half - 1), FLOAT))
             return _to_scale(b, step), b.const(float(half), FLOAT)
-        levels = b.const(float(2**codec.bits - 1), FLOAT)
-        step = b.op("Div", b.op("Sub", largest, smallest), levels)
-        if codec.zero == "float":
-            zero = _clip(b, smallest, -LARGEST_FLOAT16, LARGEST_FLOAT16)
-            return _to_scale(b, step), b.cast(b.cast(zero, FLOAT16), FLOAT)
         narrow = b.op("Div", magnitude, b.const(LARGEST_ZERO - 1, FLOAT))
         scale = _to_scale(b, b.op("Max", step, narrow))
-        ratio = b.op("Div", b.op("Neg", smallest), b.cast(scale, FLOAT))
+        ratio = b.op("Div", lowest, b.cast(scale, FLOAT))
         return scale, _clip(b, b.op("Round", ratio), -LARGEST_ZERO, LARGEST_ZERO)
 
     def _extreme(self, b: Builder, groups: ir.Value, op_type: str) -> ir.Value:
@@ -182,7 +183,7 @@ def unpack(b: Builder, packed: ir.Value, bits: int, width: int) -> ir.Value:
 
 
 def unpack_parts(b: Builder, packed: ir.Value, bits: int) -> list[ir.Value]:
-    """Emit the codes of a byte plane as one float32 tensor for each code of a byte, lowest first."""
+    """Emit the codes of a byte plane as float32, one tensor per code of a byte, lowest first."""
     rest = b.cast(packed, FLOAT)
     parts = []
     for i in reversed(range(1, 8 // bits)):

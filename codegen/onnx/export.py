@@ -76,9 +76,11 @@ def emit_model(program: Program, fallback: Fallback) -> ir.Model:
     logits = _emit_nodes(e, fallback)
     logits.name = "logits"
     logits.shape = ir.Shape(["batch_size", "sequence_length", program.info.vocab_size])
+    outputs = [logits, *ports.present.values()]
+    e.builder.prune(outputs)
     graph = ir.Graph(
         [inputs.input_ids, inputs.attention_mask, inputs.position_ids, *ports.past.values()],
-        [logits, *ports.present.values()],
+        outputs,
         nodes=e.builder.nodes,
         initializers=list(e.builder.initializers.values()),
         opset_imports={"": OPSET},
@@ -106,8 +108,8 @@ def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
             with e.builder.scope(node.meta["module"], _origin(node)):
                 values[node] = _emit_call(e, node, values, fallback)
         elif node.op == "output":
-            logits = fx.node.map_arg(node.args[0], values.__getitem__)
-            found = logits[0] if isinstance(logits, tuple | list) else logits
+            (logits,) = node.all_input_nodes
+            found = values[logits]
             assert isinstance(found, ir.Value), "a program has one output, the logits"
             return e.builder.op("Identity", found, role="logits")
     raise AssertionError("a graph has an output")
@@ -119,7 +121,7 @@ def _emit_call(
     emitter = EMITTERS.get(node.target)  # type: ignore[arg-type]
     if emitter is None:
         return fallback.emit(e, node, [values[source] for source in node.all_input_nodes])
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])  # type: ignore[arg-type, return-value]
     return emitter(e, node, *args, **kwargs)
 
 

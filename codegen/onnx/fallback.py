@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
+import sympy
 import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, fx
@@ -126,7 +127,6 @@ def _size(size: int | str) -> int:
     """Return the sample size of a symbolic expression such as `B*S`."""
     if isinstance(size, int):
         return size
-    import sympy
 
     return int(
         sympy.sympify(size, locals={n: sympy.Symbol(n) for n in SAMPLE_SIZES}).subs(SAMPLE_SIZES)

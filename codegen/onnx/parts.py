@@ -117,7 +117,7 @@ def _mix(e: Emission, heads: Heads, weights: ir.Value, value: StreamView) -> ir.
         rows = heads.join(e, fresh, leaving_length(e, value.plan))
         parts.append(value.fresh.mix(b, rows))
     rows = heads.join(e, weights, total_length(e))
-    bounds = [0, *value.bounds, END]
+    bounds: list[ir.Value | int] = [0, *value.bounds, END]
     for first, last, segment in zip(bounds, bounds[1:], value.segments, strict=False):
         columns = rows if len(value.segments) == 1 else e.slice(rows, first, last, COLUMNS)
         parts.append(segment.mix(b, columns))

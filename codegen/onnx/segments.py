@@ -70,14 +70,17 @@ class FoldedSegment:
         codes, queries = self._codes(b), self._split(b, b.cast(q, FLOAT))
         found = []
         for group, parts in enumerate(self._groups()):
+            rows = [queries[i] for i in parts]
             products = [
-                b.op("MatMul", queries[i], b.op("Transpose", codes[i], perm=[0, 1, 3, 2]))
-                for i in parts
+                b.op("MatMul", row, b.op("Transpose", codes[i], perm=[0, 1, 3, 2]))
+                for row, i in zip(rows, parts, strict=True)
             ]
-            sums = [b.op("ReduceSum", queries[i], b.const([3]), keepdims=1) for i in parts]
-            dot, total = _add_all(b, products), _add_all(b, sums)
-            scale, zero = self._row(b, "scale", group), self._zero_row(b, group)
-            shift = b.op("Mul", total, zero)
+            dot = _add_all(b, products)
+            total = b.op("ReduceSum", _add_all(b, rows), b.const([3]), keepdims=1)
+            scale, shift = (
+                self._row(b, "scale", group),
+                b.op("Mul", total, self._zero_row(b, group)),
+            )
             if self._adds_zero:
                 found.append(b.op("Add", b.op("Mul", dot, scale), shift))
             else:
@@ -90,10 +93,10 @@ class FoldedSegment:
         codes, weights, outputs = self._codes(b), b.cast(p, FLOAT), []
         for group, parts in enumerate(self._groups()):
             scaled = b.op("Mul", weights, self._row(b, "scale", group))
-            shift = self._shift(b, weights, scaled, group)
-            outputs += [b.op("Add", b.op("MatMul", scaled, codes[i]), shift) for i in parts]
-        joined = outputs[0] if len(outputs) == 1 else b.op("Concat", *outputs, axis=3)
-        return b.cast(joined, p.dtype)
+            mixed = _join(b, [b.op("MatMul", scaled, codes[i]) for i in parts])
+            op_type, shift = self._shift(b, weights, scaled, group)
+            outputs.append(b.op(op_type, mixed, shift))
+        return b.cast(_join(b, outputs), p.dtype)
 
     @property
     def _num_parts(self) -> int:
@@ -118,14 +121,16 @@ class FoldedSegment:
         sizes = b.const([self.head_dim // self._num_parts] * self._num_parts)
         return b.ops("Split", x, sizes, dtypes=[FLOAT] * self._num_parts, axis=3)
 
-    def _shift(self, b: Builder, weights: ir.Value, scaled: ir.Value, group: int) -> ir.Value:
-        """Return what zero points add to every channel of a group, `[B, Hk, R, 1]`."""
+    def _shift(
+        self, b: Builder, weights: ir.Value, scaled: ir.Value, group: int
+    ) -> tuple[str, ir.Value]:
+        """Return what zero points change in every channel, `[B, Hk, R, 1]`: Add or Sub it."""
         if self._adds_zero:
-            return b.op("MatMul", weights, self._column(b, "zero", group))
+            return "Add", b.op("MatMul", weights, self._column(b, "zero", group))
         if not self.codec.symmetric:
-            return b.op("Neg", b.op("MatMul", scaled, self._column(b, "zero", group)))
+            return "Sub", b.op("MatMul", scaled, self._column(b, "zero", group))
         sums = b.op("MatMul", weights, self._column(b, "scale", group))
-        return b.op("Mul", sums, b.const(-float(2 ** (self.codec.bits - 1)), FLOAT))
+        return "Sub", b.op("Mul", sums, b.const(float(2 ** (self.codec.bits - 1)), FLOAT))
 
     def _zero_row(self, b: Builder, group: int) -> ir.Value:
         if self.codec.symmetric:
@@ -157,3 +162,7 @@ def _add_all(b: Builder, values: list[ir.Value]) -> ir.Value:
     for value in values[1:]:
         total = b.op("Add", total, value)
     return total
+
+
+def _join(b: Builder, values: list[ir.Value]) -> ir.Value:
+    return values[0] if len(values) == 1 else b.op("Concat", *values, axis=3)

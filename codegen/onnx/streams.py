@@ -10,6 +10,7 @@ encoded in this call; `attend` picks per query.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -20,10 +21,11 @@ from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.codecs import codec_emitter
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_length, past_length, total_length
+from kvxform.codegen.onnx.ports import has_tail
 from kvxform.codegen.onnx.segments import ExactSegment, FoldedSegment, Segment, can_fold
 from kvxform.ir.plan import SitePlan, StreamPlan
 
-TOKENS = 2  # the axis of tokens in every plane
+HEADS, TOKENS = 1, 2  # axes of every plane
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,53 @@ class StreamView:
         return only.values
 
 
-def append(e: Emission, site: SitePlan, stream: str, new: ir.Value) -> StreamView:
-    """Emit the append of the new tokens, `[B, Hk, S, D]`, and return what attention reads."""
+def append_both(
+    e: Emission, site: SitePlan, k: ir.Value, v: ir.Value
+) -> tuple[StreamView, StreamView]:
+    """Emit the append of new keys and values, each `[B, Hk, S, D]`; return what attention reads.
+
+    Streams that are encoded alike are encoded together, for in a decode step a node costs more than
+    the few values it works on.
+    """
+    key, value = site.key, site.value
+    alike = (key.codec, key.head_dim, key.regions) == (value.codec, value.head_dim, value.regions)
+    if not alike or key.codec["codec"] == "none" or key.regions.sink or has_tail(key):
+        return append(e, site, "key", k), append(e, site, "value", v)
+    both = codec_emitter(key).encode(e.builder, e.builder.op("Concat", k, v, axis=HEADS))
+    sizes = e.builder.const([site.num_kv_heads] * 2)
+    halves = {
+        name: e.builder.ops("Split", plane, sizes, dtypes=[plane.dtype] * 2, axis=HEADS)
+        for name, plane in both.items()
+    }
+    return (
+        append(e, site, "key", k, {name: half[0] for name, half in halves.items()}),
+        append(e, site, "value", v, {name: half[1] for name, half in halves.items()}),
+    )
+
+
+def append(
+    e: Emission,
+    site: SitePlan,
+    stream: str,
+    new: ir.Value,
+    encoded: Mapping[str, ir.Value] | None = None,
+) -> StreamView:
+    """Emit the append to one stream.
+
+    Args:
+        e: The emission.
+        site: The owner of the cache.
+        stream: `key` or `value`.
+        new: New tokens, `[B, Hk, S, D]`.
+        encoded: Their planes, if all of them are encoded at once and that has been done.
+    """
     plan, b, dtype = site.streams[stream], e.builder, new.dtype
     assert dtype is not None, "graph values have a dtype"
     past = e.ports.enter(site, stream)
     sink = _append_sink(e, site, stream, new, past["sink"]) if "sink" in past else None
     leaving, tail = _leave_tail(e, site, stream, new, past)
-    encoded = codec_emitter(plan).encode(b, leaving)
+    if encoded is None:
+        encoded = codec_emitter(plan).encode(b, leaving)
     planes = {}
     for spec in plan.planes:
         joined = b.op("Concat", past[spec.name], encoded[spec.name], axis=TOKENS)
