@@ -1,8 +1,11 @@
 """The eager lowering: torch ops on any device; the reference of every other lowering.
 
 - `lowering`: EagerExecutable, a Program that can be called
+- `specialise`: direct torch calls in place of dialect ops
 - `cache`: PagedCache, what the cached ops talk to
 - `store`: pools and buffers of one stream
-- `step`: lengths, slots and masks that all layers of a step share
+- `step`: lengths, pages and masks that all layers of a step share
+- `flush`: when tokens become codes, and from where to where they go
 - `attend`: attention over what a cache holds
+- `folded_body`: reading codes without decoding them
 """

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.base import AffineCodes
-from kvxform.codecs.folded import folded_scores, folded_values
-from kvxform.codegen.eager.step import Step
+from kvxform.codegen.eager.folded_body import FoldedBody
+from kvxform.codegen.eager.step import QueryRun, Step
 from kvxform.codegen.eager.store import StreamRead
 
-SCORE_ELEMENTS = 1 << 24  # scores held at a time; longer prompts go through in runs of queries
+RUN_QUERIES = 128  # queries attended together: few enough that most positions need no mask
+SCORE_ELEMENTS = 1 << 24  # scores held at a time; runs get shorter in very long prompts
 
 
 @dataclass(frozen=True)
@@ -85,36 +85,34 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 def _attend_copies(
     q: Tensor, key: StreamRead, value: StreamRead, step: Step, options: AttendOptions
 ) -> Tensor:
-    per_query = q.shape[0] * q.shape[1] * step.total
-    run = max(1, SCORE_ELEMENTS // per_query)
+    grouped = q.unflatten(1, (_num_kv_heads(key), -1))  # [B, H, S, D] -> [B, Hk, G, S, D]
+    fitting = SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * step.total)
+    width = max(1, min(RUN_QUERIES, fitting))
     parts = []
-    for first in range(0, step.num_new, run):
-        queries = slice(first, min(first + run, step.num_new))
-        parts.append(_attend_run(q[:, :, queries], queries, key, value, step, options))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    for first in range(0, step.num_new, width):
+        run = step.query_run(first, min(first + width, step.num_new))
+        parts.append(_attend_run(grouped[:, :, :, run.queries], run, key, value, step, options))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    return out.flatten(1, 2)
 
 
 def _attend_run(
     q: Tensor,
-    queries: slice,
+    run: QueryRun,
     key: StreamRead,
     value: StreamRead,
     step: Step,
     options: AttendOptions,
 ) -> Tensor:
-    grouped = q.unflatten(1, (_num_kv_heads(key), -1))  # [B, H, s, D] -> [B, Hk, G, s, D]
-    groups = grouped.shape[2]
-    scores = _scores(grouped.flatten(2, 3), key, queries, groups, step.total) * options.scale
-    scores = scores.unflatten(2, (groups, -1))  # [B, Hk, G, s, T]
+    """Attend from q `[B, Hk, G, s, D]`, the queries of one run; `[B, Hk, G, s, Dv]`."""
+    scores = _scores(q, run, key) * options.scale  # [B, Hk, G, s, run.end]
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    mask = step.visible(options.window)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None, queries], -math.inf)
-    weights = _softmax(scores, options.sink_logits)
-    mixed = _mix(weights.flatten(2, 3), value, queries, groups)
-    out: Tensor = mixed.unflatten(2, (groups, -1)).flatten(1, 2)
-    return out
+    hidden = step.hidden(run, options.window)
+    if hidden is not None:
+        start, mask = hidden
+        scores[..., start:].masked_fill_(mask[:, None, None], -math.inf)
+    return _mix(_softmax(scores, options.sink_logits), run, value)
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
@@ -128,58 +126,71 @@ def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:
 
 def _num_kv_heads(read: StreamRead) -> int:
     part = next(x for x in (read.sink, read.fresh, read.body) if x is not None)
-    return part.codes.shape[1] if isinstance(part, AffineCodes) else part.shape[1]
+    return part.num_kv_heads if isinstance(part, FoldedBody) else part.shape[1]
 
 
-def _is_exact(mask: Tensor, queries: slice, groups: int) -> Tensor:
-    """Return `[B, S, T]` for rows of grouped queries, `[B, 1, G * s, T]`."""
-    return mask[:, None, queries].repeat(1, 1, groups, 1)
-
-
-def _scores(q: Tensor, key: StreamRead, queries: slice, groups: int, total: int) -> Tensor:
-    """Return q k^T over positions, `[B, Hk, G * s, T]`, each key in the copy live at its query."""
+def _scores(q: Tensor, run: QueryRun, key: StreamRead) -> Tensor:
+    """Return q k^T over positions 0..`run.end` - 1, each key in the copy live at its query."""
+    rows = q.flatten(2, 3)  # [B, Hk, G, s, D] -> [B, Hk, G * s, D]
     parts = []
     if key.sink is not None:
-        parts.append(q @ key.sink.mT)
-    if isinstance(key.body, AffineCodes):
-        parts.append(folded_scores(q, key.body))
+        parts.append(rows @ key.sink[:, :, : run.end].mT)
+    stored_end = key.rule_step.rule.sink
+    if isinstance(key.body, FoldedBody):
+        parts.append(key.body.scores(rows)[..., : run.end - stored_end])
     elif key.body is not None:
-        parts.append(q @ key.body.mT)
-    if key.fresh is None:
-        return _join(parts)
-    fresh = q @ key.fresh.mT
-    if key.is_exact is None:
-        return _join([*parts, fresh])
-    missing = total - sum(part.shape[-1] for part in parts)
-    scores = _join([*parts, q.new_zeros(*q.shape[:-1], missing)])
-    is_exact = _is_exact(key.is_exact, queries, groups)[..., key.fresh_start :]
-    stored = scores[..., key.fresh_start :]
-    stored.copy_(torch.where(is_exact, fresh, stored))
+        parts.append(rows @ key.body[:, :, : run.end - stored_end].mT)
+    if key.fresh is not None:
+        first, start = key.rule_step.first_exact(run), key.rule_step.fresh_start
+        fresh = rows @ key.fresh[:, :, first - start : run.end - start].mT
+        parts = _choose(parts, fresh, first, run, key, q.shape[2:4])
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    scores: Tensor = joined.unflatten(2, q.shape[2:4])
     return scores
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+def _choose(
+    parts: list[Tensor],
+    fresh: Tensor,
+    first: int,
+    run: QueryRun,
+    key: StreamRead,
+    rows: tuple[int, ...],
+) -> list[Tensor]:
+    """Let scores of fresh copies, from position `first` on, take the place of stored ones."""
+    beyond = sum(part.shape[-1] for part in parts) - first
+    if beyond <= 0:
+        return [*parts, fresh]
+    last = parts.pop()  # only the body can reach past `first`
+    overlap = last[..., last.shape[-1] - beyond :]
+    is_exact = key.rule_step.is_exact(run)[:, None, None, :, :beyond]
+    live = torch.where(is_exact, fresh[..., :beyond].unflatten(2, rows), overlap.unflatten(2, rows))
+    stored = last[..., : last.shape[-1] - beyond]
+    return [*parts, stored, live.flatten(2, 3), fresh[..., beyond:]]
 
 
-def _mix(weights: Tensor, value: StreamRead, queries: slice, groups: int) -> Tensor:
-    """Return weights `[B, Hk, G * s, T]` times values, each value in the copy live at its query."""
+def _mix(weights: Tensor, run: QueryRun, value: StreamRead) -> Tensor:
+    """Return weights `[B, Hk, G, s, run.end]`, which are overwritten, times the live values."""
+    groups = weights.shape[2:4]
     parts = []
-    stored = weights
     if value.fresh is not None:
-        recent = weights
-        if value.is_exact is not None:
-            is_exact = _is_exact(value.is_exact, queries, groups)
-            recent, stored = weights * is_exact, weights * ~is_exact
-        parts.append(recent[..., value.fresh_start :] @ value.fresh)
-    first = 0
+        first, start = value.rule_step.first_exact(run), value.rule_step.fresh_start
+        is_exact = value.rule_step.is_exact(run)[:, None, None]
+        recent = weights[..., first:]
+        exact = (recent * is_exact).flatten(2, 3)
+        parts.append(exact @ value.fresh[:, :, first - start : run.end - start])
+        recent.masked_fill_(is_exact, 0.0)
+    stored = weights.flatten(2, 3)
+    sink = value.rule_step.rule.sink
     if value.sink is not None:
-        first = value.sink.shape[2]
-        parts.append(stored[..., :first] @ value.sink)
-    if isinstance(value.body, AffineCodes):
-        last = first + value.body.codes.shape[2]
-        parts.append(folded_values(stored[..., first:last], value.body))
+        parts.append(stored[..., :sink] @ value.sink[:, :, : run.end])
+    if isinstance(value.body, FoldedBody):
+        tokens = value.body.num_tokens
+        missing = max(0, tokens - (run.end - sink))
+        padded = torch.nn.functional.pad(stored[..., sink : sink + tokens], (0, missing))
+        parts.append(value.body.mix(padded))
     elif value.body is not None:
-        last = first + value.body.shape[2]
-        parts.append(stored[..., first:last] @ value.body)
-    return functools.reduce(torch.add, parts)
+        body = value.body[:, :, : run.end - sink]
+        parts.append(stored[..., sink : sink + body.shape[2]] @ body)
+    mixed: Tensor = functools.reduce(torch.add, parts).unflatten(2, groups)
+    return mixed

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvxform.codecs.base import CODECS
 from kvxform.codegen.eager.attend import AttendOptions, attend_step
-from kvxform.codegen.eager.step import FlushRule, Step
+from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle

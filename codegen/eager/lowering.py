@@ -7,8 +7,11 @@ import functools
 import torch
 from torch import Tensor, fx
 
+import kvxform.ir.ops as kvx
 from kvxform.codegen.eager.cache import PagedCache, check_plan
+from kvxform.codegen.eager.specialise import specialise
 from kvxform.errors import CodegenError
+from kvxform.ir.cache import watched
 from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
 
@@ -46,10 +49,15 @@ class EagerExecutable:
                 where="eager",
                 hint="run insert-cache",
             )
+        for node in program.calls(kvx.CACHED_ATTENTION):
+            if node.kwargs.get("causal") is False:
+                raise CodegenError(
+                    "KVX401", "cached attention must be causal", where="eager", at=node.name
+                )
         if program.plan is not None:
             check_plan(program.plan, program.plan.page_size(program.plan.granule()))
         self.program = program
-        self._full = program.to_module()
+        self._full = specialise(program.clone())
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -77,15 +85,7 @@ class EagerExecutable:
         Returns:
             Logits `[B, S, vocab]`, or `[B, vocab]` if `last` is given.
         """
-        args = (
-            (input_ids, position_ids)
-            if cache is None
-            else (
-                input_ids,
-                position_ids,
-                cache.handle,
-            )
-        )
+        args = (input_ids, position_ids, *([] if cache is None else [watched(cache)]))
         if last is None:
             logits: Tensor = self._full(*args)
             return logits
@@ -112,7 +112,7 @@ class EagerExecutable:
         with program.graph.inserting_before(final):
             picked = program.graph.call_function(pick_tokens, (hidden, last))
         final.replace_input_with(hidden, picked)
-        return program.to_module()
+        return specialise(program)
 
 
 def pick_tokens(hidden: Tensor, last: Tensor) -> Tensor:

@@ -1,10 +1,7 @@
-"""What all layers of one step share: lengths, slots, masks and the flush arithmetic.
+"""What all layers of one step share: lengths, pages and masks.
 
 A step feeds `counts[b]` new tokens to row `b`, whose cache held `starts[b]` before. Everything here
 depends on lengths alone, so it is computed once and used by every layer.
-
-A position is the index of a token in its sequence. A slot is a place in the page pool. The body
-index of a token is its position less the sink.
 """
 
 from __future__ import annotations
@@ -15,41 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvxform.ir.plan import StreamPlan
+from kvxform.codegen.eager.flush import FlushRule, RuleStep
 
 
 @dataclass(frozen=True)
-class FlushRule:
-    """When tokens of a stream become codes; see `StreamPlan.keep_and_chunk`."""
+class QueryRun:
+    """A run of new tokens whose queries are attended together.
 
-    sink: int
-    keep: int
-    chunk: int
+    Attributes:
+        first: Index of the first among the new tokens.
+        last: Index after the last.
+        first_time: Smallest position of a query of the run, over all rows.
+        end: Largest position plus one.
+    """
 
-    @classmethod
-    def of(cls, stream: StreamPlan) -> FlushRule:
-        """Return the rule of `stream`."""
-        keep, chunk = stream.keep_and_chunk
-        return cls(stream.regions.sink, keep, chunk)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every token is encoded at once."""
-        return self == FlushRule(0, 0, 1)
+    first: int
+    last: int
+    first_time: int
+    end: int
 
     @property
-    def capacity(self) -> int:
-        """Exact tokens after the sink that may remain once a step has ended."""
-        return self.keep + self.chunk - 1
-
-    def body(self, lengths: Tensor) -> Tensor:
-        """Return encoded tokens at each cached length; `StreamPlan.body_tokens` on a tensor."""
-        free = lengths - self.sink - self.keep
-        return (free // self.chunk * self.chunk).clamp_min(0)
-
-    def body_tokens(self, length: int) -> int:
-        """Return encoded tokens at one cached length."""
-        return max(0, (length - self.sink - self.keep) // self.chunk * self.chunk)
+    def queries(self) -> slice:
+        """The run as a slice of the new tokens."""
+        return slice(self.first, self.last)
 
 
 class Step:
@@ -74,6 +59,7 @@ class Step:
         device: torch.device,
     ) -> None:
         ends = [a + n for a, n in zip(starts, counts, strict=True)]
+        self._starts, self._ends = starts, ends
         self.batch_size, self.num_new, self.total = len(rows), max(counts), max(ends)
         self.is_fresh = not any(starts)
         self.is_ragged = min(counts) != self.num_new
@@ -86,6 +72,7 @@ class Step:
         self.pages = block_table.to(device, torch.int64)
         self.affine = _affine(block_table)
         self._visible: dict[int | None, Tensor | None] = {}
+        self._hidden: dict[tuple[QueryRun, int | None], tuple[int, Tensor] | None] = {}
         self._rules: dict[FlushRule, RuleStep] = {}
 
     def rule(self, rule: FlushRule) -> RuleStep:
@@ -115,117 +102,38 @@ class Step:
             self._visible[window] = self._make_visible(window)
         return self._visible[window]
 
+    def query_run(self, first: int, last: int) -> QueryRun:
+        """Return what is known of the new tokens `first` to `last` - 1 of all rows."""
+        times = [min(start + first, end - 1) for start, end in self._spans]
+        ends = [min(start + last, end) for start, end in self._spans]
+        return QueryRun(first, last, min(times), max(ends))
+
+    @property
+    def _spans(self) -> list[tuple[int, int]]:
+        return list(zip(self._starts, self._ends, strict=True))
+
+    def hidden(self, run: QueryRun, window: int | None) -> tuple[int, Tensor] | None:
+        """Return what a run of queries may not see among positions 0..`run.end` - 1.
+
+        The result is a position and a mask `[B, s, run.end - position]` of all later ones, true
+        where hidden; or None if everything is visible.
+        """
+        key = (run, window)
+        if key not in self._hidden:
+            start = run.first_time + 1 if window is None else 0
+            distance = self.times[:, run.queries, None] - self.columns[start : run.end]
+            mask = distance < 0
+            if window is not None:
+                mask = mask | (distance >= window)
+            self._hidden[key] = (start, mask) if bool(mask.any()) else None
+        return self._hidden[key]
+
     def _make_visible(self, window: int | None) -> Tensor | None:
         if self.num_new == 1 and self.is_uniform and (window is None or window >= self.total):
             return None
         distance = self.times[:, :, None] - self.columns
         mask = distance >= 0
         return mask if window is None else mask & (distance < window)
-
-
-class RuleStep:
-    """Index tensors of one step for the streams that follow one flush rule.
-
-    `stage` below means the exact tokens at hand: the rows' recent buffers, cut to `tail_before`
-    columns, followed by the new tokens.
-
-    Attributes:
-        body_before: Encoded tokens before the step, `[B]`.
-        body_after: Encoded tokens after the step, `[B]`.
-        body_len: Largest `body_after`.
-        tail_before: Columns of the recent buffer in use before the step.
-        tail_after: The same after the step.
-    """
-
-    def __init__(self, step: Step, rule: FlushRule) -> None:
-        self.step, self.rule = step, rule
-        self.body_before, self.body_after = rule.body(step.starts), rule.body(step.ends)
-        self.body_len = int(self.body_after.max())
-        self._tails = (step.starts - rule.sink - self.body_before).clamp_min(0)
-        tails_after = (step.ends - rule.sink - self.body_after).clamp_min(0)
-        self.tail_before, self.tail_after = int(self._tails.max()), int(tails_after.max())
-
-    @functools.cached_property
-    def fresh_start(self) -> int:
-        """Smallest position that any row has in its stage."""
-        return int((self.step.starts - self._tails).min())
-
-    def stage_columns(self, positions: Tensor) -> Tensor:
-        """Return the stage column of positions `[B, n]`; positions not staged are clamped."""
-        starts = self.step.starts[:, None]
-        tail = positions - starts + self._tails[:, None]
-        new = self.tail_before + positions - starts
-        last = self.tail_before + self.step.num_new - 1
-        return torch.where(positions < starts, tail, new).clamp(0, last)
-
-    @functools.cached_property
-    def flush(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Tokens to encode: (batch entry, stage column, slot), each `[N]`; None if there are none.
-
-        Groups stay whole and in order, for each row flushes a multiple of the chunk.
-        """
-        entries, body = _ragged_ranges(self.body_before, self.body_after)
-        if entries.numel() == 0:
-            return None
-        columns = self.stage_columns_flat(entries, body + self.rule.sink)
-        return entries, columns, self.slots(entries, body)
-
-    def stage_columns_flat(self, entries: Tensor, positions: Tensor) -> Tensor:
-        """Return the stage columns of `positions` `[N]` of batch `entries` `[N]`."""
-        starts = self.step.starts[entries]
-        tail = positions - starts + self._tails[entries]
-        return torch.where(positions < starts, tail, self.tail_before + positions - starts)
-
-    def slots(self, entries: Tensor, body: Tensor) -> Tensor:
-        """Return page slots of body indices `[N]` of batch `entries` `[N]`."""
-        size = self.step.page_size
-        return self.step.pages[entries, body // size] * size + body % size
-
-    @functools.cached_property
-    def sink_writes(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """New sink tokens: (batch entry, new token, position), each `[N]`, or None."""
-        ends = self.step.ends.clamp_max(self.rule.sink)
-        entries, positions = _ragged_ranges(self.step.starts, ends)
-        if entries.numel() == 0:
-            return None
-        return entries, positions - self.step.starts[entries], positions
-
-    @functools.cached_property
-    def kept_columns(self) -> Tensor:
-        """Stage columns that form the new recent buffer, `[B, tail_after]`."""
-        first = self.rule.sink + self.body_after
-        return self.stage_columns(first[:, None] + self.step.columns[: self.tail_after])
-
-    @functools.cached_property
-    def fresh_columns(self) -> Tensor | None:
-        """Stage columns of positions `fresh_start`..T-1, `[B, T - fresh_start]`.
-
-        None if the stage is in that order already.
-        """
-        if self.step.is_uniform:
-            return None
-        positions = self.step.columns[self.fresh_start :]
-        return self.stage_columns(positions.expand(self.step.batch_size, -1))
-
-    @property
-    def is_split(self) -> bool:
-        """Whether all queries agree on where the body ends, so that no token has two copies."""
-        return self.step.num_new == 1 and self.step.is_uniform
-
-    @functools.cached_property
-    def is_exact(self) -> Tensor:
-        """Whether a query reads the unencoded copy past the sink, bool `[B, S, T]`."""
-        first = self.rule.sink + self.rule.body(self.step.times + 1)
-        return self.step.columns >= first[:, :, None]
-
-
-def _ragged_ranges(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (entry, value) of every integer in `[first[b], last[b])`, entry by entry."""
-    widths = (last - first).clamp_min(0)
-    entries = torch.repeat_interleave(widths)
-    before = torch.cumsum(widths, 0) - widths
-    inside = torch.arange(entries.numel(), device=first.device) - before[entries]
-    return entries, first[entries] + inside
 
 
 def _affine(block_table: Tensor) -> tuple[int, int] | None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvxform.codecs.base import AffineCodes, Codec, dtype_from_name, make_codec
-from kvxform.codegen.eager.step import FlushRule, Step
+from kvxform.codecs.base import Codec, dtype_from_name, make_codec
+from kvxform.codegen.eager.flush import FlushRule, RuleStep
+from kvxform.codegen.eager.folded_body import FoldedBody, fold_body
+from kvxform.codegen.eager.step import Step
 from kvxform.ir.plan import StreamPlan
 
 FOLD_QUERIES = 8  # with more new tokens, decoding a value once is cheaper than folding scales
@@ -24,19 +26,17 @@ class StreamRead:
     """One stream as the queries of a step see it; tokens of one row in several copies.
 
     Attributes:
+        rule_step: Positions and masks that belong to the copies.
         sink: Exact first tokens `[B, Hk, sink, D]`, or None.
-        body: Body `[B, Hk, body_len, D]`, decoded or as affine codes, or None if it is empty.
-        fresh: Exact copies of the positions from `fresh_start` on, `[B, Hk, n, D]`, or None.
-        fresh_start: Position of the first of them.
-        is_exact: Whether a query reads the fresh copy of a position and not the one in the body,
-            bool `[B, S, T]`; None if no token is in both.
+        body: Body `[B, Hk, body_len, D]`, decoded or still encoded, or None if it is empty.
+        fresh: Exact copies of the positions from `rule_step.fresh_start` on, `[B, Hk, n, D]`, or
+            None if the rule keeps nothing exact past the sink.
     """
 
+    rule_step: RuleStep
     sink: Tensor | None = None
-    body: Tensor | AffineCodes | None = None
+    body: Tensor | FoldedBody | None = None
     fresh: Tensor | None = None
-    fresh_start: int = 0
-    is_exact: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,35 +158,27 @@ class StreamStore:
 
     def read(self, step: Step, appended: Appended, dtype: torch.dtype) -> StreamRead:
         """Return the stream in `dtype` as the queries of `step` see it."""
-        if appended.planes is not None:  # what was just encoded is all there is: no gather
-            return StreamRead(body=self._codec.decode(appended.planes, dtype))
         rule_step = step.rule(self.rule)
+        if appended.planes is not None:  # what was just encoded is all there is: no gather
+            return StreamRead(rule_step, body=self._codec.decode(appended.planes, dtype))
         body = self._read_body(step, rule_step.body_len, dtype)
-        sink = None
+        sink = fresh = None
         if self.rule.sink:
             sink = self.sink[step.rows, : step.total].transpose(1, 2).to(dtype)
-        if appended.stage is None:
-            return StreamRead(sink, body)
-        start = rule_step.fresh_start
-        fresh = appended.stage
-        if rule_step.fresh_columns is not None:
-            batch = torch.arange(fresh.shape[0], device=fresh.device)[:, None]
-            fresh = fresh[batch, rule_step.fresh_columns]
-        if not rule_step.is_split:
+        if appended.stage is not None:
+            fresh = appended.stage
+            if rule_step.fresh_columns is not None:
+                batch = torch.arange(step.batch_size, device=fresh.device)[:, None]
+                fresh = fresh[batch, rule_step.fresh_columns]
             fresh = fresh.transpose(1, 2).to(dtype)
-            return StreamRead(sink, body, fresh, start, rule_step.is_exact)
-        first = max(start, min(self.rule.sink, step.total) + rule_step.body_len)
-        fresh = fresh[:, first - start :].transpose(1, 2).to(dtype)
-        return StreamRead(sink, body, fresh, first)
+        return StreamRead(rule_step, sink, body, fresh)
 
-    def _read_body(
-        self, step: Step, tokens: int, dtype: torch.dtype
-    ) -> Tensor | AffineCodes | None:
+    def _read_body(self, step: Step, tokens: int, dtype: torch.dtype) -> Tensor | FoldedBody | None:
         if tokens == 0:
             return None
         planes = self._gather_planes(step, tokens)
         if self._folds and step.num_new <= FOLD_QUERIES:
-            return self._codec.affine(planes, dtype)
+            return fold_body(self._codec, planes, dtype)
         return self._codec.decode(planes, dtype)
 
     def decode_body(self, step: Step, tokens: int, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kvxform.codegen.eager.cache import PagedCache
+from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.lowering import EagerExecutable
-from kvxform.codegen.eager.step import FlushRule, Step
+from kvxform.codegen.eager.step import Step
 from kvxform.errors import CacheFullError, CodegenError
 from kvxform.runtime.inputs import check_tokens, make_batch, refuse
 from kvxform.runtime.pages import PagePool, PageTable

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxform.codecs.exact import ExactCodec
-from kvxform.codegen.eager.step import FlushRule, Step
+from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.step import Step
 from kvxform.ir.plan import Regions, StreamPlan
 
 PAGE_SIZE = 16
@@ -78,17 +79,28 @@ def test_each_token_is_written_once_and_read_from_where_it_was_written(stream, l
     assert all(tokens == [position] for (_, position), tokens in sinks.items())
 
 
-@given(streams(), rows)
+@given(streams(), rows, st.none() | st.integers(1, 12))
 @settings(max_examples=30, deadline=None)
-def test_a_query_reads_exact_what_is_not_yet_encoded_at_its_time(stream, lengths):
+def test_a_query_sees_its_past_in_the_copy_of_its_time(stream, lengths, window):
     starts, counts = map(list, zip(*lengths, strict=True))
     pages = torch.zeros(len(starts), 4, dtype=torch.int32)
     step = Step(list(range(len(starts))), starts, counts, pages, PAGE_SIZE, CPU)
-    mask = step.rule(FlushRule.of(stream)).is_exact
-    for b, (start, count) in enumerate(lengths):
-        for i in range(count):
-            first = stream.regions.sink + stream.body_tokens(start + i + 1)
-            assert mask[b, i].tolist() == [p >= first for p in range(step.total)]
+    rule = step.rule(FlushRule.of(stream))
+    for first in range(0, step.num_new, 6):
+        run = step.query_run(first, min(first + 6, step.num_new))
+        hidden = step.hidden(run, window)
+        for b, (start, count) in enumerate(lengths):
+            for i in range(first, min(run.last, count)):
+                t = start + i
+                assert run.first_time <= t < run.end
+                border = stream.regions.sink + stream.body_tokens(t + 1)
+                assert border >= rule.first_exact(run)
+                exact = rule.is_exact(run)[b, i - first].tolist()
+                assert exact == [p >= border for p in range(rule.first_exact(run), run.end)]
+                seen = {p for p in range(run.end) if t - (window or 99) < p <= t}
+                from_, mask = hidden or (0, torch.zeros(len(starts), run.last - first, run.end))
+                unseen = {p for p in range(from_, run.end) if mask[b, i - first, p - from_]}
+                assert set(range(run.end)) - unseen == seen
 
 
 def make_step(starts, counts):
