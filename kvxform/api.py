@@ -48,12 +48,13 @@ def optimize(
     Raises:
         KvxformError: One of its subclasses, with a code; `docs/errors.md` lists them.
     """
-    wanted = _load_recipe(recipe, target)
+    wanted = resolve_recipe(recipe, target)
     _check_options(calibration, verify)
+    place = None if device is None else _parse_device(device)
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
         program, report = run_pipeline(
-            _move(captured.program, device),
+            _move(captured.program, place),
             wanted,
             executor=OptimizedModel,
             verify=verify,
@@ -84,7 +85,7 @@ def plan_model(
     Raises:
         KvxformError: As for `optimize`.
     """
-    wanted = _load_recipe(recipe, target)
+    wanted = resolve_recipe(recipe, target)
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
     return plan_pipeline(captured.program, wanted)
@@ -108,7 +109,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Optim
         info = dataclasses.replace(program.info, tokenizer_path=str(tokenizer))
         program = dataclasses.replace(program, info=info)
     return OptimizedModel(
-        _move(program, device),
+        _move(program, None if device is None else _parse_device(device)),
         report=Report.from_json(report.read_text("utf-8")) if report.is_file() else None,
         recipe=_saved_recipe(folder / "recipe.yaml"),
     )
@@ -118,7 +119,8 @@ def _source(model: ModelSource) -> nn.Module | torch.export.ExportedProgram | st
     return str(model) if isinstance(model, Path) else model
 
 
-def _load_recipe(recipe: RecipeLike, target: str | None) -> Recipe:
+def resolve_recipe(recipe: RecipeLike, target: str | None) -> Recipe:
+    """Load a recipe, and replace its lowering by `target` if that is given."""
     loaded = load_recipe(recipe)
     if target is None:
         return loaded
@@ -149,12 +151,15 @@ def _check_options(calibration: Any, verify: str) -> None:
         raise RecipeError("KVX107", rule, where="optimize", got=repr(verify))
 
 
-def _move(program: Program, device: str | torch.device | None) -> Program:
-    if device is None:
-        return program
+def _parse_device(device: str | torch.device) -> torch.device:
     try:
-        place = torch.device(device)
+        return torch.device(device)
     except RuntimeError as error:
         raise KvxformError("KVX704", "device must be one that torch knows", got=device) from error
-    weights = {name: weight.to(place) for name, weight in program.weights.items()}
+
+
+def _move(program: Program, device: torch.device | None) -> Program:
+    if device is None:
+        return program
+    weights = {name: weight.to(device) for name, weight in program.weights.items()}
     return dataclasses.replace(program, weights=weights)

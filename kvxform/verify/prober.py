@@ -24,7 +24,7 @@ from kvxform.verify.protocols import ModelLike
 from kvxform.verify.schedules import full_schedules, probe_schedule
 from kvxform.verify.tolerances import Tolerance, tolerance_for
 
-PROBE_LENGTHS = (45, 20)  # ragged, and neither a multiple of a page or a group
+PROBE_LENGTHS = (65, 31)  # ragged, over the end of a page of 64, no multiple of a group
 FULL_STEPS = 64  # decode steps of a full check
 Executor = Callable[[Program], ModelLike]
 

@@ -1,0 +1,218 @@
+"""The cache-state checker finds planted faults, each of which leaves most of a model right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from cached import cached_program
+from programs import llama_program
+
+from kvxform.errors import VerifyError
+from kvxform.ir.program import Program
+from kvxform.runtime.model import OptimizedModel
+from kvxform.runtime.session import SequenceState, Session
+from kvxform.verify.cache_state import check_schedule, is_lossy
+from kvxform.verify.probe import make_probe, run_source
+from kvxform.verify.prober import Prober
+from kvxform.verify.schedules import full_schedules
+from kvxform.verify.tolerances import tolerance_for
+
+INT4 = {"codec": "int", "bits": 4, "clip": 0.9}
+LOSSY = {"key": INT4, "value": INT4}
+WITH_REGIONS = {
+    "key": {"codec": "int", "bits": 4, "axis": "channel", "group": 8, "zero": "float"},
+    "value": INT4,
+    "regions": {"sink": 2},
+    "key_regions": {"recent": 16},
+    "value_regions": {"recent": 5},
+}
+Plant = Callable[[Session], None]
+
+
+def source_program(**model) -> Program:
+    program = llama_program(**model)
+    program.info = dataclasses.replace(program.info, context_length=None)
+    return program
+
+
+def after_commit(session: Session, change: Callable[[], None]) -> None:
+    """Run `change` after every step."""
+    cache = session._cache
+    commit = cache.commit
+
+    def commit_and_change() -> None:
+        commit()
+        change()
+
+    cache.commit = commit_and_change
+
+
+def requantise(session: Session) -> None:
+    """Every step decodes and encodes again what is already in the pages."""
+
+    def change() -> None:
+        for stores in session._cache._stores.values():
+            for store in stores:
+                planes = {name: pool.transpose(1, 2) for name, pool in store.pools.items()}
+                again = store._codec.encode(store._codec.decode(planes, torch.float32))
+                for name, pool in store.pools.items():
+                    pool.copy_(again[name].transpose(1, 2))
+
+    after_commit(session, change)
+
+
+def swap_pages(session: Session) -> None:
+    """Two pages change places once they are full."""
+
+    def change() -> None:
+        if min(session.sequence_lengths(), default=0) == 0:
+            pool = session._cache._stores[1][0].pools
+            for plane in pool.values():
+                plane[[1, 2]] = plane[[2, 1]]
+
+    after_commit(session, change)
+
+
+def shift_one_scale(session: Session) -> None:
+    """One head of one layer has scales that are two per cent too large."""
+
+    def change() -> None:
+        scale = session._cache._stores[1][1].pools["scale"]
+        scale[:, :, 0] *= 1.02
+
+    after_commit(session, change)
+
+
+def physical_positions(session: Session) -> None:
+    """Positions follow pages instead of tokens: they are rounded down to whole pages."""
+    executable = session._executable
+    size = session._pool.page_size
+
+    class Rounded:
+        program, device = executable.program, executable.device
+
+        def __call__(self, ids, positions, cache, *, last=None):
+            if positions.shape[1] == 1:
+                positions = positions // size * size
+            return executable(ids, positions, cache, last=last)
+
+    session._executable = Rounded()
+
+
+def remember_positions(session: Session) -> None:
+    """A row that is used again goes on counting where its last sequence ended."""
+    free = session.free
+
+    def free_and_remember(rows) -> None:
+        ends = {row: session._rows[row].logical_length for row in rows}
+        free(rows)
+        for row, end in ends.items():
+            session._rows[row] = SequenceState(logical_length=end, physical_length=0)
+
+    session.free = free_and_remember
+    session.sequence_lengths = lambda: tuple(
+        s.physical_length for _, s in sorted(session._rows.items()) if s.physical_length
+    )
+
+
+def lose_a_byte(session: Session) -> None:
+    held = session.cache_bytes
+    session.cache_bytes = lambda: held() - 1
+
+
+def forget_a_token(session: Session) -> None:
+    lengths = session.sequence_lengths
+    session.sequence_lengths = lambda: tuple(n - (n > 50) for n in lengths())
+
+
+def see_the_future(session: Session) -> None:
+    """Attention of one layer also scales its scores a little."""
+    attend = session._cache.attend
+
+    def scaled(layer, q, positions, **options):
+        return attend(layer, q * (1.01 if layer == 1 else 1.0), positions, **options)
+
+    session._cache.attend = scaled
+
+
+FAULTS: dict[str, tuple[Plant, str]] = {
+    "codes are encoded again": (requantise, "logical cache"),
+    "two pages swapped": (swap_pages, "logical cache"),
+    "one scale shifted": (shift_one_scale, "logical cache"),
+    "positions by page": (physical_positions, "K and V handed"),
+    "positions of the last owner": (remember_positions, "K and V handed"),
+    "bytes": (lose_a_byte, "bytes"),
+    "lengths": (forget_a_token, "lengths"),
+    "scores": (see_the_future, "attention over the cache"),
+}
+
+
+def check_all(program: Program, quantised: Program, plant: Plant | None = None) -> set[str]:
+    class Model(OptimizedModel):
+        def new_session(self, *args, **options):
+            session = super().new_session(*args, **options)
+            if plant is not None and session.max_batch_size > 1:
+                plant(session)
+            return session
+
+    prober = Prober(program, Model, quantised.plan)
+    return {check.schedule for check in prober.check_full(quantised)}
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["decoded", "folded"])
+@pytest.mark.parametrize("options", [None, LOSSY, WITH_REGIONS], ids=["exact", "int4", "regions"])
+@pytest.mark.parametrize("page_size", [None, 16], ids=["contiguous", "paged"])
+def test_sound_caches_pass_every_schedule(options, page_size, folded):
+    cached = cached_program(options, page_size, folded=folded and options is not None)
+    assert is_lossy(cached.plan, torch.float64) == (options is not None)
+    assert check_all(source_program(), cached) == {
+        "prefill",
+        "chunked prefill",
+        "decode",
+        "ragged batch",
+        "page reuse after free",
+    }
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_planted_fault_is_found_and_named(name, dtype):
+    plant, word = FAULTS[name]
+    program = source_program(dtype=dtype)
+    quantised = cached_program(LOSSY, 16, dtype=dtype)
+    with pytest.raises(VerifyError, match=word) as caught:
+        check_all(program, quantised, plant)
+    assert caught.value.code == "KVX502"
+
+
+@pytest.mark.parametrize("name", ["two pages swapped", "positions by page", "scores"])
+def test_planted_fault_of_an_exact_cache_is_found(name):
+    plant, word = FAULTS[name]
+    with pytest.raises(VerifyError, match=word):
+        check_all(source_program(), cached_program(None, 16), plant)
+
+
+def test_error_against_the_source_is_that_of_the_codec_in_the_first_layer():
+    program, cached = (
+        source_program(),
+        cached_program({"key": {"codec": "int", "bits": 8}, "value": None}, 16),
+    )
+    sequences = make_probe(program.info.vocab_size, (40, 30, 20))
+    source = run_source(program, sequences)
+    schedule = full_schedules(sequences.lengths)[0]
+    check = check_schedule(OptimizedModel(cached), schedule, sequences, source, torch.float64)
+    check.require(tolerance_for(torch.float64), "test")
+    assert 1e-3 < check.layers[0].key < 1e-2
+    assert check.layers[0].value < 1e-12
+    assert check.layers[1].value > 1e-5  # V of layer 1 sees the codes of layer 0
+    assert check.state_error < 1e-12
+
+
+def test_precision_is_lost_by_narrow_storage_too():
+    exact = cached_program(None, 16)
+    assert not is_lossy(exact.plan, torch.float64)
+    assert not is_lossy(exact.plan, torch.float32)
+    assert is_lossy(cached_program(None, 16, dtype=torch.float32).plan, torch.float64)

@@ -1,0 +1,229 @@
+"""Reports: canonical JSON both ways, and a page that stands alone and says what is in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from kvxform.errors import ArtifactError
+from kvxform.report import (
+    BoundRecord,
+    CacheMeasured,
+    LayerRecord,
+    Measured,
+    PassRecord,
+    PlanSummary,
+    Report,
+    SourceSummary,
+)
+from kvxform.report_html import format_bytes, format_number, format_percent, layer_runs, verdict
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+EXACT = Measured(max_abs=1.5e-5, relative=1.234567891e-6, kl=2e-12, top1=1.0)
+LOSSY = Measured(max_abs=4.25, relative=0.125, kl=0.0625, top1=0.875)
+
+
+def make_pass(
+    name: str, exactness: str, measured: Measured | None, **changes: object
+) -> PassRecord:
+    exact = exactness == "exact"
+    record = PassRecord(
+        name=name,
+        options={"bits": 4},
+        about=f"What {name} does.",
+        source=f"Paper of {name}",
+        exactness=exactness,
+        matched=3,
+        done_before=0,
+        skipped=(("weight is read in 2 places", 1),),
+        vs_before=measured,
+        vs_source=measured,
+        tolerance=3e-4 if exact else None,
+        metric="relative" if exact else "kl",
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def make_report(**changes: object) -> Report:
+    layers = tuple(
+        LayerRecord(i, "int4 per token", "int4 per token", 36.0, 36.0, 256.0, 0.5 + i / 4, 0.125)
+        for i in range(3)
+    )
+    report = Report(
+        source=SourceSummary(
+            "toy", "llama", "float32", 3, (("m.attn", "odd mask"),), 9, 3, 64, 0.0
+        ),
+        recipe={"version": 1, "name": "kv4", "passes": ["insert-cache"]},
+        verify="probe",
+        probes=(65, 31),
+        passes=(
+            make_pass("insert-cache", "exact", EXACT),
+            make_pass("quantize-kv", "approximate", LOSSY),
+        ),
+        plan=PlanSummary(
+            "paged(64)", 23040.0, 6480.0, 4.5, 8, 8192, 1 << 30, 1 << 28, 1e8, 3e7, 99
+        ),
+        layers=layers,
+        bounds=(BoundRecord("max_kl", 0.1, 0.0625), BoundRecord("min_top1", 0.9, None)),
+        cache=CacheMeasured(("ragged prefill and decode",), 1e-7, 0.0, 2e-6),
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def test_json_comes_back_and_is_canonical():
+    text = make_report().to_json()
+    again = Report.from_json(text)
+    assert again.to_json() == text
+    assert again.layers == make_report().layers
+    assert json.loads(text)["passes"][0]["vs_before"]["relative"] == 1.23457e-06
+
+
+def test_json_without_plan_and_measurements_comes_back():
+    bare = make_report(plan=None, layers=(), bounds=(), cache=None, verify="none", passes=())
+    again = Report.from_json(bare.to_json())
+    assert again == bare
+    assert (again.kv_bytes_per_token, again.bits_per_value, again.final) == (None, None, None)
+
+
+def test_properties_are_those_of_the_plan_and_of_the_last_measured_pass():
+    report = make_report()
+    assert (report.kv_bytes_per_token, report.bits_per_value) == (6480, 4.5)
+    assert report.final == LOSSY
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("{}", "KVX602"), ("[", "KVX602"), (make_report(version=9).to_json(), "KVX604")],
+    ids=["empty", "broken", "version"],
+)
+def test_what_is_not_a_report_is_refused(text, code):
+    with pytest.raises(ArtifactError, match=code):
+        Report.from_json(text)
+
+
+def test_bounds_know_their_side():
+    assert BoundRecord("max_kl", 0.1, 0.2).is_kept is False
+    assert BoundRecord("max_kl", 0.1, 0.1).is_kept is True
+    assert BoundRecord("min_top1", 0.9, 0.8).is_kept is False
+    assert BoundRecord("min_top1", 0.9, None).is_kept is None
+
+
+class Page(HTMLParser):
+    """Collects tags, links and text; complains about tags that do not close."""
+
+    VOID = ("meta", "line", "rect", "link", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def test_page_is_well_formed_and_needs_nothing_else():
+    page = Page(make_report().to_html())
+    assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert not [a for _, a in page.tags if {"src", "href", "srcset", "onclick"} & a.keys()]
+    assert "url(" not in make_report().to_html()
+    assert "@import" not in make_report().to_html()
+
+
+def test_page_says_what_was_done_proved_and_measured():
+    text = Page(make_report().to_html()).text
+    for words in (
+        "toy with recipe kv4",
+        "3.56",
+        "23 040 B",
+        "4.50",
+        "insert-cache",
+        "What insert-cache does.",
+        "not at 1 : weight is read in 2 places".replace(" :", ":"),
+        "1 of 2 steps change nothing but rounding",
+        "0.0625 nats, 87.5 % of next tokens unchanged",
+        "m.attn: odd mask",
+        "Paper of quantize-kv",
+        "not measured",
+        "kept",
+    ):
+        assert re.sub(r"\s", " ", words) in text, words
+
+
+def test_page_has_a_bar_for_each_layer_and_stream():
+    page = Page(make_report().to_html())
+    kinds = [a["class"] for tag, a in page.tags if tag == "rect"]
+    assert [kinds.count(k) for k in ("key", "value", "outline")] == [6, 6, 3]
+
+
+def test_page_without_measurements_says_so():
+    bare = make_report(
+        verify="none", passes=(make_pass("insert-cache", "exact", None),), cache=None
+    )
+    page = Page(bare.to_html())
+    assert "Nothing was measured" in page.text
+    assert "State of the cache" not in page.text
+
+
+def test_names_cannot_break_out_of_the_page():
+    nasty = dataclasses.replace(make_report().source, name="<script>alert(1)</script>")
+    html = make_report(source=nasty).to_html()
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_verdict_of_an_exact_recipe():
+    assert "up to rounding" in verdict(make_report(passes=(make_pass("a", "exact", EXACT),)))
+
+
+def test_neighbours_that_are_stored_alike_share_a_row():
+    layers = make_report().layers
+    odd = dataclasses.replace(layers[1], key_codec="float16")
+    assert [run.title for run in layer_runs(layers)] == ["0 to 2"]
+    assert [run.title for run in layer_runs((layers[0], odd, layers[2]))] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.0625, "0.0625"),
+        (4.71e-7, f"4.7 {TIMES} 10⁻⁷"),
+        (12345.0, f"1.2 {TIMES} 10⁴"),
+        (None, "\N{EN DASH}"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert re.sub(r"\s", " ", format_number(value)) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (6480.0, "6 480 B"), (2.5, "2.5 B"), (1.5 * 2**30, "1.5 GiB")]
+)
+def test_sizes_have_units(count, text):
+    assert re.sub(r"\s", " ", format_bytes(count)) == text
+
+
+def test_shares_are_percentages():
+    assert re.sub(r"\s", " ", format_percent(0.0421)) == "4.21 %"
