@@ -43,9 +43,8 @@ def show(
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of recipes."""
-    from kvxform.recipe import Recipe
-
-    print_json(Recipe.model_json_schema())
+    file = importlib.resources.files("kvxform.recipes") / "recipe.schema.json"
+    print_data(file.read_text(encoding="utf-8").rstrip("\n"))
 
 
 def _bundled() -> list[dict[str, str]]:

@@ -46,7 +46,9 @@ def test_recipes_schema_is_json(capsys):
     assert {"passes", "bounds", "target"} <= set(json.loads(capsys.readouterr().out)["properties"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["--version"], ["optimize", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["recipes"], ["recipes", "schema"], ["--version"], ["plan", "--help"]]
+)
 def test_listings_do_not_import_torch(words):
     code = (
         "import sys; from kvxform.cli.main import main; assert main(sys.argv[1:]) == 0;"
