@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from kvxform.capture.attention import find_cores
-from kvxform.capture.exporting import ExportedReference, export_module, make_functional, prepare
+from kvxform.capture.exporting import (
+    ExportedReference,
+    LogitsOnly,
+    export_module,
+    make_functional,
+    prepare,
+)
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
 from kvxform.capture.positions import prove_local, read_positions
@@ -24,7 +29,7 @@ from kvxform.errors import CaptureError
 from kvxform.ir.program import ModelInfo, Program, default_positions
 
 Progress = Callable[[str], None]
-_TRIALS = ((2, 7), (1, 1), (3, 12))  # batch and length of the final comparison
+_TRIALS = ((2, 7, 0), (1, 1, 0), (3, 12, 0), (2, 5, 3))  # batch, length and first position
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def capture(
 def capture_opened(opened: Source, *, dtype: torch.dtype | None, tell: Progress) -> Captured:
     """Capture a source that has been opened; see `capture`."""
     model = opened.model
-    reference: Callable[..., Any]
+    reference: LogitsOnly | ExportedReference
     if isinstance(model, ExportedProgram):
         exported, reference = model, ExportedReference(model)
     else:
@@ -109,7 +114,7 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
         )
     remove_dead(graph)
     prober.refresh()
-    read_positions(prober, info.context_length)
+    context_length = read_positions(prober, info.context_length)
     remove_dead(graph)
     graph.lint()
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
@@ -117,22 +122,26 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
         graph=graph,
         weights={k: v for k, v in weights.items() if k in used},
         sites=tuple(raiser.sites),
-        info=complete_info(info, graph),
+        info=complete_info(info, graph, context_length),
         rejected=tuple(raiser.rejected),
     )
     prove_local(program)
     return program
 
 
-def complete_info(info: ModelInfo, graph: fx.Graph) -> ModelInfo:
-    """Fill vocabulary size and dtype from the graph."""
+def complete_info(info: ModelInfo, graph: fx.Graph, context_length: int | None) -> ModelInfo:
+    """Fill in what the graph knows: vocabulary size, dtype, longest sequence."""
     (output,) = (n for n in graph.nodes if n.op == "output")
     type_ = output.args[0].meta["type"]
-    fields: dict[str, Any] = {**vars(info), "vocab_size": int(type_.shape[2])}
-    return ModelInfo(**{**fields, "dtype": str(type_.dtype).removeprefix("torch.")})
+    return replace(
+        info,
+        vocab_size=int(type_.shape[2]),
+        dtype=str(type_.dtype).removeprefix("torch."),
+        context_length=context_length,
+    )
 
 
-def compare(program: Program, reference: Callable[..., Any]) -> float:
+def compare(program: Program, reference: LogitsOnly | ExportedReference) -> float:
     """Return the largest absolute difference of logits between a program and its source.
 
     Raises:
@@ -141,9 +150,11 @@ def compare(program: Program, reference: Callable[..., Any]) -> float:
     module, rows = program.to_module(), embedding_rows(program)
     generator, worst = torch.Generator().manual_seed(0), 0.0
     device = next((w.device for w in program.weights.values()), torch.device("cpu"))
-    for shape in _TRIALS:
+    for *shape, start in _TRIALS:
+        if start and not reference.takes_positions:
+            continue
         input_ids = torch.randint(0, rows, shape, generator=generator).to(device)
-        positions = default_positions(input_ids)
+        positions = default_positions(input_ids) + start
         with torch.no_grad():
             want = reference(input_ids, positions)
             got = module(input_ids, positions)

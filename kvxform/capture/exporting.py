@@ -116,6 +116,7 @@ class ExportedReference:
     def __init__(self, exported: ExportedProgram) -> None:
         self.module = exported.module()
         self.inputs = find_inputs(exported)
+        self.takes_positions = len(self.inputs) == 2
         self.samples, self.structure = torch.utils._pytree.tree_flatten(exported.example_inputs)
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def find_inputs(exported: ExportedProgram) -> tuple[int, ...]:
     ]
     known = {name: i for i, name in enumerate(names) if i in tensors}
     first = known.get("input_ids", tensors[0] if tensors else None)
-    second = known.get("position_ids", tensors[1] if len(tensors) == 2 else None)
+    second = next((i for name, i in known.items() if "pos" in name and i != first), None)
     found = tuple(i for i in (first, second) if i is not None)
     if first is None or set(found) != set(tensors):
         raise CaptureError(

@@ -98,12 +98,12 @@ def _kind_at(evaluate: Evaluate, setting: Setting, numbers: dict[int, int]) -> M
     if mask.shape[-2:] != (length, length):
         return f"the mask has shape {tuple(mask.shape)} at length {length}"
     planes = mask.reshape(-1, length, length)
-    if not torch.equal(planes, planes[:1].expand_as(planes)):
-        return "the mask differs between heads"
-    seen = planes[0] > MASKED
-    if bool(planes[0][seen].any()):
+    seen = planes > MASKED
+    if bool(planes[seen].any()):
         return "scores get a bias besides the mask"
-    return describe(seen)
+    if not torch.equal(seen, seen[:1].expand_as(seen)):
+        return "the mask differs between heads"
+    return describe(seen[0])
 
 
 def describe(seen: Tensor) -> MaskKind | str:

@@ -7,7 +7,6 @@ tokens must give that part of a run on all of them; a cache relies on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,21 +24,40 @@ aten = torch.ops.aten
 _PROBE = Setting.first(5)
 _SHORTEST_TABLE = 9
 _LONGEST_TABLE = 1 << 17
+_UNLIMITED = 4096  # rows of a table that the model computes, where nothing limits its length
 _PART = slice(2, 5)  # of six tokens
 
 
-def read_positions(prober: Prober, context_length: int | None) -> int:
-    """Replace tables of S rows by lookups at `position_ids`; return how many there were."""
-    count = 0
+def read_positions(prober: Prober, context_length: int | None) -> int | None:
+    """Replace tables of S rows by lookups at `position_ids`.
+
+    Args:
+        prober: Of the graph.
+        context_length: Longest sequence that the model says it supports, or None.
+
+    Returns:
+        The longest sequence that the tables allow, `context_length` if there is none.
+    """
+    limit = context_length or _mask_length(prober)
     for leaf in _tables(prober):
         rows = _rows(prober, leaf, _PROBE)
         if rows is None or torch.equal(rows, rows[:1].expand_as(rows)):
             continue
-        found = _find_rows(prober, leaf, rows) or _make_rows(prober, leaf, rows, context_length)
+        found = _find_rows(prober, leaf, rows) or _make_rows(prober, leaf, rows, limit)
         if found is not None:
-            _replace(prober, leaf, *found)
-            count += 1
-    return count
+            name, offset = found
+            _replace(prober, leaf, name, offset)
+            length = prober.weights[name].shape[0] - offset
+            limit = length if limit is None else min(limit, length)
+    return limit
+
+
+def _mask_length(prober: Prober) -> int | None:
+    """Return the size of the smallest square constant that raising has removed: a mask table."""
+    used = {n.target for n in prober.graph.nodes if n.op == "get_attr"}
+    shapes = [w.shape for name, w in prober.weights.items() if name not in used]
+    sizes = [s[-1] for s in shapes if len(s) >= 2 and s[-1] == s[-2]]
+    return min(sizes, default=None)
 
 
 def _tables(prober: Prober) -> list[fx.Node]:
@@ -85,23 +103,21 @@ def _find_rows(prober: Prober, leaf: fx.Node, rows: Tensor) -> tuple[str, int] |
 
 
 def _make_rows(
-    prober: Prober, leaf: fx.Node, rows: Tensor, context_length: int | None
+    prober: Prober, leaf: fx.Node, rows: Tensor, limit: int | None
 ) -> tuple[str, int] | None:
     """Compute the rows once, as many as the model can have positions, and keep them as a weight."""
-    for length in sorted(_lengths(prober, leaf, context_length), reverse=True):
-        longest = _rows(prober, leaf, Setting.first(length))
+    sizes = [
+        size
+        for node in ancestors([leaf])
+        if node.op == "get_attr"
+        for size in prober.weights[str(node.target)].shape
+        if size >= _SHORTEST_TABLE
+    ]
+    for length in sorted({limit or _UNLIMITED, *sizes}, reverse=True):
+        longest = _rows(prober, leaf, Setting.first(min(length, _LONGEST_TABLE)))
         if longest is not None and is_close(longest[: rows.shape[0]], rows):
             return add_weight(prober.weights, "position_rows", longest), 0
     return None
-
-
-def _lengths(prober: Prober, leaf: fx.Node, context_length: int | None) -> Iterator[int]:
-    if context_length is not None:
-        yield min(context_length, _LONGEST_TABLE)
-    for node in ancestors([leaf]):
-        if node.op == "get_attr":
-            sizes = prober.weights[str(node.target)].shape
-            yield from (n for n in sizes if _SHORTEST_TABLE <= n <= _LONGEST_TABLE)
 
 
 def _replace(prober: Prober, leaf: fx.Node, name: str, offset: int) -> None:

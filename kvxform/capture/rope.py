@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,8 @@ from kvxform.capture.weights import add_weight
 
 _ADDED = "inv_freq"  # prefix of weights that capture adds
 _FREE_POSITIONS = (0, 1, 2, 3, 4, 7, 8, 16, 64, 256, 1000, 1024, 4096)
-_LENGTHS = (513, 257, 129, 65, 33, 17, 9)  # tried in turn where positions cannot be chosen
+_LIMITS = (8192, 2048, 1024, 512, 256, 128, 64, 32, 16, 9)  # tried in turn
+_LONGEST = 512  # tokens, where positions cannot be chosen
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class RopeProbe:
         assert type_ is not None
         self.dtype = type_.dtype
         self.head_dim = heads.index.shape[1]
-        self.settings = self._settings()
+        self.precision = max(1e-5, torch.finfo(self.dtype).eps)
 
     def apply(self, x: Tensor, setting: Setting) -> Tensor:
         """Return the operand `[B, H, S, D]` when every head of the anchor is `x` `[..., D]`."""
@@ -99,47 +100,46 @@ class RopeProbe:
         assert isinstance(value, Tensor)
         return value
 
-    def _settings(self) -> tuple[Setting, ...]:
-        """Return settings to measure in: free positions if the region reads `position_ids`."""
+    def find_setting(self) -> Setting | None:
+        """Return the longest setting that works; positions are free if `position_ids` are read."""
         leaves = self.prober.leaves(self.heads.region)
-        if any(n.op == "placeholder" and n.target == "position_ids" for n in ancestors(leaves)):
-            free = Setting(1, _FREE_POSITIONS)
-            self.prober.remember(self.heads.region, free)
-            return (free,)
-        for length in _LENGTHS:
-            setting = Setting.first(length)
+        is_free = any(n.target == "position_ids" for n in ancestors(leaves))
+        for limit in _LIMITS:
+            chosen = tuple(p for p in _FREE_POSITIONS if p < limit)
+            setting = Setting(1, chosen) if is_free else Setting.first(min(limit, _LONGEST))
             try:
                 self.prober.remember(self.heads.region, setting)
                 self.apply(torch.ones(self.head_dim), setting)
             except (RuntimeError, IndexError):
-                continue  # longer than the table of the model
-            return (setting,)
-        return ()
+                continue  # longer than a table of the model
+            return setting
+        return None
 
 
 def find_rope(probe: RopeProbe) -> Rotary | str:
     """Return the rotary embedding that the region computes, or why it is none."""
-    if not probe.settings:
-        return "the region cannot be run on nine positions"
-    pairs = find_pairs(probe)
+    setting = probe.find_setting()
+    if setting is None:
+        return "it cannot be run on nine positions"
+    pairs = find_pairs(probe, setting)
     if pairs is None:
         return "no channel turns with the position"
-    setting = probe.settings[0]
     y = probe.apply(pairs.first_channels(probe.head_dim), setting)[0, 0].double()  # [S, D]
     cos, sin = pairs.split(y)
     length = (cos.square() + sin.square()).sqrt()
     factor = float(probe.heads.factor[-1]) if pairs.rotary_dim < probe.head_dim else None
     total = _exact(float(length.median()), probe)
-    if float((length - total).abs().max()) > 1e-4 * total:
+    if float((length - total).abs().max()) > 10 * probe.precision * total:
         return "cosine and sine do not lie on one circle"
     frequencies = fit_frequencies(torch.atan2(sin, cos), setting.positions)
     scaling, rest = (total, 1.0) if factor is None else (_exact(total / factor, probe), factor)
-    return prove_rope(probe, pairs, scaling, rest, frequencies)
+    guess = Rotary("", pairs.rotary_dim, pairs.interleaved, scaling, rest)
+    return prove_rope(probe, setting, guess, frequencies)
 
 
-def find_pairs(probe: RopeProbe) -> Pairs | None:
-    """Return which channels turn together, from single channels at position 1 and beyond."""
-    setting, head_dim = probe.settings[0], probe.head_dim
+def find_pairs(probe: RopeProbe, setting: Setting) -> Pairs | None:
+    """Return which channels turn together, from what single channels turn into."""
+    head_dim = probe.head_dim
     partner = _partner(probe, 0, setting)
     if partner is None:
         return None
@@ -176,43 +176,38 @@ def fit_frequencies(angles: Tensor, positions: tuple[int, ...]) -> Tensor:
 
 
 def prove_rope(
-    probe: RopeProbe, pairs: Pairs, scaling: float, factor: float, frequencies: Tensor
+    probe: RopeProbe, setting: Setting, guess: Rotary, frequencies: Tensor
 ) -> Rotary | str:
-    """Return the rotary embedding if `kvx::rope` equals the region on random input, else why not.
+    """Return `guess` with frequencies for which `kvx::rope` equals the region, else why not.
 
     Frequencies found for another operand are taken if they fit; else those of the model or the
-    measured ones, whichever have the smallest error.
+    measured ones, whichever have the smallest error on random input.
     """
     tolerance = TOLERANCE.get(probe.dtype, TOLERANCE[torch.float32])
     best, best_error = ("", frequencies), float("inf")
     for name, value in _candidates(probe, frequencies):
-        found = _error_of(probe, value, pairs, scaling, factor)
+        found = _error_of(probe, setting, guess, value)
         if found < best_error:
             best, best_error = (name, value), found
         if best_error == 0.0 or (name.startswith(_ADDED) and best_error <= tolerance):
             break
     if best_error > tolerance:
-        return f"kvx::rope differs from the region by {best_error:.1e}"
+        return f"kvx::rope differs from it by {best_error:.1e}"
     name = best[0] or add_weight(probe.prober.weights, _ADDED, best[1])
-    return Rotary(name, pairs.rotary_dim, pairs.interleaved, scaling, factor)
+    return replace(guess, inv_freq=name)
 
 
-def _error_of(
-    probe: RopeProbe, inv_freq: Tensor, pairs: Pairs, scaling: float, factor: float
-) -> float:
-    worst = 0.0
-    for setting in probe.settings:
-        x, want = probe.apply_random(setting)
-        got = kvx.rope(
-            x,
-            setting.position_ids(x.device),
-            inv_freq,
-            rotary_dim=pairs.rotary_dim,
-            attention_scaling=scaling,
-            interleaved=pairs.interleaved,
-        )
-        worst = max(worst, error(got * factor, want))
-    return worst
+def _error_of(probe: RopeProbe, setting: Setting, guess: Rotary, inv_freq: Tensor) -> float:
+    x, want = probe.apply_random(setting)
+    got = kvx.rope(
+        x,
+        setting.position_ids(x.device),
+        inv_freq,
+        rotary_dim=guess.rotary_dim,
+        attention_scaling=guess.scaling,
+        interleaved=guess.interleaved,
+    )
+    return error(got * guess.factor, want)
 
 
 def _candidates(probe: RopeProbe, frequencies: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -237,4 +232,4 @@ def _exact(value: float, probe: RopeProbe) -> float:
     nodes = ancestors(probe.prober.leaves(probe.heads.region))
     numbers = {1.0, *(number for _, number in literals(nodes, float))}
     nearest = min(numbers, key=lambda n: abs(n - value))
-    return nearest if abs(nearest - value) < 1e-5 * value else value
+    return nearest if abs(nearest - value) < probe.precision * value else value

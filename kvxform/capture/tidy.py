@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -59,23 +61,21 @@ def _take_part(node: fx.Node) -> None:
     """Replace an item of a split, chunk or unbind by a slice or select."""
     whole, index = node.args
     assert isinstance(whole, fx.Node)
-    source, name, type_ = whole.args[0], op_name(whole), tensor_type(node)
-    if type_ is None or not isinstance(source, fx.Node) or not isinstance(index, int):
+    source, name = whole.args[0], op_name(whole)
+    if name not in (*_SPLITS, "unbind") or not isinstance(index, int):
         return
     position = 1 if name == "unbind" else 2
     axis = whole.args[position] if len(whole.args) > position else whole.kwargs.get("dim", 0)
-    assert isinstance(axis, int)
-    with node.graph.inserting_before(node):
-        if name == "unbind":
-            part = node.graph.call_function(aten.select.int, (source, axis, index))
-        elif name in _SPLITS:
-            sizes = [item.shape[axis] for item in whole.meta["type"].items]
-            if not all(isinstance(size, int) for size in sizes):
-                return
-            start, stop = sum(sizes[:index]), sum(sizes[: index + 1])
-            part = node.graph.call_function(aten.slice.Tensor, (source, axis, start, stop))
-        else:
+    target: Any = aten.select.int
+    args: tuple[Any, ...] = (source, axis, index)
+    if name in _SPLITS:
+        sizes = [item.shape[axis] for item in whole.meta["type"].items]
+        if not all(isinstance(size, int) for size in sizes):
             return
-    part.meta = {**node.meta, "origin": whole.meta["origin"], "type": type_}
+        start, stop = sum(sizes[:index]), sum(sizes[: index + 1])
+        target, args = aten.slice.Tensor, (source, axis, start, stop)
+    with node.graph.inserting_before(node):
+        part = node.graph.call_function(target, args)
+    part.meta = {**node.meta, "origin": whole.meta["origin"]}
     node.replace_all_uses_with(part)
     node.graph.erase_node(node)
