@@ -79,12 +79,18 @@ def emit_layer_norm(
     eps: float = 1e-5,
     *_: object,
 ) -> ir.Value:
-    """Emit a LayerNormalization over the last axes; a missing gain is one."""
-    gain = weight
-    if gain is None:
-        ones = torch.ones(tuple(shape), dtype=type_of(node).dtype)
-        gain = e.builder.tensor(f"const/ones/{dtype_of(node).short_name()}/{list(shape)}", ones)
-    return e.builder.op("LayerNormalization", x, gain, bias, axis=-len(shape), epsilon=eps)
+    """Emit a LayerNormalization over the last axes, always with gain and bias.
+
+    ONNX Runtime 1.31 crashes while it loads one with a constant gain and no bias.
+    """
+    gain = weight if weight is not None else _filled(e, node, shape, 1.0)
+    shift = bias if bias is not None else _filled(e, node, shape, 0.0)
+    return e.builder.op("LayerNormalization", x, gain, shift, axis=-len(shape), epsilon=eps)
+
+
+def _filled(e: Emission, node: fx.Node, shape: Sequence[int], value: float) -> ir.Value:
+    tensor = torch.full(tuple(shape), value, dtype=type_of(node).dtype)
+    return e.builder.tensor(f"const/{dtype_of(node).short_name()}/{value}*{list(shape)}", tensor)
 
 
 def _add_bias(e: Emission, y: ir.Value, bias: ir.Value | None) -> ir.Value:

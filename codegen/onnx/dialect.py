@@ -98,9 +98,8 @@ def _weight_of(e: Emission, node: Any) -> Tensor | None:
 
 
 def _ones(b: Builder, size: int, dtype: torch.dtype) -> ir.Value:
-    return b.tensor(
-        f"const/ones/{onnx_dtype(dtype).short_name()}/[{size}]", torch.ones(size, dtype=dtype)
-    )
+    name = f"const/{onnx_dtype(dtype).short_name()}/1.0*[{size}]"
+    return b.tensor(name, torch.ones(size, dtype=dtype))
 
 
 def _table(

@@ -106,7 +106,7 @@ def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
             values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
             with e.builder.scope(node.meta["module"], _origin(node)):
-                values[node] = _emit_call(e, node, values, fallback)
+                values[node] = emit_call(e, node, values, fallback)
         elif node.op == "output":
             (logits,) = node.all_input_nodes
             found = values[logits]
@@ -115,7 +115,7 @@ def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
     raise AssertionError("a graph has an output")
 
 
-def _emit_call(
+def emit_call(
     e: Emission, node: fx.Node, values: Mapping[fx.Node, Emitted], fallback: Fallback
 ) -> Emitted:
     emitter = EMITTERS.get(node.target)  # type: ignore[arg-type]
