@@ -7,6 +7,7 @@ without being put back in order first.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -64,39 +65,53 @@ class PackedBody(FoldedBody):
     """
 
     def __init__(self, codec: IntCodec, planes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        packed, bits = planes["codes"], codec.bits
+        packed = planes["codes"]
         self.num_kv_heads, self.num_tokens = packed.shape[1:3]
-        shifts = range(0, 8, bits)
-        self._parts = [_code_bits(packed, shift, bits).to(dtype) for shift in shifts]
-        no_codes = {**planes, "codes": packed[..., :0]}  # scales and offsets are all we want here
-        affine = codec.affine(no_codes, dtype)
-        self._scale, self._offset = affine.scale.mT, affine.offset  # [B, Hk, J, n], [B, Hk, n, J]
-        self._parts_per_group = len(self._parts) // affine.scale.shape[-1]
+        shifts = range(0, 8, codec.bits)
+        self._parts = [_code_bits(packed, shift, codec.bits).to(dtype) for shift in shifts]
+        self._scale = _columns(planes["scale"], dtype)
+        self._offset = _offset(codec, planes, self._scale)
+        self._parts_per_group = len(self._parts) // self._scale.shape[2]
 
     def scores(self, q: Tensor) -> Tensor:
-        """See `FoldedBody`."""
-        groups = self._offset.shape[-1]
-        total: Tensor = q.unflatten(-1, (groups, -1)).sum(-1) @ self._offset.mT
-        for i, (part, channels) in enumerate(
-            zip(self._parts, q.chunk(len(self._parts), -1), strict=True)
-        ):
-            total.addcmul_(channels @ part.mT, self._scale_of(i))
+        """See `FoldedBody`; per group, scale * (q c) + offset * sum(q)."""
+        channels, total = q.chunk(len(self._parts), -1), None
+        for group in range(self._scale.shape[2]):
+            parts = range(group * self._parts_per_group, (group + 1) * self._parts_per_group)
+            bare = functools.reduce(torch.add, (channels[i] @ self._parts[i].mT for i in parts))
+            own = sum(channels[i].sum(-1, keepdim=True) for i in parts)
+            bare = torch.addcmul(own * self._offset[:, :, group, None], bare, self._scale_of(group))
+            total = bare if total is None else total + bare
+        assert total is not None, "a token has at least one group"
         return total
 
     def mix(self, weights: Tensor) -> Tensor:
-        """See `FoldedBody`."""
-        offsets = (weights @ self._offset).unsqueeze(-1)  # [B, Hk, R, J, 1]
+        """See `FoldedBody`; per group, (weights * scale) c + weights offset."""
         parts = []
-        for i, part in enumerate(self._parts):
-            if i % self._parts_per_group == 0:
-                scaled = weights * self._scale_of(i)
-            parts.append(scaled @ part)
-        values: Tensor = torch.cat(parts, -1).unflatten(-1, (offsets.shape[-2], -1)) + offsets
-        return values.flatten(-2)
+        for group in range(self._scale.shape[2]):
+            scaled = weights * self._scale_of(group)
+            shift = (weights * self._offset[:, :, group, None]).sum(-1, keepdim=True)
+            first = group * self._parts_per_group
+            own = self._parts[first : first + self._parts_per_group]
+            parts += [scaled @ part + shift for part in own]
+        return torch.cat(parts, -1)
 
-    def _scale_of(self, part: int) -> Tensor:
-        """Return the scales of the group of a part, `[B, Hk, 1, n]`."""
-        return self._scale[..., part // self._parts_per_group, None, :]
+    def _scale_of(self, group: int) -> Tensor:
+        """Return the scales of a group, `[B, Hk, 1, n]`."""
+        return self._scale[:, :, group, None]
+
+
+def _columns(plane: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a plane `[B, Hk, n, J]` as contiguous `[B, Hk, J, n]`, one column a token."""
+    return plane.mT.to(dtype, memory_format=torch.contiguous_format)
+
+
+def _offset(codec: IntCodec, planes: Mapping[str, Tensor], scale: Tensor) -> Tensor:
+    """Return what is added to scale * code, `[B, Hk, J, n]`."""
+    if codec.symmetric:
+        return scale * -float(1 << (codec.bits - 1))
+    zero = _columns(planes["zero"], scale.dtype)
+    return zero if codec.zero == "float" else scale * -zero
 
 
 def _code_bits(packed: Tensor, shift: int, bits: int) -> Tensor:
