@@ -16,8 +16,9 @@ from torch import Tensor
 from kvxform.codecs.base import CODECS
 from kvxform.codegen.eager.attend import AttendOptions, attend_step
 from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.site import SiteStore
 from kvxform.codegen.eager.step import Step
-from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
+from kvxform.codegen.eager.store import Appended, StreamRead
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.plan import CachePlan, StreamPlan
@@ -52,22 +53,18 @@ class PagedCache:
         self._owner = {site.layer: site.owner for site in plan.sites}
         self._readers = Counter(self._owner.values())
         self._stores = {
-            site.layer: tuple(
-                StreamStore(
-                    stream,
-                    site.num_kv_heads,
-                    num_pages=num_pages,
-                    page_size=page_size,
-                    num_rows=num_rows,
-                    device=self.device,
-                )
-                for stream in (site.key, site.value)
+            site.layer: SiteStore(
+                site,
+                num_pages=num_pages,
+                page_size=page_size,
+                num_rows=num_rows,
+                device=self.device,
             )
             for site in plan.owners
         }
         self._step: Step | None = None
         self._appended: dict[int, tuple[Appended, ...]] = {}
-        self._reads: dict[int, tuple[int, tuple[StreamRead, ...]]] = {}
+        self._reads: dict[int, tuple[int, tuple[StreamRead, StreamRead]]] = {}
 
     @functools.cached_property
     def handle(self) -> Tensor:
@@ -82,7 +79,7 @@ class PagedCache:
     def commit(self) -> None:
         """End a step that went well."""
         assert self._step is not None, "begin comes first"
-        for store in self._all_stores():
+        for store in self._stores.values():
             store.commit(self._step)
         self.abort()
 
@@ -91,16 +88,13 @@ class PagedCache:
         self._step = None
         self._appended.clear()
         self._reads.clear()
-        for store in self._all_stores():
+        for store in self._stores.values():
             store.abort()
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
         step = self._current(layer)
-        stores = self._stores[layer]
-        self._appended[layer] = tuple(
-            store.append(x, step) for store, x in zip(stores, (k, v), strict=True)
-        )
+        self._appended[layer] = self._stores[layer].append(k, v, step)
 
     def attend(
         self,
@@ -123,16 +117,13 @@ class PagedCache:
         options = AttendOptions(scale, window, softcap, sink_logits)
         return attend_step(q, key, value, step, options)
 
-    def _read(self, owner: int, step: Step, dtype: torch.dtype) -> tuple[StreamRead, ...]:
+    def _read(self, owner: int, step: Step, dtype: torch.dtype) -> tuple[StreamRead, StreamRead]:
         """Return K and V of `owner`, decoded once per step for all layers that read them."""
         if owner in self._reads:
             left, reads = self._reads.pop(owner)
         else:
             left, appended = self._readers[owner], self._appended.pop(owner)
-            reads = tuple(
-                store.read(step, new, dtype)
-                for store, new in zip(self._stores[owner], appended, strict=True)
-            )
+            reads = self._stores[owner].read(step, appended, dtype)
         if left > 1:
             self._reads[owner] = (left - 1, reads)
         return reads
@@ -141,31 +132,18 @@ class PagedCache:
         self, layer: int, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
-        table = torch.tensor([list(pages)], dtype=torch.int32)
-        step = Step([row], [length - 1], [1], table, self.page_size, self.device)
-        owner = self.plan.site(self._owner[layer])
-        out = []
-        for store, stream in zip(self._stores[owner.layer], (owner.key, owner.value), strict=True):
-            sink, recent = store.exact_tokens(row, length, dtype)
-            parts, body = [sink, recent], store.rule.body_tokens(length)
-            if body:
-                parts.insert(1, store.decode_body(step, body, dtype)[0])
-            out.append(stream.basis.unrotate(torch.cat(parts, 1)))
-        return out[0], out[1]
+        return self._stores[self._owner[layer]].logical(row, length, pages, dtype)
 
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""
-        for store in self._all_stores():
+        for store in self._stores.values():
             store.clear(rows, pages)
 
     def bytes_held(self, num_pages: int, num_rows: int) -> int:
         """Return bytes of real storage behind so many pages and rows."""
-        per_page = sum(store.page_bytes() for store in self._all_stores())
-        per_row = sum(store.row_bytes() for store in self._all_stores())
+        per_page = sum(store.page_bytes() for store in self._stores.values())
+        per_row = sum(store.row_bytes() for store in self._stores.values())
         return num_pages * per_page + num_rows * per_row
-
-    def _all_stores(self) -> list[StreamStore]:
-        return [store for stores in self._stores.values() for store in stores]
 
     def _current(self, layer: int) -> Step:
         if self._step is None:

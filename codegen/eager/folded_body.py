@@ -7,6 +7,8 @@ without being put back in order first.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -38,6 +40,10 @@ class FoldedBody(ABC):
     def mix(self, weights: Tensor) -> Tensor:
         """Return `weights @ x` for weights `[B, Hk, R, n]`, shape `[B, Hk, R, D]`."""
 
+    @abstractmethod
+    def __getitem__(self, index: tuple[slice, slice]) -> FoldedBody:
+        """Return some batch entries and heads, as a tensor would."""
+
 
 class AffineBody(FoldedBody):
     """Codes of any affine codec, unpacked."""
@@ -53,6 +59,11 @@ class AffineBody(FoldedBody):
     def mix(self, weights: Tensor) -> Tensor:
         """See `FoldedBody`."""
         return folded_values(weights, self._codes)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> FoldedBody:
+        """See `FoldedBody`."""
+        parts = {n: getattr(self._codes, n)[index] for n in ("codes", "scale", "offset")}
+        return AffineBody(dataclasses.replace(self._codes, **parts))
 
 
 class PackedBody(FoldedBody):
@@ -95,6 +106,14 @@ class PackedBody(FoldedBody):
             own = self._parts[first : first + self._parts_per_group]
             parts += [scaled @ part + shift for part in own]
         return torch.cat(parts, -1)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> FoldedBody:
+        """See `FoldedBody`."""
+        part = copy.copy(self)
+        part._parts = [codes[index] for codes in self._parts]
+        part._scale, part._offset = self._scale[index], self._offset[index]
+        part.num_kv_heads = part._scale.shape[1]
+        return part
 
     def _scale_of(self, group: int) -> Tensor:
         """Return the scales of a group, `[B, Hk, 1, n]`."""

@@ -1,4 +1,4 @@
-"""Storage of one stream of one layer: page pools of its planes, sink buffer, recent buffer.
+"""Storage of one stream: page pools of its planes, sink buffer, recent buffer.
 
 Pools are page-first and NHD, `[num_pages, rows_per_page, Hk, width]`, so that gathered pages are
 one run of tokens and HND is a transposed view.
@@ -38,6 +38,16 @@ class StreamRead:
     body: Tensor | FoldedBody | None = None
     fresh: Tensor | None = None
 
+    def heads(self, first: int, last: int) -> StreamRead:
+        """Return heads `first` to `last` - 1 alone."""
+        own = (slice(None), slice(first, last))
+        return StreamRead(
+            self.rule_step,
+            None if self.sink is None else self.sink[own],
+            None if self.body is None else self.body[own],
+            None if self.fresh is None else self.fresh[own],
+        )
+
 
 @dataclass(frozen=True)
 class Appended:
@@ -53,7 +63,7 @@ class Appended:
 
 
 class StreamStore:
-    """The K or the V half of one owner layer, for all rows of a session.
+    """K or V of one owner layer, or both if they are kept alike, for all rows of a session.
 
     Args:
         stream: What to store and how.
@@ -181,10 +191,6 @@ class StreamStore:
             return fold_body(self._codec, planes, dtype)
         return self._codec.decode(planes, dtype)
 
-    def decode_body(self, step: Step, tokens: int, dtype: torch.dtype) -> Tensor:
-        """Return the first `tokens` body tokens of each row, `[B, Hk, tokens, D]`."""
-        return self._codec.decode(self._gather_planes(step, tokens), dtype)
-
     def _gather_planes(self, step: Step, tokens: int) -> dict[str, Tensor]:
         planes = {}
         for spec in self._specs:
@@ -192,11 +198,22 @@ class StreamStore:
             planes[spec.name] = _gather(self.pools[spec.name], step, rows).transpose(1, 2)
         return planes  # NHD -> HND
 
-    def exact_tokens(self, row: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the (sink, recent) tokens of a row of `length`, each `[Hk, n, D]`."""
-        sink = self.sink[row, :length].transpose(0, 1).to(dtype)
-        tail = max(0, length - self.rule.sink - self.rule.body_tokens(length))
-        return sink, self.recent[row, :tail].transpose(0, 1).to(dtype)
+    def logical(self, step: Step, row: int, length: int, dtype: torch.dtype) -> Tensor:
+        """Return the `length` tokens of one row, decoded, `[Hk, length, D]`.
+
+        Args:
+            step: A step of that row alone, for its pages.
+            row: Row of the session.
+            length: Cached tokens.
+            dtype: Dtype of the result.
+        """
+        body = self.rule.body_tokens(length)
+        tail = max(0, length - self.rule.sink - body)
+        parts = [self.sink[row, :length].transpose(0, 1).to(dtype)]
+        if body:
+            parts.append(self._codec.decode(self._gather_planes(step, body), dtype)[0])
+        parts.append(self.recent[row, :tail].transpose(0, 1).to(dtype))
+        return torch.cat(parts, 1)
 
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held, so that nothing reaches their next users."""

@@ -1,0 +1,117 @@
+"""Storage of K and V of one owner layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.step import Step
+from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
+from kvxform.ir.plan import SitePlan, StreamPlan
+
+
+class SiteStore:
+    """K and V of one owner layer, in one store of 2 Hk heads where both are kept alike.
+
+    One store means half the work in every step; heads of K come first, then those of V.
+
+    Args:
+        site: What to store.
+        num_pages: Pages of the pool, the null page included.
+        page_size: Tokens a page.
+        num_rows: Rows of the session.
+        device: Where tensors live.
+    """
+
+    def __init__(
+        self,
+        site: SitePlan,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_rows: int,
+        device: torch.device,
+    ) -> None:
+        self._site, self._page_size, self._device = site, page_size, device
+        self.is_joint = _as_stored(site.key) == _as_stored(site.value)
+        streams = (site.key,) if self.is_joint else (site.key, site.value)
+        self._stores = tuple(
+            StreamStore(
+                stream,
+                site.num_kv_heads * (2 if self.is_joint else 1),
+                num_pages=num_pages,
+                page_size=page_size,
+                num_rows=num_rows,
+                device=device,
+            )
+            for stream in streams
+        )
+
+    def append(self, k: Tensor, v: Tensor, step: Step) -> tuple[Appended, ...]:
+        """Store new tokens `[B, Hk, S, D]`; see `StreamStore.append`."""
+        new = (torch.cat([k, v], 1),) if self.is_joint else (k, v)
+        return tuple(store.append(x, step) for store, x in zip(self._stores, new, strict=True))
+
+    def read(
+        self, step: Step, appended: tuple[Appended, ...], dtype: torch.dtype
+    ) -> tuple[StreamRead, StreamRead]:
+        """Return K and V as the queries of `step` see them."""
+        reads = [
+            store.read(step, new, dtype) for store, new in zip(self._stores, appended, strict=True)
+        ]
+        if not self.is_joint:
+            return reads[0], reads[1]
+        heads = self._site.num_kv_heads
+        return reads[0].heads(0, heads), reads[0].heads(heads, 2 * heads)
+
+    def logical(
+        self, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
+        table = torch.tensor([list(pages)], dtype=torch.int32)
+        step = Step([row], [length - 1], [1], table, self._page_size, self._device)
+        found = [store.logical(step, row, length, dtype) for store in self._stores]
+        k, v = found[0].chunk(2) if self.is_joint else found
+        return self._site.key.basis.unrotate(k), self._site.value.basis.unrotate(v)
+
+    def commit(self, step: Step) -> None:
+        """Let a finished step take effect."""
+        for store in self._stores:
+            store.commit(step)
+
+    def abort(self) -> None:
+        """Forget a step that failed."""
+        for store in self._stores:
+            store.abort()
+
+    def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
+        """Zero what `rows` and `pages` held."""
+        for store in self._stores:
+            store.clear(rows, pages)
+
+    def page_bytes(self) -> int:
+        """Return bytes of one page of the real pool tensors."""
+        return sum(store.page_bytes() for store in self._stores)
+
+    def row_bytes(self) -> int:
+        """Return bytes of the real sink and recent buffers of one row."""
+        return sum(store.row_bytes() for store in self._stores)
+
+
+def _as_stored(stream: StreamPlan) -> tuple[object, ...]:
+    """Return what decides how a stream is kept; rotations and RoPE lie outside the store."""
+    rule = FlushRule.of(stream)
+    dtype = stream.regions.dtype if rule.sink or rule.capacity else ""
+    return (
+        dict(stream.codec),
+        stream.planes,
+        stream.tokens_per_group,
+        stream.head_dim,
+        stream.read,
+        dataclasses.astuple(rule),
+        dtype,
+    )
