@@ -176,6 +176,10 @@ class OnnxSession:
             for name, value in self._past.items()
         )
 
+    def cache_planes(self) -> dict[str, Tensor]:
+        """Return copies of the cache planes `[B, Hk, rows, width]` by input name."""
+        return {name: torch.from_numpy(value.numpy()) for name, value in self._past.items()}
+
     def _load(self, providers: list[str], threads: int | None) -> onnxruntime.InferenceSession:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
