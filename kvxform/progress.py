@@ -1,8 +1,9 @@
-"""Progress on stderr: a bar on a terminal, one line a stage elsewhere, nothing if unwanted."""
+"""Progress on stderr: a bar on a terminal, a line per finished stage elsewhere, or nothing."""
 
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +23,7 @@ class ProgressDisplay:
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._bar: Progress | None = None
+        self._step, self._since = "", 0.0
         if enabled and sys.stderr.isatty():
             self._bar = Progress(
                 SpinnerColumn(),
@@ -46,19 +48,30 @@ class ProgressDisplay:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif kind is None:
+            self._end_step()
 
     def talk(self, text: str) -> None:
-        """Show what happens before the passes."""
+        """Show the step before the passes that begins now."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
-        elif self._enabled:
-            sys.stderr.write(f"kvxform: {text}\n")
+            return
+        self._end_step()
+        self._step, self._since = text, time.perf_counter()
+
+    def _end_step(self) -> None:
+        if self._enabled and self._step:
+            seconds = time.perf_counter() - self._since
+            sys.stderr.write(f"kvxform: {self._step} {seconds:.1f} s\n")
+        self._step = ""
 
     def show_stage(self, stage: Stage) -> None:
         """Show that a stage of the pipeline begins or has ended."""
         if self._bar is not None:
             done = stage.index + (stage.seconds is not None)
             self._bar.update(self._task, description=stage.name, total=stage.total, completed=done)
-        elif self._enabled and stage.seconds is not None:
+            return
+        self._end_step()
+        if self._enabled and stage.seconds is not None:
             place = f"[{stage.index + 1}/{stage.total}]"
             sys.stderr.write(f"kvxform: {place} {stage.name} {stage.seconds:.1f} s\n")

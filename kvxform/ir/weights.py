@@ -29,7 +29,10 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
         for name, tensor in ready.items()
     }
+    path.touch()
+    usual = path.stat().st_mode  # what safetensors writes is readable by its owner alone
     serialize_file(specs, str(path))
+    path.chmod(usual)
 
 
 def read_weights(path: Path, table: Mapping[str, WeightEntry]) -> dict[str, Tensor]:
