@@ -18,7 +18,7 @@ from kvxform.ir.program import Program
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
-MINIMUM_RUNTIME = "1.24"  # onnxruntime
+MINIMUM_RUNTIME = "1.30"  # onnxruntime; the oldest that packages were run on is 1.31
 
 EMITTER_MODULES = (aten_math, aten_nn, aten_shape, attend, dialect)  # they fill EMITTERS
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
