@@ -194,9 +194,8 @@ def _require_contract(
     numerics, tolerance = planned.graph_pass.numerics, prober.tolerance
     metric, bound = numerics.metric or "kl", numerics.bound
     if numerics.is_exact:
-        metric, bound = (
-            ("kl", tolerance.lossy_kl) if stage.is_lossy else ("relative", tolerance.logits)
-        )
+        lossy = ("kl", tolerance.lossy_bound(stage.cost))
+        metric, bound = lossy if stage.is_lossy else ("relative", tolerance.logits)
     found = measured(stage.vs_before)
     value = getattr(found, metric)
     if bound is not None and not value <= bound:

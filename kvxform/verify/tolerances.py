@@ -22,6 +22,8 @@ class Tolerance:
         reads: Outputs of attention, against the equations applied to the same q, K and V.
         lossy_kl: Mean KL divergence in nats between two exact forms of one lossy program. Rounding
             moves a few codes across a boundary there, and later layers see whole steps of it.
+        lossy_share: The same as a share of what the codes themselves cost against the source,
+            where that is more; the more a model minds its codes, the more it minds one of them.
     """
 
     logits: float
@@ -29,17 +31,23 @@ class Tolerance:
     state: float
     reads: float
     lossy_kl: float
+    lossy_share: float
+
+    def lossy_bound(self, cost: float) -> float:
+        """Return the bound of two forms of a lossy program whose codes cost `cost` nats."""
+        return max(self.lossy_kl, self.lossy_share * cost)
 
 
 TOLERANCES: dict[torch.dtype, Tolerance] = {
-    # Sums of some thousand terms at 2.2e-16, through layers that amplify up to a hundredfold.
-    torch.float64: Tolerance(logits=1e-9, inputs=1e-9, state=1e-12, reads=1e-10, lossy_kl=1e-6),
-    # The same at 1.2e-7.
-    torch.float32: Tolerance(logits=3e-4, inputs=3e-4, state=1e-5, reads=1e-4, lossy_kl=2e-2),
+    # Sums of some thousand terms at 2.2e-16, through layers that amplify up to a hundredfold. No
+    # code moves: a value would have to lie within 1e-14 of a boundary.
+    torch.float64: Tolerance(1e-9, 1e-9, state=1e-12, reads=1e-10, lossy_kl=1e-6, lossy_share=0.0),
+    # The same at 1.2e-7. One value in some ten thousand lies so near to a boundary.
+    torch.float32: Tolerance(3e-4, 3e-4, state=1e-5, reads=1e-4, lossy_kl=2e-2, lossy_share=0.5),
     # Ten mantissa bits: one operation is already off by 1e-3.
-    torch.float16: Tolerance(logits=3e-2, inputs=3e-2, state=5e-3, reads=1e-2, lossy_kl=5e-2),
+    torch.float16: Tolerance(3e-2, 3e-2, state=5e-3, reads=1e-2, lossy_kl=5e-2, lossy_share=0.5),
     # Seven mantissa bits: 8e-3.
-    torch.bfloat16: Tolerance(logits=2e-1, inputs=2e-1, state=3e-2, reads=6e-2, lossy_kl=1e-1),
+    torch.bfloat16: Tolerance(2e-1, 2e-1, state=3e-2, reads=6e-2, lossy_kl=1e-1, lossy_share=1.0),
 }
 
 
