@@ -39,7 +39,8 @@ class Regions:
         recent: Last tokens kept unencoded. With flush `sliding` at least so many; with `block`
             the buffer fills up to `recent` tokens, which are then all encoded at once.
         flush: `sliding` (each new token pushes the oldest one out) or `block` (KIVI keys).
-        dtype: Stored dtype of unencoded tokens.
+        dtype: Stored dtype of unencoded tokens. If a stream keeps exact tokens after the sink,
+            every token is rounded to it on arrival, so codes do not depend on when they are made.
     """
 
     sink: int = 0
