@@ -7,7 +7,6 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -18,32 +17,33 @@ ROOT = Path(__file__).resolve().parent.parent
 def build(folder: Path) -> tuple[Path, Path]:
     """Build the sdist, and the wheel from the sdist; return both paths."""
     command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
 
 
+def expected_names() -> set[str]:
+    """Return the names that the wheel must have: every tracked file of the packages."""
+    command = ["git", "ls-files", "-z", "kvxform", "passes", "codegen"]
+    out = subprocess.run(command, check=True, capture_output=True, cwd=ROOT).stdout.decode()
+    paths = [Path(name) for name in out.split("\0") if name]
+    files = [path for path in paths if not (ROOT / path).is_symlink()]
+    return {str(path if path.parts[0] == "kvxform" else Path("kvxform", path)) for path in files}
+
+
 def listing_problems(sdist: Path, wheel: Path) -> list[str]:
-    """Compare the wheel with the package list; look for doubled sources in the sdist."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = project["tool"]["setuptools"]["packages"]
+    """Compare the wheel with the tracked files; look for doubled sources in the sdist."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     with tarfile.open(sdist) as archive:
         sources = archive.getnames()
-    found = [
-        f"wheel lacks {init}"
-        for init in (f"{package.replace('.', '/')}/__init__.py" for package in packages)
-        if init not in names
-    ]
-    tops = {name.split("/")[0] for name in names}
-    found += [f"wheel has a top-level {top}" for top in tops & {"passes", "codegen", "tests"}]
-    found += [f"wheel lacks {name}" for name in ("kvxform/py.typed",) if name not in names]
-    for link in ("kvxform/passes/", "kvxform/codegen/"):
-        found += [f"sdist doubles {name}" for name in sources if f"/{link}" in name]
-    for path in sorted((ROOT / "kvxform" / "recipes").glob("*.*")):
-        if path.suffix != ".pyc" and f"kvxform/recipes/{path.name}" not in names:
-            found.append(f"wheel lacks the recipe file {path.name}")
+    found = [f"wheel lacks {name}" for name in sorted(expected_names() - names)]
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    found += [f"wheel has a top-level {top}" for top in sorted(tops - {"kvxform"})]
+    for link in ("/kvxform/passes/", "/kvxform/codegen/"):
+        found += [f"sdist doubles {name}" for name in sources if link in name]
     return found
 
 
