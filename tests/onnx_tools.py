@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from programs import BATCH, SYMBOLS, TOKENS
+from programs import BATCH, TOKENS
+from programs import SYMBOLS as PROGRAM_SYMBOLS
 from torch import Tensor, fx
 
 from kvxform.codegen.onnx import export_onnx
@@ -25,6 +26,8 @@ from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import ModelInfo, Program
 from kvxform.ir.types import SymType, TensorType, TupleType
 from kvxform.runtime.onnx_session import OnnxSession
+
+SYMBOLS = PROGRAM_SYMBOLS | {BATCH + TOKENS: "B + S"}
 
 MakeArgs = Callable[[int, int], tuple[Any, ...]]
 

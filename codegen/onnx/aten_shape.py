@@ -22,7 +22,7 @@ from kvxform.codegen.onnx.emission import (
     rank_of,
     type_of,
 )
-from kvxform.ir.types import SymType, TupleType
+from kvxform.ir.types import SymType, TensorType, TupleType
 
 aten = torch.ops.aten
 
@@ -181,19 +181,26 @@ def emit_select(e: Emission, node: fx.Node, x: ir.Value, dim: int, index: int | 
     return e.builder.op("Gather", x, e.builder.const(index), axis=dim)
 
 
-@emits(
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-)
-def emit_split(e: Emission, node: fx.Node, x: ir.Value, _: object, dim: int = 0) -> Emitted:
-    """Emit a Split; capture knows the sizes of all parts."""
-    found = node.meta["type"]
+@emits(aten.split.sizes, aten.split_with_sizes.default)
+def emit_split_sizes(
+    e: Emission, node: fx.Node, x: ir.Value, sizes: Sequence[int | Size], dim: int = 0
+) -> Emitted:
+    """Emit a Split into parts of given sizes."""
+    return e.builder.ops("Split", x, e.shape(sizes), dtypes=[x.dtype] * len(sizes), axis=dim)
+
+
+def _has_known_parts(node: fx.Node) -> bool:
+    found, dim = node.meta["type"], node.args[2] if len(node.args) > 2 else 0
     assert isinstance(found, TupleType), "a split yields several tensors"
-    sizes = [item.shape[dim] for item in found.items if not isinstance(item, SymType)]
-    vector = e.shape([n if isinstance(n, int) else Size(e.symbol(n)) for n in sizes])
-    return e.builder.ops("Split", x, vector, dtypes=[x.dtype] * len(sizes), axis=dim)
+    assert isinstance(dim, int), "an axis is a constant"
+    return all(isinstance(x, TensorType) and isinstance(x.shape[dim], int) for x in found.items)
+
+
+@emits(aten.chunk.default, aten.split.Tensor, when=_has_known_parts)
+def emit_split(e: Emission, node: fx.Node, x: ir.Value, _: int, dim: int = 0) -> Emitted:
+    """Emit a Split into the parts that capture has found."""
+    shapes = [item.shape for item in node.meta["type"].items]
+    return emit_split_sizes(e, node, x, [shape[dim] for shape in shapes], dim)
 
 
 @emits(aten.cat.default)

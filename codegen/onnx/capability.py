@@ -9,7 +9,7 @@ import torch
 from kvxform.codecs.base import CODECS
 from kvxform.codegen.onnx import aten_math, aten_nn, aten_shape, attend, dialect
 from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
-from kvxform.codegen.onnx.emission import EMITTERS
+from kvxform.codegen.onnx.emission import find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.ports import has_tail
 from kvxform.errors import CodegenError
@@ -44,7 +44,7 @@ def check_program(program: Program) -> Fallback:
         _check_site(site)
     fallback = Fallback(OPSET)
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target not in EMITTERS:
+        if node.op == "call_function" and find_emitter(node) is None:
             fallback.prepare(node)
     return fallback
 

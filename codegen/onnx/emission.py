@@ -48,16 +48,35 @@ Emitted = ir.Value | Size | tuple[ir.Value, ...] | None
 Emit = Callable[..., Emitted]
 
 EMITTERS: dict[Callable[..., Any], Emit] = {}
+CONDITIONS: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {}
 
 
-def emits(*targets: Callable[..., Any]) -> Callable[[Emit], Emit]:
-    """Enter the decorated emitter in the table for every one of `targets`."""
+def emits(
+    *targets: Callable[..., Any], when: Callable[[fx.Node], bool] | None = None
+) -> Callable[[Emit], Emit]:
+    """Enter the decorated emitter in the table for every one of `targets`.
+
+    Args:
+        targets: Operations.
+        when: Which of their calls it can emit; all of them by default.
+    """
 
     def enter(function: Emit) -> Emit:
         EMITTERS.update(dict.fromkeys(targets, function))
+        if when is not None:
+            CONDITIONS.update(dict.fromkeys(targets, when))
         return function
 
     return enter
+
+
+def find_emitter(node: fx.Node) -> Emit | None:
+    """Return the emitter of a call, or None if there is none for it."""
+    assert callable(node.target), "a call has an operation"
+    condition = CONDITIONS.get(node.target)
+    if condition is not None and not condition(node):
+        return None
+    return EMITTERS.get(node.target)
 
 
 @dataclass

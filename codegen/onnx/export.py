@@ -12,7 +12,7 @@ from torch import fx
 from kvxform.atomic import atomic_folder
 from kvxform.codegen.onnx.builder import INT64, Builder
 from kvxform.codegen.onnx.capability import IR_VERSION, OPSET, check_program
-from kvxform.codegen.onnx.emission import EMITTERS, Emission, Emitted, Inputs
+from kvxform.codegen.onnx.emission import Emission, Emitted, Inputs, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.package import model_name, write_package
 from kvxform.codegen.onnx.ports import CachePorts
@@ -36,8 +36,8 @@ def export_onnx(
             ONNX are contiguous.
         folder: Where to write; an older package there is replaced at once or not at all.
         tokenizer_path: Folder of tokenizer files to copy; the one of the program if None.
-        recipe: What was applied, for `kvxform.json`; anything with `to_dict`, or None.
-        report: What was measured, likewise.
+        recipe: The `kvxform.recipe.Recipe` that was applied, or None.
+        report: The `kvxform.report.Report` of it, or None.
         progress: Called with a line of text as the work goes on.
 
     Returns:
@@ -118,10 +118,15 @@ def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
 def emit_call(
     e: Emission, node: fx.Node, values: Mapping[fx.Node, Emitted], fallback: Fallback
 ) -> Emitted:
-    emitter = EMITTERS.get(node.target)  # type: ignore[arg-type]
+    """Emit one call on the values of its arguments, by our table or by that of torch."""
+    emitter = find_emitter(node)
     if emitter is None:
         return fallback.emit(e, node, [values[source] for source in node.all_input_nodes])
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])  # type: ignore[arg-type, return-value]
+
+    def value_of(source: fx.Node) -> Any:
+        return values[source]
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
     return emitter(e, node, *args, **kwargs)
 
 

@@ -14,6 +14,7 @@ from kvxform.errors import ArtifactError
 
 MODEL, DESCRIPTION = "model.onnx", "kvxform.json"
 PACKAGE_VERSION = 1
+MODEL_KEYS = {"vocab_size", "eos_token_ids", "pad_token_id", "context_length"}
 REMAKE = "copy the folder again or make it again"
 
 
@@ -67,8 +68,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
             got=data["version"],
             hint="export the model again",
         )
-    if not {"model", "onnx", "plan"} <= data.keys():
+    model, onnx = data.get("model"), data.get("onnx")
+    if not isinstance(model, dict) or not isinstance(onnx, dict):
         raise _damaged(DESCRIPTION, "parts are missing")
+    if not model.keys() >= MODEL_KEYS or not isinstance(onnx.get("padding"), bool):
+        raise _damaged(DESCRIPTION, "entries are missing")
     return data
 
 

@@ -82,7 +82,8 @@ def test_encode_and_decode_equal_the_codec(codec, count, scale, shift):
     x = values(codec, count, scale, shift)
     model = encoder(codec)
     assert not FORBIDDEN & {node.op_type for node in model.graph}
-    found = dict(zip((p.name for p in codec.planes(HEAD_DIM)), run_model(model, [x.numpy()])))
+    names = [p.name for p in codec.planes(HEAD_DIM)]
+    found = dict(zip(names, run_model(model, [x.numpy()]), strict=True))
     if count == 0:
         assert all(plane.shape[2] == 0 for plane in found.values())
         return

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from onnx_tools import Call
+from onnx_tools import Call, type_of_value
+from programs import BATCH, TOKENS
+from torch import fx
+
+from kvxform.codegen.onnx.emission import find_emitter
 
 aten = torch.ops.aten
 SIZES = [(2, 5), (1, 1)]
@@ -40,6 +44,11 @@ CALLS = {
         lambda b, s: (floats(b, s), [2, 6], -1),
         {},
     ),
+    "split of a run-time axis": (
+        aten.split_with_sizes.default,
+        lambda b, s: (torch.randn(2, b + s), [b, s], -1),
+        {},
+    ),
     "chunk": (aten.chunk.default, lambda b, s: (floats(b, s), 2, -1), {}),
     "cat of two dtypes": (
         aten.cat.default,
@@ -49,7 +58,7 @@ CALLS = {
     "conversion": (aten.to.dtype, lambda b, s: (floats(b, s), torch.float16), {}),
     "copy": (aten.clone.default, lambda b, s: (floats(b, s),), {}),
     "arange": (aten.arange.default, lambda b, s: (s,), {}),
-    "size": (aten.sym_size.int, lambda b, s: (floats(b, s), 1), {}),
+    "size": (aten.sym_size.int, lambda b, s: (torch.randn(2, b * s), 1), {}),
 }
 
 
@@ -65,3 +74,15 @@ def test_an_operation_equals_torch(name):
 def test_a_view_with_known_axes_needs_no_sizes():
     call = Call(aten.view.default, lambda b, s: (floats(b, s), [b, s, 2, 4]))
     assert call.op_types == ["Reshape", "Identity"]
+
+
+def test_an_axis_without_known_parts_is_left_to_torch():
+    x = torch.randn(2, BATCH * TOKENS)
+    for dim, has_emitter in ((0, True), (1, False)):
+        graph = fx.Graph()
+        source = graph.placeholder("x")
+        source.meta = {"type": type_of_value(x)}
+        node = graph.call_function(aten.split.Tensor, (source, 1 if dim == 0 else TOKENS, dim))
+        kinds = (x[:1], x[:1]) if dim == 0 else (x[:, :TOKENS],) * BATCH
+        node.meta = {"type": type_of_value(kinds)}
+        assert (find_emitter(node) is not None) is has_emitter

@@ -1,4 +1,4 @@
-"""The files of a package: names, metadata, configuration, and that equal input gives equal bytes."""
+"""The files of a package: names, metadata, configuration; equal input gives equal bytes."""
 
 from __future__ import annotations
 
