@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,19 +57,18 @@ def captured_shapes(model: str) -> Program:
 
 
 def _source_key(model: str) -> str:
-    """Return what a capture depends on: files and versions; empty if there are no files."""
-    import json as json_module
-    from importlib.metadata import version
-
+    """Return what a capture depends on: the model's files, our code and versions; else empty."""
+    import kvxform
     from kvxform.capture.smollm2 import SMOLLM2, find_gguf
 
     path = find_gguf() if model == SMOLLM2 else Path(model).expanduser()
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     if not all(file.is_file() for file in files):
         return ""
+    code = Path(kvxform.__file__).parent
+    files += [path for name in ("capture", "ir") for path in sorted((code / name).glob("*.py"))]
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    versions = [version(name) for name in ("kvxform", "torch", "transformers")]
-    return json_module.dumps([model, stats, versions])
+    return json.dumps([model, stats, version("torch"), version("transformers")])
 
 
 def plan_data(program: Program, report: Report, batch: int, tokens: int) -> dict[str, Any]:
