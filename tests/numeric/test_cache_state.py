@@ -54,8 +54,8 @@ def requantise(session: Session) -> None:
     """Every step decodes and encodes again what is already in the pages."""
 
     def change() -> None:
-        for stores in session._cache._stores.values():
-            for store in stores:
+        for site in session._cache._stores.values():
+            for store in site._stores:
                 planes = {name: pool.transpose(1, 2) for name, pool in store.pools.items()}
                 again = store._codec.encode(store._codec.decode(planes, torch.float32))
                 for name, pool in store.pools.items():
@@ -69,7 +69,7 @@ def swap_pages(session: Session) -> None:
 
     def change() -> None:
         if min(session.sequence_lengths(), default=0) == 0:
-            pool = session._cache._stores[1][0].pools
+            pool = session._cache._stores[1]._stores[0].pools
             for plane in pool.values():
                 plane[[1, 2]] = plane[[2, 1]]
 
@@ -80,8 +80,8 @@ def shift_one_scale(session: Session) -> None:
     """One head of one layer has scales that are two per cent too large."""
 
     def change() -> None:
-        scale = session._cache._stores[1][1].pools["scale"]
-        scale[:, :, 0] *= 1.02
+        scale = session._cache._stores[1]._stores[-1].pools["scale"]
+        scale[:, :, -1] *= 1.02  # the last head of V
 
     after_commit(session, change)
 
