@@ -50,6 +50,8 @@ test: $(STAMP)
 nightly: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
+# Idle threads sleep: where other work runs beside it, spinning ones make every operation wait.
+demo: export OMP_WAIT_POLICY = PASSIVE
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP)
 	@$(BIN)/kvxform demo -o demo-out
