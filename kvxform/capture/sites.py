@@ -35,10 +35,19 @@ class SiteRaiser:
         try:
             self._raise(propose(self.prober, core))
         except NotRaisedError as refusal:
-            self._reject(core, str(refusal))
+            self._reject(core, refusal)
 
-    def _reject(self, node: fx.Node, reason: str) -> None:
-        self.rejected.append(RejectedSite(node.meta["module"], reason, node.meta["origin"]))
+    def _reject(self, core: fx.Node, refusal: NotRaisedError) -> None:
+        differs = "" if refusal.node is None else str(refusal.node.meta["origin"])
+        self.rejected.append(
+            RejectedSite(
+                core.meta["module"],
+                refusal.reason,
+                core.meta["origin"],
+                node=differs,
+                hint=refusal.hint,
+            )
+        )
 
     def _raise(self, proposal: Proposal) -> None:
         mask = self._classify(proposal)
@@ -49,8 +58,6 @@ class SiteRaiser:
         proposal.out.replace_all_uses_with(restored)
         self.prober.refresh()
         self.sites.append(self._describe(proposal, node, mask, operands))
-        if operands.note:
-            self._reject(proposal.core, f"rotary embedding left as it is: {operands.note}")
 
     def _classify(self, proposal: Proposal) -> MaskKind:
         kind: MaskKind | str = MaskKind(causal=False)
@@ -135,7 +142,13 @@ class SiteRaiser:
             rope=_rope_spec(operands),
             window=mask.window,
             softcap=proposal.softcap,
+            notes=_notes(operands),
         )
+
+
+def _notes(operands: Operands) -> tuple[str, ...]:
+    left = operands.note
+    return (f"rotary embedding left as it is: {left}",) if left else ()
 
 
 def _rope_spec(operands: Operands) -> RopeSpec | None:

@@ -87,6 +87,7 @@ class AttentionSite:
         softcap: Softcap of the scores, or None.
         k_basis: Rotation that keys are in when they reach the attention op.
         v_basis: The same for values.
+        notes: What was left in the graph as it is, and why; the site works all the same.
     """
 
     layer: int
@@ -105,15 +106,28 @@ class AttentionSite:
     softcap: float | None = None
     k_basis: Basis = field(default_factory=Basis)
     v_basis: Basis = field(default_factory=Basis)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RejectedSite:
-    """A candidate that was left alone: where it is, why, and its source line."""
+    """A candidate that was left alone.
+
+    Attributes:
+        module: Path of the source module.
+        reason: Why, without a full stop.
+        origin: Op and source line of the candidate.
+        matched: What was proven before it failed, in order.
+        node: Op and source line of the first node that differs, or empty.
+        hint: What would have to change, or empty.
+    """
 
     module: str
     reason: str
     origin: str = ""
+    matched: tuple[str, ...] = ()
+    node: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
