@@ -13,6 +13,7 @@ from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.ir.cache import make_handle
 from kvxform.ir.plan import CachePlan, ReadForm, StreamPlan
 from kvxform.ir.program import Program, default_positions
+from kvxform.ir.scoring import Scoring
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
@@ -54,18 +55,7 @@ class DefinedCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.stored[layer] = (k[0], v[0])
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        positions: Tensor,
-        *,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         site = self.plan.site(layer)
         keys, values = self.stored[site.owner]
         groups = q.shape[1] // keys.shape[0]
@@ -73,15 +63,20 @@ class DefinedCache:
         for t in range(q.shape[2]):
             k = live(site.key, keys[:, : t + 1])
             v = live(site.value, values[:, : t + 1])
-            first = 0 if window is None else max(0, t + 1 - window)
+            first = 0 if scoring.window is None else max(0, t + 1 - scoring.window)
+            if scoring.chunk is not None:
+                first = max(first, t // scoring.chunk * scoring.chunk)
             for head in range(q.shape[1]):
-                scores = scale * (k[head // groups, first:] @ q[0, head, t])
-                if softcap is not None:
-                    scores = softcap * (scores / softcap).tanh()
+                scores = scoring.scale * (k[head // groups, first:] @ q[0, head, t])
+                if scoring.softcap is not None:
+                    scores = scoring.softcap * (scores / scoring.softcap).tanh()
+                if scoring.alibi_slopes is not None:
+                    back = torch.arange(t - first, -1, -1)
+                    scores = scores - scoring.alibi_slopes[head].to(scores) * back
                 weights = scores.exp()
                 total = weights.sum()
-                if sink_logits is not None:
-                    total = total + sink_logits[head].exp()
+                if scoring.sink_logits is not None:
+                    total = total + scoring.sink_logits[head].exp()
                 out[head, t] = weights @ v[head // groups, first:] / total
         return out[None]
 

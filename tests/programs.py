@@ -23,6 +23,7 @@ from kvxform.ir.program import (
     RopeSpec,
     default_positions,
 )
+from kvxform.ir.scoring import Scoring, attend
 from kvxform.ir.types import SymType, TensorType
 from kvxform.ir.verify import verify_program
 from kvxform.pass_base import GraphPass, Match, NoMatch, Rewriter
@@ -138,12 +139,15 @@ def llama_program(
         k = b.call(kvx.ROPE, k, positions, b.get("inv_freq"), **rope)
         scale = head_dim**-0.5
         extra = attention or {}
+        for name in (n for n, value in extra.items() if isinstance(value, Tensor)):
+            b.weights[name] = extra[name].to(b.dtype)
+            extra = {**extra, name: b.get(name)}
         a = b.call(kvx.ATTENTION, q, k, v, positions, layer=layer, scale=scale, **extra)
         o = b.linear(b.merge_heads(a, heads * head_dim), f"{b.module}.o", width)
         x = b.call(aten.add.Tensor, x, o)
         site = _llama_site(b, layer, heads, kv_heads, head_dim, bias)
-        limits = {name: extra.get(name) for name in ("window", "softcap")}
-        sites.append(dataclasses.replace(site, **limits))
+        fields = {n: n if isinstance(value, fx.Node) else value for n, value in extra.items()}
+        sites.append(dataclasses.replace(site, **fields))
         b.module = f"layers.{layer}.mlp"
         h = norm(x, f"layers.{layer}.norm2")
         gate = b.call(aten.silu.default, b.linear(h, f"{b.module}.gate", 2 * width))
@@ -237,22 +241,11 @@ class DenseCache:
             k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
         self.stored[layer] = (k, v)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        positions: Tensor,
-        *,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         k, v = self.stored[layer]
         past = torch.arange(k.shape[2]).expand(k.shape[0], -1)
-        mask = kvx.visible(positions, past, causal, window)
-        return kvx.attend(q, k, v, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
+        mask = scoring.span.sees(positions, past)
+        return attend(q, k, v, mask, scoring, bias=scoring.bias(positions, past))
 
 
 def apply(graph_pass: GraphPass, program: Program) -> tuple[Program, list[Match | NoMatch]]:

@@ -9,38 +9,27 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-import kvxform.ir.ops as kvx
 from kvxform.codegen.eager.folded_body import FoldedBody
 from kvxform.codegen.eager.step import QueryRun, Step
 from kvxform.codegen.eager.store import StreamRead
+from kvxform.ir.scoring import Scoring, attend
 
 RUN_QUERIES = 128  # queries attended together: few enough that most positions need no mask
 SCORE_ELEMENTS = 1 << 24  # scores held at a time; runs get shorter in very long prompts
 
 
-@dataclass(frozen=True)
-class AttendOptions:
-    """The options of one cached_attention; see `kvx::cached_attention`."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    sink_logits: Tensor | None
-
-
 def attend_step(
-    q: Tensor, key: StreamRead, value: StreamRead, step: Step, options: AttendOptions
+    q: Tensor, key: StreamRead, value: StreamRead, step: Step, scoring: Scoring
 ) -> Tensor:
     """Attend from q `[B, H, S, D]` to one cached layer; returns `[B, H, S, Dv]`."""
     k, v = _single(key), _single(value)
     if k is not None and v is not None:
-        return _attend_single(q, k, v, step, options)
-    return _attend_copies(q, key, value, step, options)
+        return _attend_single(q, k, v, step, scoring)
+    return _attend_copies(q, key, value, step, scoring)
 
 
 def _single(read: StreamRead) -> Tensor | None:
@@ -49,26 +38,20 @@ def _single(read: StreamRead) -> Tensor | None:
     return read.body if is_alone and isinstance(read.body, Tensor) else None
 
 
-def _attend_single(q: Tensor, k: Tensor, v: Tensor, step: Step, options: AttendOptions) -> Tensor:
-    if options.softcap is not None or options.sink_logits is not None:
-        return kvx.attend(
-            q,
-            k,
-            v,
-            step.visible(options.window),
-            scale=options.scale,
-            softcap=options.softcap,
-            sink_logits=options.sink_logits,
-        )
+def _attend_single(q: Tensor, k: Tensor, v: Tensor, step: Step, scoring: Scoring) -> Tensor:
+    span = scoring.span
+    if not scoring.is_plain:
+        bias = scoring.bias(step.times, step.columns[None])
+        return attend(q, k, v, step.visible(span), scoring, bias=bias)
     if step.num_new == 1:  # the heads of a group become queries of one KV head
         grouped = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, H, 1, D] -> [B, Hk, G, D]
-        mask = step.visible(options.window)
-        return _sdpa(grouped, k, v, mask, options.scale).flatten(1, 2).unsqueeze(2)
-    if step.is_causal_square(options.window):
+        mask = step.visible(span)
+        return _sdpa(grouped, k, v, mask, scoring.scale).flatten(1, 2).unsqueeze(2)
+    if step.is_causal_square(span):
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=options.scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, is_causal=True, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _sdpa(q, k, v, step.visible(options.window), options.scale)
+    return _sdpa(q, k, v, step.visible(span), scoring.scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -83,7 +66,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) ->
 
 
 def _attend_copies(
-    q: Tensor, key: StreamRead, value: StreamRead, step: Step, options: AttendOptions
+    q: Tensor, key: StreamRead, value: StreamRead, step: Step, scoring: Scoring
 ) -> Tensor:
     grouped = q.unflatten(1, (_num_kv_heads(key), -1))  # [B, H, S, D] -> [B, Hk, G, S, D]
     fitting = SCORE_ELEMENTS // (q.shape[0] * q.shape[1] * step.total)
@@ -91,7 +74,7 @@ def _attend_copies(
     parts = []
     for first in range(0, step.num_new, width):
         run = step.query_run(first, min(first + width, step.num_new))
-        parts.append(_attend_run(grouped[:, :, :, run.queries], run, key, value, step, options))
+        parts.append(_attend_run(grouped[:, :, :, run.queries], run, key, value, step, scoring))
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
     return out.flatten(1, 2)
 
@@ -102,17 +85,19 @@ def _attend_run(
     key: StreamRead,
     value: StreamRead,
     step: Step,
-    options: AttendOptions,
+    scoring: Scoring,
 ) -> Tensor:
     """Attend from q `[B, Hk, G, s, D]`, the queries of one run; `[B, Hk, G, s, Dv]`."""
-    scores = _scores(q, run, key) * options.scale  # [B, Hk, G, s, run.end]
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    hidden = step.hidden(run, options.window)
+    scores = _scores(q, run, key) * scoring.scale  # [B, Hk, G, s, run.end]
+    scores = scoring.cap(scores)
+    bias = scoring.bias(step.times[:, run.queries], step.columns[None, : run.end])
+    if bias is not None:
+        scores = scores + bias.to(scores).unflatten(1, scores.shape[1:3])
+    hidden = step.hidden(run, scoring.span)
     if hidden is not None:
         start, mask = hidden
         scores[..., start:].masked_fill_(mask[:, None, None], -math.inf)
-    return _mix(_softmax(scores, options.sink_logits), run, value)
+    return _mix(_softmax(scores, scoring.sink_logits), run, value)
 
 
 def _softmax(scores: Tensor, sink_logits: Tensor | None) -> Tensor:

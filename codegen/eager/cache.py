@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import CODECS
-from kvxform.codegen.eager.attend import AttendOptions, attend_step
+from kvxform.codegen.eager.attend import attend_step
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.site import SiteStore
 from kvxform.codegen.eager.step import Step
@@ -22,6 +22,7 @@ from kvxform.codegen.eager.store import Appended, StreamRead
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.plan import CachePlan, StreamPlan
+from kvxform.ir.scoring import Scoring
 
 
 class PagedCache:
@@ -96,26 +97,14 @@ class PagedCache:
         step = self._current(layer)
         self._appended[layer] = self._stores[layer].append(k, v, step)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        positions: Tensor,
-        *,
-        scale: float,
-        causal: bool = True,
-        window: int | None = None,
-        softcap: float | None = None,
-        sink_logits: Tensor | None = None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """Attend from q `[B, H, S, D]` to the cache of the layer's owner; `[B, H, S, Dv]`.
 
         Masks follow the slots of the step. While positions are dense, these are `positions`.
         """
         step = self._current(layer)
         key, value = self._read(self._owner[layer], step, q.dtype)
-        options = AttendOptions(scale, window, softcap, sink_logits)
-        return attend_step(q, key, value, step, options)
+        return attend_step(q, key, value, step, scoring)
 
     def _read(self, owner: int, step: Step, dtype: torch.dtype) -> tuple[StreamRead, StreamRead]:
         """Return K and V of `owner`, decoded once per step for all layers that read them."""

@@ -17,6 +17,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codecs.hadamard import hadamard_matrix
 from kvxform.ir.cache import CacheState
 from kvxform.ir.program import Program
+from kvxform.ir.scoring import Scoring
 from kvxform.ir.types import TensorType
 
 WIDE_DTYPES = (torch.float32, torch.float64)  # 16-bit ops keep the widening of the reference
@@ -164,25 +165,7 @@ def append(k: Tensor, v: Tensor, cache: CacheState, *, layer: int) -> CacheState
 
 
 def attend(
-    q: Tensor,
-    cache: CacheState,
-    positions: Tensor,
-    *,
-    layer: int,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
+    q: Tensor, cache: CacheState, positions: Tensor, *, layer: int, **options: Any
 ) -> Tensor:
-    """`kvx::cached_attention` on the cache itself."""
-    return cache.attend(
-        layer,
-        q,
-        positions,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    """`kvx::cached_attention` on the cache itself; `options` are those of `Scoring`."""
+    return cache.attend(layer, q, positions, Scoring(**options))

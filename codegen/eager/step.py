@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvxform.codegen.eager.flush import FlushRule, RuleStep
+from kvxform.ir.scoring import Span
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Step:
         self.ends = torch.tensor(ends, device=device)
         self.pages = block_table.to(device, torch.int64)
         self.affine = _affine(block_table)
-        self._visible: dict[int | None, Tensor | None] = {}
-        self._hidden: dict[tuple[QueryRun, int | None], tuple[int, Tensor] | None] = {}
+        self._visible: dict[Span, Tensor | None] = {}
+        self._hidden: dict[tuple[QueryRun, Span], tuple[int, Tensor] | None] = {}
         self._rules: dict[FlushRule, RuleStep] = {}
 
     def rule(self, rule: FlushRule) -> RuleStep:
@@ -92,15 +93,15 @@ class Step:
         """Positions 0..T-1 of the longest row."""
         return torch.arange(self.total, device=self.device)
 
-    def is_causal_square(self, window: int | None) -> bool:
+    def is_causal_square(self, span: Span) -> bool:
         """Whether the visible part is the plain causal triangle over the new tokens."""
-        return self.is_fresh and window is None
+        return self.is_fresh and span.is_whole
 
-    def visible(self, window: int | None) -> Tensor | None:
+    def visible(self, span: Span) -> Tensor | None:
         """Return which positions a query may see, bool `[B, S, T]`, or None for all of them."""
-        if window not in self._visible:
-            self._visible[window] = self._make_visible(window)
-        return self._visible[window]
+        if span not in self._visible:
+            self._visible[span] = self._make_visible(span)
+        return self._visible[span]
 
     def query_run(self, first: int, last: int) -> QueryRun:
         """Return what is known of the new tokens `first` to `last` - 1 of all rows."""
@@ -112,28 +113,27 @@ class Step:
     def _spans(self) -> list[tuple[int, int]]:
         return list(zip(self._starts, self._ends, strict=True))
 
-    def hidden(self, run: QueryRun, window: int | None) -> tuple[int, Tensor] | None:
+    def hidden(self, run: QueryRun, span: Span) -> tuple[int, Tensor] | None:
         """Return what a run of queries may not see among positions 0..`run.end` - 1.
 
         The result is a position and a mask `[B, s, run.end - position]` of all later ones, true
         where hidden; or None if everything is visible.
         """
-        key = (run, window)
+        key = (run, span)
         if key not in self._hidden:
-            start = run.first_time + 1 if window is None else 0
-            distance = self.times[:, run.queries, None] - self.columns[start : run.end]
-            mask = distance < 0
-            if window is not None:
-                mask = mask | (distance >= window)
+            start = run.first_time + 1 if span.is_whole else 0
+            mask = ~span.sees(self.times[:, run.queries], self.columns[start : run.end])
             self._hidden[key] = (start, mask) if bool(mask.any()) else None
         return self._hidden[key]
 
-    def _make_visible(self, window: int | None) -> Tensor | None:
-        if self.num_new == 1 and self.is_uniform and (window is None or window >= self.total):
+    def _make_visible(self, span: Span) -> Tensor | None:
+        if self.num_new == 1 and self.is_uniform and self._sees_all(span):
             return None
-        distance = self.times[:, :, None] - self.columns
-        mask = distance >= 0
-        return mask if window is None else mask & (distance < window)
+        return span.sees(self.times, self.columns)
+
+    def _sees_all(self, span: Span) -> bool:
+        """Whether the last of `total` tokens sees all of them."""
+        return all(limit is None or limit >= self.total for limit in (span.window, span.chunk))
 
 
 def _affine(block_table: Tensor) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from kvxform.capture.probing import Prober, Setting
 from kvxform.capture.structure import ancestors, literals
-from kvxform.ir.ops import visible
+from kvxform.ir.scoring import Span
 
 MASKED = -1e4  # scores this low or lower are masked; GPT-2 used -1e4, others the smallest float
 _LENGTHS = (9, 5)
@@ -113,6 +113,6 @@ def describe(seen: Tensor) -> MaskKind | str:
         return MaskKind(causal=False)
     window = int(seen[-1].sum())
     positions = torch.arange(length)[None]
-    if torch.equal(seen, visible(positions, positions, True, window)[0]):
+    if torch.equal(seen, Span(window=window).sees(positions, positions)[0]):
         return MaskKind(causal=True, window=window if window < length else None)
     return "the mask is neither causal nor a sliding window"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvxform.errors import KvxformError
+from kvxform.ir.scoring import Scoring
 
 
 class CacheState(Protocol):
@@ -26,18 +27,7 @@ class CacheState(Protocol):
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`."""
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        positions: Tensor,
-        *,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """Attend from q `[B, H, S, D]` at `positions` `[B, S]` to the cache; `[B, H, S, Dv]`."""
 
 

@@ -9,14 +9,15 @@ are HND, `[B, H, S, D]`; `positions` is int64 `[B, S]`. Query head h reads KV he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvxform.codecs.hadamard import block_hadamard
 from kvxform.ir.cache import resolve_handle
+from kvxform.ir.scoring import Scoring, attend
 
 _LIBRARY = torch.library.Library("kvx", "DEF")
 _SCHEMAS = (
@@ -26,16 +27,17 @@ _SCHEMAS = (
     # rotary embedding; angles in the dtype of inv_freq, [rotary_dim / 2]
     "rope(Tensor x, Tensor positions, Tensor inv_freq, *, int rotary_dim, "
     "float attention_scaling=1.0, bool interleaved=False) -> Tensor",
-    # softmax(scale * q k^T + bias, masked by positions) v
+    # softmax(cap(scale * q k^T) + bias, masked by positions) v; see `ir.scoring`
     "attention(Tensor q, Tensor k, Tensor v, Tensor positions, *, int layer, float scale, "
-    "bool causal=True, int? window=None, float? softcap=None, Tensor? sink_logits=None, "
+    "bool causal=True, int? window=None, int? chunk=None, float? softcap=None, "
+    "Tensor? sink_logits=None, Tensor? alibi_slopes=None, "
     "Tensor? bias=None, ScalarType? softmax_dtype=None) -> Tensor",
     "hadamard(Tensor x, *, int block, Tensor? signs=None) -> Tensor",
     # store new tokens of a layer in the cache behind the handle; returns the handle
     "cache_append(Tensor k, Tensor v, Tensor cache, *, int layer) -> Tensor",
     "cached_attention(Tensor q, Tensor cache, Tensor positions, *, int layer, float scale, "
-    "int v_head_dim, bool causal=True, int? window=None, float? softcap=None, "
-    "Tensor? sink_logits=None) -> Tensor",
+    "int v_head_dim, bool causal=True, int? window=None, int? chunk=None, float? softcap=None, "
+    "Tensor? sink_logits=None, Tensor? alibi_slopes=None) -> Tensor",
 )
 
 
@@ -94,70 +96,6 @@ def rope(
     return torch.cat([out, rest], -1) if rest.shape[-1] else out
 
 
-def visible(q_positions: Tensor, k_positions: Tensor, causal: bool, window: int | None) -> Tensor:
-    """Return which keys a query may see, bool `[B, Sq, Sk]`.
-
-    A key at position p is seen from position t if `p <= t` (causal) and `t - p < window`.
-    """
-    distance = q_positions[:, :, None] - k_positions[:, None, :]
-    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return mask if window is None else mask & (distance < window)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
-    bias: Tensor | None = None,
-    softmax_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Attention with grouped heads; the arithmetic of every attention op of the dialect.
-
-    Args:
-        q: `[B, H, Sq, D]`.
-        k: `[B, Hk, Sk, D]`.
-        v: `[B, Hk, Sk, Dv]`.
-        mask: bool, broadcastable to `[B, Sq, Sk]`, or None to see everything.
-        scale: Factor of the scores.
-        softcap: Scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv 2408.00118).
-        sink_logits: `[H]`; one more softmax column per head without a value (gpt-oss).
-        bias: Added to scores, broadcastable to `[B, H, Sq, Sk]`.
-        softmax_dtype: Dtype of the softmax; that of `q` if None.
-
-    Returns:
-        `[B, H, Sq, Dv]`; rows that see no key are zero.
-    """
-    groups = q.shape[1] // k.shape[1]
-    simple = softcap is None and sink_logits is None and softmax_dtype in (None, q.dtype)
-    if simple and bias is None:
-        full = None if mask is None else mask[:, None]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=full, scale=scale, enable_gqa=groups > 1
-        )
-        if mask is None:
-            return out
-        return out.masked_fill(~mask.any(-1)[:, None, :, None], 0.0)
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], -math.inf)
-    columns = scores.shape[-1]
-    if sink_logits is not None:
-        sink = sink_logits.to(scores)[None, :, None, None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = torch.softmax(scores, -1, dtype=softmax_dtype or q.dtype).to(q.dtype)
-    return weights[..., :columns].nan_to_num(0.0) @ v
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -165,27 +103,17 @@ def attention(
     positions: Tensor,
     *,
     layer: int,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
     softmax_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Stateless attention over the new tokens alone; see `attend` and `visible`."""
-    mask = visible(positions, positions, causal, window)
-    return attend(
-        q,
-        k,
-        v,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        bias=bias,
-        softmax_dtype=softmax_dtype,
-    )
+    """Stateless attention over the new tokens alone; `options` are those of `Scoring`."""
+    scoring = Scoring(**options)
+    mask = scoring.span.sees(positions, positions)
+    by_distance = scoring.bias(positions, positions)
+    if by_distance is not None:
+        bias = by_distance if bias is None else bias + by_distance
+    return attend(q, k, v, mask, scoring, bias=bias, softmax_dtype=softmax_dtype)
 
 
 def hadamard(x: Tensor, *, block: int, signs: Tensor | None = None) -> Tensor:
@@ -205,24 +133,14 @@ def cached_attention(
     positions: Tensor,
     *,
     layer: int,
-    scale: float,
     v_head_dim: int,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Attend to everything the cache holds for `layer`, the new tokens included."""
-    return resolve_handle(cache).attend(
-        layer,
-        q,
-        positions,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sink_logits=sink_logits,
-    )
+    """Attend to everything the cache holds for `layer`, the new tokens included.
+
+    `options` are those of `Scoring`.
+    """
+    return resolve_handle(cache).attend(layer, q, positions, Scoring(**options))
 
 
 def _fake_like_x(x: Tensor, *_: object, **__: object) -> Tensor:

@@ -85,6 +85,9 @@ class AttentionSite:
         rope: Rotary embedding, or None.
         window: Sliding window in tokens, or None.
         softcap: Softcap of the scores, or None.
+        chunk: Length of chunks that see only themselves, or None.
+        sink_logits: Key of the sink logits `[H]`, or None.
+        alibi_slopes: Key of the ALiBi slopes `[H]`, or None.
         k_basis: Rotation that keys are in when they reach the attention op.
         v_basis: The same for values.
         notes: What was left in the graph as it is, and why; the site works all the same.
@@ -104,6 +107,9 @@ class AttentionSite:
     rope: RopeSpec | None = None
     window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
+    sink_logits: str | None = None
+    alibi_slopes: str | None = None
     k_basis: Basis = field(default_factory=Basis)
     v_basis: Basis = field(default_factory=Basis)
     notes: tuple[str, ...] = ()

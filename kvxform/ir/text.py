@@ -105,7 +105,7 @@ def _format_site(site: AttentionSite) -> str:
     if site.rope is not None:
         pairs = "interleaved" if site.rope.interleaved else "half"
         parts.append(f"rope({site.rope.rotary_dim}, {pairs})")
-    for name in ("window", "softcap"):
+    for name in ("window", "chunk", "softcap", "sink_logits", "alibi_slopes"):
         value = getattr(site, name)
         if value is not None:
             parts.append(f"{name} {value}")

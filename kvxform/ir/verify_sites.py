@@ -67,8 +67,10 @@ def _check_attention(site: AttentionSite, node: fx.Node) -> None:
     elif node.kwargs["v_head_dim"] != site.v_head_dim:
         raise invalid(f"v_head_dim must be {site.v_head_dim}", node.kwargs["v_head_dim"], node)
     _check_heads(node, node, "the result", site.num_q_heads, site.v_head_dim)
-    for name in ("scale", "window", "softcap"):
+    for name in ("scale", "window", "chunk", "softcap", "sink_logits", "alibi_slopes"):
         wanted, found = getattr(site, name), node.kwargs.get(name)
+        if isinstance(found, fx.Node):
+            found = found.target
         if wanted != found:
             raise invalid(f"{name} must be that of the site, {wanted}", found, node)
 

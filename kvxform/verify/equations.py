@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, make_codec
-from kvxform.ir.ops import visible
 from kvxform.ir.plan import StreamPlan
+from kvxform.ir.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,8 @@ def two_copies(stream: StreamPlan, stored: Tensor) -> TwoCopies:
     return TwoCopies(exact, encoded, is_encoded.to(stored.device))
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """Options of one attention; see `kvx::cached_attention`."""
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sink_logits: Tensor | None = None
-
-
 def attend(
-    q: Tensor, positions: Tensor, key: TwoCopies, value: TwoCopies, options: ReadOptions
+    q: Tensor, positions: Tensor, key: TwoCopies, value: TwoCopies, scoring: Scoring
 ) -> Tensor:
     """Attend from some positions of one sequence to all its tokens; computed in float64.
 
@@ -83,7 +73,7 @@ def attend(
         positions: Positions of the queries, int64 `[S]`.
         key: K of the sequence.
         value: V of the sequence.
-        options: Scale, window, softcap and sink logits `[H]`.
+        scoring: The options of the attention.
 
     Returns:
         `[H, S, Dv]`, in the basis of the values, float64.
@@ -94,16 +84,23 @@ def attend(
         for x in (key.exact, key.encoded, value.exact, value.encoded)
     )
     wide, use_codes = q.double(), key.is_encoded[positions]  # [S, T]
-    scores = options.scale * torch.where(
+    scores = scoring.scale * torch.where(
         use_codes, wide @ k_encoded.transpose(-1, -2), wide @ k_exact.transpose(-1, -2)
     )
-    if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     tokens = torch.arange(scores.shape[-1], device=q.device)
-    mask = visible(positions[None], tokens[None], True, options.window)[0]
+    distance = positions[:, None] - tokens  # [S, T]
+    if scoring.alibi_slopes is not None:
+        scores = scores - scoring.alibi_slopes.double()[:, None, None] * distance
+    mask = distance >= 0
+    if scoring.window is not None:
+        mask &= distance < scoring.window
+    if scoring.chunk is not None:
+        mask &= distance <= positions[:, None] % scoring.chunk  # back to the start of its chunk
     scores = scores.masked_fill(~mask, -math.inf)
-    if options.sink_logits is not None:
-        column = options.sink_logits.double()[:, None, None].expand(*scores.shape[:-1], 1)
+    if scoring.sink_logits is not None:
+        column = scoring.sink_logits.double()[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
     weights = torch.softmax(scores, -1)[..., : mask.shape[-1]]
     use_codes = value.is_encoded[positions]

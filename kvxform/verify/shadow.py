@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvxform.ir.cache import CacheState
 from kvxform.ir.plan import CachePlan
-from kvxform.verify.equations import ReadOptions, TwoCopies, attend, two_copies
+from kvxform.ir.scoring import Scoring
+from kvxform.verify.equations import TwoCopies, attend, two_copies
 
 StepTokens = Sequence[tuple[int, int]]  # (row, new tokens) of each batch entry of a forward pass
 
@@ -76,14 +77,14 @@ class Shadow:
                 store[layer, row] = part if old is None else torch.cat([old, part], 1)
             self._copies.pop((layer, row), None)
 
-    def check_read(self, layer: int, q: Tensor, out: Tensor, options: ReadOptions) -> None:
+    def check_read(self, layer: int, q: Tensor, out: Tensor, scoring: Scoring) -> None:
         """Compare attention outputs `[B, H, S, Dv]` with the equations."""
         owner = self.plan.site(layer).owner
         for entry, (row, count) in enumerate(self._steps[self._done[owner] - 1]):
             length = self._keys[owner, row].shape[1]
             positions = torch.arange(length - count, length, device=q.device)
             key, value = self._two_copies(layer, row)
-            expected = attend(q[entry, :, :count], positions, key, value, options)
+            expected = attend(q[entry, :, :count], positions, key, value, scoring)
             worst = float((out[entry, :, :count].double() - expected).abs().max())
             error = worst / max(float(expected.abs().max()), 1e-30)
             if error > self.read_error or error != error:
@@ -110,28 +111,7 @@ class _Watched:
         self._shadow.append(layer, k, v)
         self._state.append(layer, k, v)
 
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        positions: Tensor,
-        *,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-        sink_logits: Tensor | None,
-    ) -> Tensor:
-        out = self._state.attend(
-            layer,
-            q,
-            positions,
-            scale=scale,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-            sink_logits=sink_logits,
-        )
-        options = ReadOptions(scale, window, softcap, sink_logits)
-        self._shadow.check_read(layer, q, out, options)
+    def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
+        out = self._state.attend(layer, q, positions, scoring)
+        self._shadow.check_read(layer, q, out, scoring)
         return out

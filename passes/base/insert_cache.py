@@ -7,6 +7,7 @@ only the new tokens of a decode step.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,10 +21,11 @@ from kvxform.codecs.hadamard import Basis
 from kvxform.ir.facts import FactValue
 from kvxform.ir.plan import CachePlan, Regions, SitePlan, StreamPlan
 from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.scoring import Scoring
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
 
-CARRIED = ("layer", "scale", "causal", "window", "softcap", "sink_logits")
+CARRIED = ("layer", *(option.name for option in dataclasses.fields(Scoring)))
 HANDLE = TensorType(torch.int64, ())
 
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import llama_program, run, token_ids
 
-import kvxform.ir.ops as kvx
 from kvxform.errors import CodegenError
 from kvxform.runtime.model import OptimizedModel
 
@@ -230,27 +229,26 @@ def test_narrow_dtypes_follow_the_wide_result(name, dtype):
     assert (found - expected).abs().max() < bound * expected.abs().max()
 
 
+PER_HEAD = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("name", ["exact", "int4-windows"])
 @pytest.mark.parametrize(
-    "attention", [{"window": 6}, {"softcap": 2.0}, {"window": 9, "softcap": 3.0}]
+    "attention",
+    [
+        {"window": 6},
+        {"softcap": 2.0},
+        {"window": 9, "softcap": 3.0},
+        {"chunk": 7},
+        {"chunk": 9, "window": 5},
+        {"sink_logits": PER_HEAD},
+        {"alibi_slopes": PER_HEAD},
+        {"alibi_slopes": PER_HEAD, "softcap": 2.0, "chunk": 8},
+    ],
+    ids=lambda options: "+".join(options),
 )
-def test_window_and_softcap(name, attention):
+def test_what_shapes_the_scores(name, attention):
     program = cached_program(PLANS[name], attention=attention)
-    tokens = token_ids(program, 1, 30)[0]
-    expected = defined_logits(program, tokens)
-    for pieces in ([30], [11, 19], [12, *[1] * 18]):
-        session = OptimizedModel(program).new_session(1, 30)
-        assert (feed(session, tokens, pieces) - expected).abs().max() < tolerance(name)
-
-
-@pytest.mark.parametrize("name", ["exact", "int4-windows"])
-def test_softmax_column_without_a_value(name):
-    program = cached_program(PLANS[name])
-    program.weights["sinks"] = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
-    for node in list(program.calls(kvx.CACHED_ATTENTION)):
-        with program.graph.inserting_before(node):
-            sinks = program.graph.create_node("get_attr", "sinks")
-        node.kwargs = {**node.kwargs, "sink_logits": sinks}
     tokens = token_ids(program, 1, 30)[0]
     expected = defined_logits(program, tokens)
     for pieces in ([30], [11, 19], [12, *[1] * 18]):

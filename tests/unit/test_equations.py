@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 import kvxform.ir.ops as kvx
 from kvxform.codecs.base import make_codec
 from kvxform.ir.plan import Regions, StreamPlan
-from kvxform.verify.equations import ReadOptions, attend, two_copies
+from kvxform.ir.scoring import Scoring
+from kvxform.verify.equations import attend, two_copies
 
 
 def make_stream(spec: dict, regions: Regions, head_dim: int = 16) -> StreamPlan:
@@ -57,13 +58,16 @@ def test_a_token_is_encoded_exactly_when_the_rule_says(tokens, sink, recent, flu
 def test_attention_over_an_exact_cache_is_the_attention_of_the_dialect():
     q, k, v = (torch.randn(1, h, 9, 16, dtype=torch.float64) for h in (4, 2, 2))
     positions = torch.arange(9)
-    for window, softcap, sink in ((None, None, None), (4, 2.0, torch.randn(4).double())):
-        expected = kvx.attention(
-            q, k, v, positions[None], layer=0, scale=0.3, window=window, softcap=softcap,
-            sink_logits=sink,
-        )  # fmt: skip
-        options = ReadOptions(0.3, window, softcap, sink)
-        got = attend(q[0], positions, two_copies(EXACT, k[0]), two_copies(EXACT, v[0]), options)
+    per_head = torch.randn(4, dtype=torch.float64)
+    for options in (
+        {},
+        {"window": 4, "softcap": 2.0, "sink_logits": per_head},
+        {"chunk": 3, "alibi_slopes": per_head},
+        {"window": 2, "chunk": 4, "softcap": 1.0, "alibi_slopes": per_head},
+    ):
+        expected = kvx.attention(q, k, v, positions[None], layer=0, scale=0.3, **options)
+        scoring = Scoring(0.3, **options)
+        got = attend(q[0], positions, two_copies(EXACT, k[0]), two_copies(EXACT, v[0]), scoring)
         torch.testing.assert_close(got, expected[0], rtol=0, atol=1e-12)
 
 
@@ -71,7 +75,7 @@ def test_each_query_reads_the_copy_that_was_live_at_its_time():
     stream = make_stream({"codec": "int", "bits": 2}, Regions(sink=1, recent=2))
     q, k, v = (torch.randn(2, 6, 16, dtype=torch.float64) for _ in range(3))
     key, value = two_copies(stream, k), two_copies(stream, v)
-    got = attend(q, torch.arange(6), key, value, ReadOptions(0.25))
+    got = attend(q, torch.arange(6), key, value, Scoring(0.25))
     for t in range(6):  # the cache as it stands once token t has been appended
         now_k = two_copies(stream, k[:, : t + 1]).held()
         now_v = two_copies(stream, v[:, : t + 1]).held()

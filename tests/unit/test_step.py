@@ -9,6 +9,7 @@ from kvxform.codecs.exact import ExactCodec
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.step import Step
 from kvxform.ir.plan import Regions, StreamPlan
+from kvxform.ir.scoring import Span
 
 PAGE_SIZE = 16
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_a_query_sees_its_past_in_the_copy_of_its_time(stream, lengths, window):
     rule = step.rule(FlushRule.of(stream))
     for first in range(0, step.num_new, 6):
         run = step.query_run(first, min(first + 6, step.num_new))
-        hidden = step.hidden(run, window)
+        hidden = step.hidden(run, Span(window=window))
         for b, (start, count) in enumerate(lengths):
             for i in range(first, min(run.last, count)):
                 t = start + i
@@ -110,13 +111,15 @@ def make_step(starts, counts):
 
 
 def test_masks_are_left_out_where_every_key_is_visible():
-    assert make_step([5, 5], [1, 1]).visible(None) is None
-    assert make_step([5, 5], [1, 1]).visible(6) is None
-    assert make_step([5, 5], [1, 1]).visible(5).tolist() == [[[False] + [True] * 5]] * 2
-    assert make_step([5, 4], [1, 1]).visible(None)[1].tolist() == [[True] * 5 + [False]]
-    assert make_step([0, 0], [4, 3]).is_causal_square(None)
-    assert not make_step([0, 1], [4, 3]).is_causal_square(None)
-    assert not make_step([0, 0], [4, 3]).is_causal_square(2)
+    assert make_step([5, 5], [1, 1]).visible(Span()) is None
+    assert make_step([5, 5], [1, 1]).visible(Span(window=6)) is None
+    assert (
+        make_step([5, 5], [1, 1]).visible(Span(window=5)).tolist() == [[[False] + [True] * 5]] * 2
+    )
+    assert make_step([5, 4], [1, 1]).visible(Span())[1].tolist() == [[True] * 5 + [False]]
+    assert make_step([0, 0], [4, 3]).is_causal_square(Span())
+    assert not make_step([0, 1], [4, 3]).is_causal_square(Span())
+    assert not make_step([0, 0], [4, 3]).is_causal_square(Span(window=2))
 
 
 @pytest.mark.parametrize(
