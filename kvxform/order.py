@@ -62,6 +62,21 @@ def facts_after(graph_pass: GraphPass, facts: Facts) -> Facts:
     return facts.updated(graph_pass.ensures(), forget=graph_pass.invalidates)
 
 
+def hint_for(requirement: Requirement, facts: Facts, name: str) -> str:
+    """Return what to do where `requirement` of the pass called `name` is not met."""
+    makers = _passes_that_ensure(requirement, facts)
+    if makers:
+        return f"add {' or '.join(makers)} before {name}"
+    return f"change the recipe so that {requirement.fact} is {describe_wanted(requirement)}"
+
+
+def describe_wanted(requirement: Requirement) -> str:
+    """Return the values that meet a requirement, in words."""
+    if requirement.allowed:
+        return " or ".join(str(value) for value in requirement.allowed)
+    return "not " + " or ".join(str(value) for value in requirement.refused)
+
+
 def _refusal(
     passes: Sequence[PlannedPass], index: int, requirement: Requirement, before: Sequence[Facts]
 ) -> RecipeError:
@@ -73,10 +88,7 @@ def _refusal(
     for late in passes[index + 1 :]:
         if requirement.is_met(facts_after(late.graph_pass, before[index])):
             return _move(requirement, late, above=needy, where=needy)
-    hint = f"change the recipe so that {requirement.fact} is {_wanted(requirement)}"
-    makers = _passes_that_ensure(requirement, before[index])
-    if makers:
-        hint = f"add {' or '.join(makers)} before {needy.name}"
+    hint = hint_for(requirement, before[index], needy.name)
     return RecipeError("KVX213", requirement.because, where=needy.name, at=needy.step.at, hint=hint)
 
 
@@ -99,12 +111,6 @@ def _passes_that_ensure(requirement: Requirement, facts: Facts) -> list[str]:
         if not needs_options and requirement.is_met(facts_after(cls(), facts)):
             found.append(name)
     return found
-
-
-def _wanted(requirement: Requirement) -> str:
-    if requirement.allowed:
-        return " or ".join(str(value) for value in requirement.allowed)
-    return "not " + " or ".join(str(value) for value in requirement.refused)
 
 
 def _ordered(passes: Sequence[PlannedPass], facts: Facts) -> list[PlannedPass] | None:

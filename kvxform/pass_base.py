@@ -83,12 +83,14 @@ class NoMatch:
         layer: Layer of the site, or None.
         node: Name of the first node that differs, or empty.
         done: True if the pass had already been applied there.
+        hint: What the user can do about it, or empty.
     """
 
     reason: str
     layer: int | None = None
     node: str = ""
     done: bool = False
+    hint: str = ""
 
 
 class Rewriter:
