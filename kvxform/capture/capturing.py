@@ -17,10 +17,12 @@ from kvxform.capture.exporting import (
     make_functional,
     prepare,
 )
+from kvxform.capture.mixers import find_mixers
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
-from kvxform.capture.positions import prove_local, read_positions
+from kvxform.capture.positions import read_positions
 from kvxform.capture.probing import TOLERANCE, Prober, error, one_thread
+from kvxform.capture.sharing import mark_owners, merge_equal_calls
 from kvxform.capture.sites import SiteRaiser
 from kvxform.capture.sources import AnySource, Source, open_source
 from kvxform.capture.structure import op_name
@@ -117,17 +119,17 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
     prober.refresh()
     context_length = read_positions(prober, info.context_length)
     remove_dead(graph)
+    merge_equal_calls(graph)
     graph.lint()
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     program = Program(
         graph=graph,
         weights={k: v for k, v in weights.items() if k in used},
-        sites=tuple(raiser.sites),
+        sites=mark_owners(graph, raiser.sites),
         info=complete_info(info, graph, context_length),
         rejected=tuple(raiser.rejected),
     )
-    prove_local(program)
-    return program
+    return replace(program, rejected=(*program.rejected, *find_mixers(program)))
 
 
 def complete_info(info: ModelInfo, graph: fx.Graph, context_length: int | None) -> ModelInfo:

@@ -90,6 +90,7 @@ class AttentionSite:
         alibi_slopes: Key of the ALiBi slopes `[H]`, or None.
         k_basis: Rotation that keys are in when they reach the attention op.
         v_basis: The same for values.
+        shared_with: Earlier layer whose keys and values it reads, or None if it has its own.
         notes: What was left in the graph as it is, and why; the site works all the same.
     """
 
@@ -112,12 +113,18 @@ class AttentionSite:
     alibi_slopes: str | None = None
     k_basis: Basis = field(default_factory=Basis)
     v_basis: Basis = field(default_factory=Basis)
+    shared_with: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def owner(self) -> int:
+        """Layer whose keys and values are read: its own unless layers share."""
+        return self.layer if self.shared_with is None else self.shared_with
 
 
 @dataclass(frozen=True)
 class RejectedSite:
-    """A candidate that was left alone.
+    """A candidate that was left alone, or something else that mixes tokens.
 
     Attributes:
         module: Path of the source module.
@@ -126,6 +133,7 @@ class RejectedSite:
         matched: What was proven before it failed, in order.
         node: Op and source line of the first node that differs, or empty.
         hint: What would have to change, or empty.
+        kind: `attention`, or `mixer` for a layer with a state of another kind.
     """
 
     module: str
@@ -134,6 +142,7 @@ class RejectedSite:
     matched: tuple[str, ...] = ()
     node: str = ""
     hint: str = ""
+    kind: Literal["attention", "mixer"] = "attention"
 
 
 @dataclass(frozen=True)
@@ -206,6 +215,10 @@ class Program:
         for node in self.graph.nodes:
             if node.op == "call_function" and node.target in targets:
                 yield node
+
+    def readers(self, owner: int) -> tuple[AttentionSite, ...]:
+        """Return the sites that read the keys and values of layer `owner`, itself included."""
+        return tuple(site for site in self.sites if site.owner == owner)
 
     def attention_node(self, layer: int) -> fx.Node:
         """Return the attention or cached_attention node of `layer`; KeyError if there is none."""

@@ -64,7 +64,9 @@ def format_program(program: Program) -> str:
     context = "" if info.context_length is None else f", context {info.context_length}"
     header = [f"model: {info.name} ({info.family}), {info.dtype}, vocab {info.vocab_size}{context}"]
     header += ["sites:", *_fold((site.layer, _format_site(site)) for site in program.sites)]
-    header += [f"rejected: {site.module}: {site.reason}" for site in program.rejected]
+    for site in program.rejected:
+        label = "mixer" if site.kind == "mixer" else "rejected"
+        header.append(f"{label}: {site.module}: {site.reason}")
     facts = (f"{name}={value}" for name, value in sorted(program.facts.changed().items()))
     header.append(f"facts: {', '.join(facts) or NOTHING}")
     if program.plan is not None:
@@ -109,6 +111,8 @@ def _format_site(site: AttentionSite) -> str:
         value = getattr(site, name)
         if value is not None:
             parts.append(f"{name} {value}")
+    if site.shared_with is not None:
+        parts.append(f"k and v of layer {site.shared_with}")
     return f"{', '.join(parts)}; basis k {site.k_basis}, v {site.v_basis}"
 
 

@@ -68,9 +68,8 @@ def _check_attention(site: AttentionSite, node: fx.Node) -> None:
         raise invalid(f"v_head_dim must be {site.v_head_dim}", node.kwargs["v_head_dim"], node)
     _check_heads(node, node, "the result", site.num_q_heads, site.v_head_dim)
     for name in ("scale", "window", "chunk", "softcap", "sink_logits", "alibi_slopes"):
-        wanted, found = getattr(site, name), node.kwargs.get(name)
-        if isinstance(found, fx.Node):
-            found = found.target
+        option = node.kwargs.get(name)
+        wanted, found = getattr(site, name), option.target if isinstance(option, fx.Node) else option
         if wanted != found:
             raise invalid(f"{name} must be that of the site, {wanted}", found, node)
 

@@ -2,7 +2,8 @@
 
 Legal for causal attention without an additive bias, at the positions that the program was given.
 All attentions of a program are rewritten, or none: beside cached ones, a stateless one would see
-only the new tokens of a decode step.
+only the new tokens of a decode step. A layer that reads keys and values of an earlier one appends
+nothing and reads the cache of that layer, its owner.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.hadamard import Basis
 from kvxform.ir.facts import FactValue
 from kvxform.ir.plan import CachePlan, Regions, SitePlan, StreamPlan
-from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.program import AttentionSite, Program, RejectedSite
 from kvxform.ir.scoring import Scoring
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
@@ -49,7 +50,7 @@ class InsertCache(GraphPass):
         """Match every stateless attention, or none if one of them cannot be cached."""
         found = [_check(program, node) for node in program.calls(*kvx.ATTENTION_OPS)]
         blocked = [f.reason for f in found if isinstance(f, NoMatch) and not f.done]
-        raw = [f"{site.module} was not raised: {site.reason}" for site in program.rejected]
+        raw = [_left_alone(site) for site in program.rejected]
         if not blocked and not raw:
             return found
         because = f"another attention cannot be cached ({(blocked + raw)[0]})"
@@ -68,13 +69,15 @@ class InsertCache(GraphPass):
         if not program.is_cached:
             rewriter.placeholder("cache", HANDLE)
         kept = {name: node.kwargs[name] for name in CARRIED if name in node.kwargs}
-        append = rewriter.call_before(
-            node,
-            kvx.CACHE_APPEND,
-            (k, v, program.placeholder("cache")),
-            {"layer": site.layer},
-            type_=HANDLE,
-        )
+        append = program.append_node(site.owner)
+        if append is None:  # of an owner; readers come later in the graph
+            append = rewriter.call_before(
+                node,
+                kvx.CACHE_APPEND,
+                (k, v, program.placeholder("cache")),
+                {"layer": site.layer},
+                type_=HANDLE,
+            )
         cached = rewriter.call_before(
             node,
             kvx.CACHED_ATTENTION,
@@ -85,6 +88,12 @@ class InsertCache(GraphPass):
         rewriter.replace(node, cached)
         present = program.plan.sites if program.plan else ()
         rewriter.set_plan(CachePlan((*present, _plan(site, program))))
+
+
+def _left_alone(site: RejectedSite) -> str:
+    if site.kind == "mixer":
+        return f"{site.module} keeps a state that is not cached: {site.reason}"
+    return f"{site.module} was not raised: {site.reason}"
 
 
 def _check(program: Program, node: fx.Node) -> Match | NoMatch:
@@ -117,7 +126,7 @@ def _plan(site: AttentionSite, program: Program) -> SitePlan:
 
     return SitePlan(
         site.layer,
-        site.layer,
+        site.owner,
         site.num_q_heads,
         site.num_kv_heads,
         stream(site.head_dim, site.k_basis, is_key=True),

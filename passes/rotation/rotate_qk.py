@@ -75,12 +75,17 @@ class RotateQk(GraphPass):
         assert match.layer is not None, "every match is at a site"
         basis = match.data["basis"]
         attention = program.attention_node(match.layer)
-        append = program.append_node(match.layer)
         _rotate_argument(rewriter, attention, 0, basis)
-        if append is None:
+        owner = program.site(match.layer).owner
+        if program.is_cached:
+            append = program.append_node(match.layer)
+            if append is not None:  # readers of another layer's cache append nothing
+                _rotate_argument(rewriter, append, 0, basis)
+        elif owner == match.layer:
             _rotate_argument(rewriter, attention, 1, basis)
-        else:
-            _rotate_argument(rewriter, append, 0, basis)
+        else:  # the owner comes first, so its keys are rotated by now
+            q, _, *rest = attention.args
+            rewriter.set_args(attention, (q, program.attention_node(owner).args[1], *rest))
         rewriter.set_basis(match.layer, key=basis)
 
     def _check(self, program: Program, site: AttentionSite) -> Match | NoMatch:

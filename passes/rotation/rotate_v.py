@@ -61,32 +61,40 @@ class RotateV(GraphPass):
             PassError: KVX204 if the block does not divide head_dim.
         """
         uses = weight_uses(program)
-        return [self._check(site, uses) for site in program.sites]
+        return [self._check(program, site, uses) for site in program.sites]
 
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
-        """Rotate W_v and its bias, un-rotate W_o, and record the basis."""
+        """Rotate W_v and its bias, un-rotate W_o of every reader, and record the basis."""
         assert match.layer is not None, "every match is at a site"
         site, basis = program.site(match.layer), match.data["basis"]
         assert site.v is not None, "match found it"
-        assert site.o is not None, "match found it"
         made = site.v.indices(site.num_kv_heads, site.v_head_dim)
-        read = site.o.indices(site.num_q_heads, site.v_head_dim)
         out_axis = 0 if site.v.layout == "out_in" else 1
         weight = program.weights[site.v.weight]
         rewriter.set_weight(site.v.weight, _rotate_heads(weight, out_axis, made, basis))
         if site.v.bias is not None:
             bias = program.weights[site.v.bias]
             rewriter.set_weight(site.v.bias, _rotate_heads(bias, 0, made, basis))
-        in_axis = 1 if site.o.layout == "out_in" else 0
-        weight = program.weights[site.o.weight]
-        rewriter.set_weight(site.o.weight, _rotate_heads(weight, in_axis, read, basis))
-        rewriter.set_basis(site.layer, value=basis)
+        for reader in program.readers(site.layer):
+            assert reader.o is not None, "match found it"
+            read = reader.o.indices(reader.num_q_heads, reader.v_head_dim)
+            in_axis = 1 if reader.o.layout == "out_in" else 0
+            weight = program.weights[reader.o.weight]
+            rewriter.set_weight(reader.o.weight, _rotate_heads(weight, in_axis, read, basis))
+            rewriter.set_basis(reader.layer, value=basis)
 
-    def _check(self, site: AttentionSite, uses: Mapping[str, int]) -> Match | NoMatch:
-        if site.v is None or site.o is None:
-            missing = "values" if site.v is None else "heads"
-            verb = "made" if site.v is None else "read"
-            return NoMatch(f"{missing} are not {verb} by a plain linear layer", site.layer)
+    def _check(
+        self, program: Program, site: AttentionSite, uses: Mapping[str, int]
+    ) -> Match | NoMatch:
+        if site.shared_with is not None:
+            found = self._check(program, program.site(site.owner), uses)
+            rotated = isinstance(found, Match) or found.done
+            return NoMatch(f"values are those of layer {site.owner}", site.layer, done=rotated)
+        outputs = [reader.o for reader in program.readers(site.layer)]
+        if site.v is None:
+            return NoMatch("values are not made by a plain linear layer", site.layer)
+        if None in outputs:
+            return NoMatch("heads are not read by a plain linear layer", site.layer)
         if self.block is None and site.v_head_dim % 2:
             return NoMatch(f"no Hadamard block fits head_dim {site.v_head_dim}", site.layer)
         basis = make_basis(self.block, self.seed, site.v_head_dim, self.pass_name(), site.module)
@@ -95,7 +103,8 @@ class RotateV(GraphPass):
         if site.v_basis != Basis():
             reason = f"values are in basis {site.v_basis}, and rotations do not stack"
             return NoMatch(reason, site.layer)
-        for name in filter(None, (site.v.weight, site.v.bias, site.o.weight)):
+        read = [output.weight for output in outputs if output is not None]
+        for name in filter(None, (site.v.weight, site.v.bias, *read)):
             if uses[name] != 1:
                 return NoMatch(f"weight {name} is read in {uses[name]} places", site.layer)
         if site.k is not None and _overlap(site, site.k):
