@@ -11,6 +11,7 @@ Three forms, chosen from the plan and the options of the node, never by trial:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 from torch import fx
@@ -22,6 +23,7 @@ from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
 from kvxform.codegen.onnx.streams import append_both
 from kvxform.ir.plan import SitePlan
+from kvxform.ir.scoring import Span
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ def appends_itself(e: Emission, node: fx.Node) -> bool:
     site = e.program.plan.site(int(node.kwargs["layer"]))  # type: ignore[arg-type]
     readers = [s for s in e.program.plan.sites if s.owner == site.layer]
     dtype = dtype_of(node.args[0])  # type: ignore[arg-type]
-    attention = e.program.attention_node(site.layer).kwargs
+    options = e.program.attention_node(site.layer).kwargs
     plain = all(is_plain(plan, dtype) for plan in site.streams.values())
-    special = attention.get("softcap") is not None or attention.get("sink_logits") is not None
+    shaping = ("softcap", "sink_logits", "alibi_slopes")
+    special = any(options.get(name) is not None for name in shaping)
     return plain and len(readers) == 1 and not special
 
 
@@ -70,19 +73,19 @@ def emit_cached_attention(
     scale: float,
     causal: bool = True,
     window: int | None = None,
-    softcap: float | None = None,
-    sink_logits: ir.Value | None = None,
+    chunk: int | None = None,
+    **others: Any,
 ) -> ir.Value:
     """Emit attention of the new queries over the cache of the owner of this layer."""
     assert e.program.plan is not None, "insert-cache has run"
     site = e.program.plan.site(layer)
-    scoring = Scoring(scale, causal, window, softcap, sink_logits)
+    scoring = Scoring(scale, Span(causal, window, chunk), **others)
     found = e.caches[site.owner]
     if isinstance(found, NewTokens):
         return _fused(e, site, q, found, scoring)
     key, value = found
-    if scoring.is_standard and key.values is not None and value.values is not None:
-        mask = attention_mask(e, causal=causal, window=window)
+    if scoring.is_plain and key.values is not None and value.values is not None:
+        mask = attention_mask(e, scoring.span)
         return e.builder.op(
             "Attention", q, key.values, value.values, mask, role="attention", scale=scale
         )
@@ -92,7 +95,7 @@ def emit_cached_attention(
 def _fused(e: Emission, site: SitePlan, q: ir.Value, new: NewTokens, scoring: Scoring) -> ir.Value:
     past_k = e.ports.enter(site, "key")["value"]
     past_v = e.ports.enter(site, "value")["value"]
-    mask = attention_mask(e, causal=scoring.causal, window=scoring.window)
+    mask = attention_mask(e, scoring.span)
     y, k, v = e.builder.ops(
         "Attention",
         q,

@@ -1,4 +1,6 @@
-"""Which keys a query sees, as boolean masks over slots, shared by all layers.
+"""Which keys a query sees, as boolean masks over slots, and how far it is from them.
+
+Masks and distances are shared by all layers.
 
 A slot is a place in the cached sequence, padding included: the new tokens take the last slots. A
 slot that `attention_mask` leaves out is seen by nobody but itself, so that no row of a softmax is
@@ -9,9 +11,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvxform.codegen.onnx.builder import BOOL, INT64
+from kvxform.codegen.onnx.builder import BOOL
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.ir.plan import StreamPlan
+from kvxform.ir.scoring import Span
 
 
 def total_length(e: Emission) -> ir.Value:
@@ -34,9 +37,17 @@ def key_slots(e: Emission) -> ir.Value:
     return e.shared(("key slots",), lambda: _range(e, e.builder.const([0]), total_length(e)))
 
 
-def attention_mask(e: Emission, *, causal: bool, window: int | None) -> ir.Value:
+def attention_mask(e: Emission, span: Span) -> ir.Value:
     """Return the mask of one kind of attention, bool `[batch, 1, sequence, total]`."""
-    return e.shared(("mask", causal, window), lambda: _mask(e, causal, window))
+    return e.shared(("mask", span), lambda: _mask(e, span))
+
+
+def key_distance(e: Emission) -> ir.Value:
+    """Return by how many positions a key lies behind a query, int64 `[batch, 1, sequence, total]`.
+
+    Positions count real tokens only, so padding between turns does not use up a window.
+    """
+    return e.shared(("distance",), lambda: e.builder.op("Sub", *_rows_and_columns(e, 1)))
 
 
 def _range(e: Emission, start: ir.Value, stop: ir.Value) -> ir.Value:
@@ -49,31 +60,38 @@ def _query_slots(e: Emission) -> ir.Value:
     return e.builder.op("Unsqueeze", slots, e.builder.const([1]))
 
 
-def _mask(e: Emission, causal: bool, window: int | None) -> ir.Value:
+def _mask(e: Emission, span: Span) -> ir.Value:
     b = e.builder
     real = b.op("Cast", e.inputs.attention_mask, dtype=BOOL, to=int(BOOL))
     mask = b.op("Unsqueeze", real, b.const([1, 2]))  # [B, T] -> [B, 1, 1, T]
-    if causal:
+    if span.causal:
         seen = b.op("LessOrEqual", key_slots(e), query_slots(e), dtype=BOOL)  # [S, T]
         mask = b.op("And", mask, seen)
-    if window is not None:
-        mask = b.op("And", mask, _within(e, window))
+    if span.window is not None:
+        within = b.op("Less", key_distance(e), b.const(span.window), dtype=BOOL)
+        mask = b.op("And", mask, within)
+    if span.chunk is not None:
+        same = b.op("Equal", *_rows_and_columns(e, span.chunk), dtype=BOOL)
+        mask = b.op("And", mask, same)
     itself = b.op("Equal", key_slots(e), query_slots(e), dtype=BOOL)
     return b.op("Or", mask, itself)
 
 
-def _within(e: Emission, window: int) -> ir.Value:
-    """Return whether a key is less than `window` positions back, bool `[B, 1, S, T]`.
+def _rows_and_columns(e: Emission, chunk: int) -> tuple[ir.Value, ir.Value]:
+    """Return chunks of queries `[batch, 1, sequence, 1]` and of keys `[batch, 1, 1, total]`.
 
-    Positions count real tokens only, so padding between turns does not use up the window.
+    A chunk is a position divided by the length of chunks.
     """
     b = e.builder
-    counts = b.op("CumSum", e.inputs.attention_mask, b.const(1))  # position + 1
-    new = e.slice(counts, past_length(e), total_length(e), axis=1)
-    rows = b.op("Unsqueeze", new, b.const([1, 3]))  # [B, 1, S, 1]
-    columns = b.op("Unsqueeze", counts, b.const([1, 2]))  # [B, 1, 1, T]
-    distance = b.op("Sub", rows, columns, dtype=INT64)
-    return b.op("Less", distance, b.const(window), dtype=BOOL)
+
+    def keys() -> ir.Value:
+        counts = b.op("CumSum", e.inputs.attention_mask, b.const(1))
+        positions = b.op("Sub", counts, b.const(1))
+        return positions if chunk == 1 else b.op("Div", positions, b.const(chunk))
+
+    every = e.shared(("chunks", chunk), keys)
+    new = e.slice(every, past_length(e), total_length(e), axis=1)
+    return b.op("Unsqueeze", new, b.const([1, 3])), b.op("Unsqueeze", every, b.const([1, 2]))
 
 
 def body_length(e: Emission, plan: StreamPlan, length: ir.Value, name: str) -> ir.Value:

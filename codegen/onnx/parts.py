@@ -1,6 +1,6 @@
 """Attention from MatMul and Softmax, over streams in several parts or several copies.
 
-It serves scores with a softcap or with sink logits, bodies that are read without decoding, and
+It serves scores with a softcap, ALiBi or sink logits, bodies that are read without decoding, and
 calls in which an earlier query saw a token before it was encoded: then K and V of that token exist
 twice, and each query takes the copy that was live at its time. K and V may differ in that.
 """
@@ -17,29 +17,31 @@ from kvxform.codegen.onnx.masks import (
     attention_mask,
     body_length,
     fresh_mask,
+    key_distance,
     past_length,
     total_length,
 )
 from kvxform.codegen.onnx.streams import StreamView, leaving_length
 from kvxform.ir.plan import SitePlan
+from kvxform.ir.scoring import Span
 
 COLUMNS = 3  # the axis of keys in scores and weights
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Options of a cached_attention node that shape its scores."""
+    """`kvxform.ir.scoring.Scoring` with ONNX values instead of tensors."""
 
     scale: float
-    causal: bool = True
-    window: int | None = None
+    span: Span
     softcap: float | None = None
     sink_logits: ir.Value | None = None
+    alibi_slopes: ir.Value | None = None
 
     @property
-    def is_standard(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether ONNX Attention has the same meaning."""
-        return self.softcap is None and self.sink_logits is None
+        return self.softcap is None and self.sink_logits is None and self.alibi_slopes is None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ def _softmax(e: Emission, scores: ir.Value, scoring: Scoring) -> ir.Value:
     if scoring.softcap is not None:
         cap = b.const(scoring.softcap, dtype)
         scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, cap)), cap)
-    mask = attention_mask(e, causal=scoring.causal, window=scoring.window)
+    if scoring.alibi_slopes is not None:
+        scores = b.op("Add", scores, _distance_bias(e, scoring.alibi_slopes, dtype))
+    mask = attention_mask(e, scoring.span)
     scores = b.op("Where", mask, scores, b.const(float("-inf"), dtype), dtype=dtype)
     if scoring.sink_logits is None:
         return b.op("Softmax", scores, axis=COLUMNS)
@@ -163,3 +167,16 @@ def _softmax(e: Emission, scores: ir.Value, scoring: Scoring) -> ir.Value:
     column = b.op("Expand", sink, e.shape([*sizes, 1]))
     weights = b.op("Softmax", b.op("Concat", scores, column, axis=COLUMNS), axis=COLUMNS)
     return e.slice(weights, 0, -1, COLUMNS)
+
+
+def _distance_bias(e: Emission, slopes: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return what ALiBi adds to scores, `-slope * distance`, `[B, H, S, T]`."""
+    b, wide = e.builder, slopes.dtype
+    assert wide is not None, "weights have a dtype"
+
+    def make() -> ir.Value:
+        back = b.op("Neg", b.cast(key_distance(e), wide))
+        column = b.op("Unsqueeze", slopes, b.const([1, 2]))  # [H] -> [H, 1, 1]
+        return b.cast(b.op("Mul", back, column), dtype)
+
+    return e.shared(("alibi", slopes.name, dtype), make)

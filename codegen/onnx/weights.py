@@ -60,5 +60,5 @@ def _identity(weight: Tensor) -> tuple[object, ...]:
     """Return a key that is equal only for tensors with equal bytes."""
     kind = (weight.dtype, tuple(weight.shape))
     if weight.nbytes <= COMPARED_BYTES:
-        return (*kind, weight.contiguous().view(torch.uint8).numpy().tobytes())
+        return (*kind, weight.reshape(-1).view(torch.uint8).numpy().tobytes())
     return (*kind, weight.data_ptr(), weight.stride())

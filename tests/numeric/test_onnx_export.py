@@ -141,6 +141,7 @@ def test_padded_rows_are_as_if_alone(case, side, tmp_path):
 
 ATTENTION = {
     "window": {"window": 6},
+    "chunk": {"chunk": 6},
     "softcap": {"softcap": 0.5},
     "both": {"window": 6, "softcap": 0.5},
 }
@@ -157,17 +158,45 @@ def test_options_of_attention(name, case, tmp_path):
     assert_steps(open_export(program, tmp_path / "out"), ids, expected)
 
 
-def test_sink_logits(tmp_path):
-    program = program_of("int4")
+def give_heads(program, option, values):
+    """Give every attention an option with one value a head."""
     for node in program.calls(kvx.CACHED_ATTENTION):
         with program.graph.inserting_before(node):
-            logits = program.graph.create_node("get_attr", "sinks")
-        logits.meta = {**node.meta, "type": TensorType(torch.float32, (4,))}
-        node.kwargs = {**node.kwargs, "sink_logits": logits}
-    program.weights["sinks"] = torch.randn(4)
+            weight = program.graph.create_node("get_attr", option)
+        weight.meta = {**node.meta, "type": TensorType(values.dtype, tuple(values.shape))}
+        node.kwargs = {**node.kwargs, option: weight}
+    program.weights[option] = values
+
+
+@pytest.mark.parametrize("option", ["sink_logits", "alibi_slopes"])
+@pytest.mark.parametrize("case", ["exact", "kivi2"])
+def test_options_with_a_value_a_head(option, case, tmp_path):
+    program = program_of(case)
     ids = token_ids(program, 1, TOKENS)
+    plain = defined_logits(program, ids[0])[None]
+    give_heads(program, option, torch.tensor([1.5, 0.75, 0.3, 0.1]))
     expected = defined_logits(program, ids[0])[None]
+    assert (expected - plain).abs().max() > 5 * TOLERANCE
     assert_steps(open_export(program, tmp_path / "out"), ids, expected)
+
+
+@pytest.mark.parametrize("attention", [{"chunk": 6}, {"window": 6}, {}])
+def test_padded_rows_with_options_by_position_are_as_if_alone(attention, tmp_path):
+    program = program_of("exact", attention=attention)
+    if not attention:
+        give_heads(program, "alibi_slopes", torch.tensor([1.5, 0.75, 0.3, 0.1]))
+    ids = token_ids(program, 2, TOKENS)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :11] = 0
+    prompts = torch.zeros(2, 20, dtype=torch.int64)
+    prompts[mask.bool()] = torch.cat([ids[0, :20], ids[1, :9]])
+    expected = [defined_logits(program, row) for row in ids]
+    session = open_export(program, tmp_path / "out")
+    session.prefill(prompts, mask)
+    for step in range(8):
+        logits = session.decode(torch.stack([ids[0, 20 + step], ids[1, 9 + step]]))
+        assert_close(logits[0], expected[0][20 + step])
+        assert_close(logits[1], expected[1][9 + step])
 
 
 @pytest.mark.parametrize("case", ["exact", "int4, folded"])
