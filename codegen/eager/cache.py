@@ -128,6 +128,30 @@ class PagedCache:
         for store in self._stores.values():
             store.clear(rows, pages)
 
+    def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
+        """Copy the content of pages `old` to pages `new`."""
+        for store in self._stores.values():
+            store.copy_pages(old, new)
+
+    def move_rows(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Let the buffers of each of `rows` become what those of its source were before."""
+        found = {layer: store.read_rows(sources) for layer, store in self._stores.items()}
+        for layer, buffers in found.items():
+            self._stores[layer].write_rows(rows, buffers)
+
+    def copy(self, *, num_pages: int, page_size: int, num_rows: int) -> PagedCache:
+        """Return another cache of the same or larger sizes that holds the same."""
+        cache = PagedCache(
+            self.plan,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_rows=num_rows,
+            device=self.device,
+        )
+        for layer, store in self._stores.items():
+            cache._stores[layer].copy_from(store)
+        return cache
+
     def bytes_held(self, num_pages: int, num_rows: int) -> int:
         """Return bytes of real storage behind so many pages and rows."""
         per_page = sum(store.page_bytes() for store in self._stores.values())

@@ -52,6 +52,15 @@ class FlushRule:
         """Return encoded tokens at one cached length."""
         return max(0, (length - self.sink - self.keep) // self.chunk * self.chunk)
 
+    def can_crop(self, length: int, new_length: int) -> bool:
+        """Whether every token that is exact at `new_length` is still exact at `length`.
+
+        Tokens leave the recent buffer for good when they are encoded.
+        """
+        body = self.body_tokens(new_length)
+        has_tail = new_length > self.sink + body
+        return not has_tail or body == self.body_tokens(length)
+
 
 class RuleStep:
     """Index tensors of one step for the streams that follow one flush rule.

@@ -93,6 +93,25 @@ class SiteStore:
         for store in self._stores:
             store.clear(rows, pages)
 
+    def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
+        """Copy the content of pages `old` to pages `new`."""
+        for store in self._stores:
+            store.copy_pages(old, new)
+
+    def read_rows(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of all buffers of `rows`."""
+        return [store.read_rows(rows) for store in self._stores]
+
+    def write_rows(self, rows: Sequence[int], buffers: list[tuple[Tensor, Tensor]]) -> None:
+        """Set the buffers of `rows` to what `read_rows` returned."""
+        for store, own in zip(self._stores, buffers, strict=True):
+            store.write_rows(rows, own)
+
+    def copy_from(self, other: SiteStore) -> None:
+        """Take over what `other` holds; see `StreamStore.copy_from`."""
+        for store, old in zip(self._stores, other._stores, strict=True):
+            store.copy_from(old)
+
     def page_bytes(self) -> int:
         """Return bytes of one page of the real pool tensors."""
         return sum(store.page_bytes() for store in self._stores)

@@ -222,6 +222,26 @@ class StreamStore:
         for buffer in (self.sink, self.recent):
             buffer[list(rows)] = 0
 
+    def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
+        """Copy the content of pages `old` to pages `new`."""
+        for pool in self.pools.values():
+            pool[list(new)] = pool[list(old)]
+
+    def read_rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return copies of the sink and recent buffers of `rows`."""
+        return self.sink[list(rows)], self.recent[list(rows)]
+
+    def write_rows(self, rows: Sequence[int], buffers: tuple[Tensor, Tensor]) -> None:
+        """Set the sink and recent buffers of `rows` to what `read_rows` returned."""
+        self.sink[list(rows)], self.recent[list(rows)] = buffers
+
+    def copy_from(self, other: StreamStore) -> None:
+        """Take over what `other` holds, a store of the same stream and of no larger sizes."""
+        for name, pool in other.pools.items():
+            self.pools[name][: pool.shape[0], : pool.shape[1]] = pool
+        self.sink[: other.sink.shape[0]] = other.sink
+        self.recent[: other.recent.shape[0]] = other.recent
+
     def page_bytes(self) -> int:
         """Return bytes of one page of the real pool tensors."""
         return sum(pool[0].nbytes for pool in self.pools.values())

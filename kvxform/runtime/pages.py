@@ -1,13 +1,15 @@
-"""PagePool: which page belongs to which sequence, on the host.
+"""PagePool: which page belongs to which sequences, on the host.
 
 Conventions are those of FlashInfer and vLLM: tables are int32, page 0 is the null page that pads
 block tables and is never owned. The free list gives the lowest page first, so equal calls give
-equal tables.
+equal tables. Sequences that were forked share pages; each page has a count of its owners, and a
+page that is about to be written gets one owner first (copy on write).
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +36,23 @@ class PageTable:
     last_page_len: Tensor
 
 
+@dataclass(frozen=True)
+class PageCopy:
+    """A shared page that was replaced by a page of its own, whose content the caller copies.
+
+    Attributes:
+        sequence: Whose page.
+        index: Place among the pages of the sequence.
+        old: The shared page.
+        new: The page that takes its place.
+    """
+
+    sequence: Hashable
+    index: int
+    old: int
+    new: int
+
+
 class PagePool:
     """Hands out pages to sequences; knows nothing of tensors.
 
@@ -46,6 +65,7 @@ class PagePool:
         self.num_pages, self.page_size = num_pages, page_size
         self._free = list(range(1, num_pages))  # ascending, hence a heap
         self._owned: dict[Hashable, list[int]] = {}
+        self._owners: Counter[int] = Counter()
 
     @property
     def num_free(self) -> int:
@@ -54,21 +74,41 @@ class PagePool:
 
     @property
     def num_used(self) -> int:
-        """Pages that sequences own."""
+        """Pages that sequences own, each counted once."""
         return self.num_pages - 1 - len(self._free)
+
+    @property
+    def num_saved(self) -> int:
+        """Pages that sharing saves: owners beyond the first, over all pages."""
+        return sum(self._owners.values()) - len(self._owners)
 
     def pages(self, sequence: Hashable) -> tuple[int, ...]:
         """Return the pages of a sequence in order of its tokens."""
         return tuple(self._owned.get(sequence, ()))
 
-    def grow(self, wanted: Mapping[Hashable, int]) -> None:
+    def grow(
+        self, wanted: Mapping[Hashable, int], written: Mapping[Hashable, int] | None = None
+    ) -> list[PageCopy]:
         """Give each sequence so many pages in all; all of them, or none and an error.
+
+        Args:
+            wanted: Pages of each sequence.
+            written: Index of the first page that a sequence will write to; such pages get one
+                owner. Sequences not named write only to new pages.
+
+        Returns:
+            Shared pages that were replaced: the caller copies their content.
 
         Raises:
             CacheFullError: KVX702 if there are not enough free pages; nothing has changed then.
         """
         missing = {s: max(0, n - len(self._owned.get(s, ()))) for s, n in wanted.items()}
-        needed = sum(missing.values())
+        shared = [
+            (s, i) for s, first in (written or {}).items() for i in self._shared_from(s, first)
+        ]
+        writers = Counter(self._owned[s][i] for s, i in shared)
+        copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())
+        needed = sum(missing.values()) + copies
         if needed > self.num_free:
             raise CacheFullError(
                 "KVX702",
@@ -78,20 +118,73 @@ class PagePool:
                 hint="free rows, or make a session with more num_pages",
             )
         for sequence, count in missing.items():
-            new = [heapq.heappop(self._free) for _ in range(count)]
+            new = [self._take() for _ in range(count)]
             self._owned.setdefault(sequence, []).extend(new)
+        return [copy for s, i in shared if (copy := self._unshare(s, i)) is not None]
+
+    def undo(self, copies: Sequence[PageCopy]) -> list[int]:
+        """Put shared pages back where `grow` replaced them; returns pages that became free."""
+        for copy in copies:
+            self._owned[copy.sequence][copy.index] = copy.old
+            self._owners[copy.old] += 1
+        return [copy.new for copy in copies if self._release(copy.new)]
 
     def shrink(self, sequence: Hashable, keep: int) -> list[int]:
-        """Take all but the first `keep` pages from a sequence; returns the pages taken."""
+        """Take all but the first `keep` pages from a sequence; returns pages that became free."""
         pages = self._owned.get(sequence, [])
         taken = pages[keep:]
         if keep:
             del pages[keep:]
         else:
             self._owned.pop(sequence, None)
-        for page in taken:
+        return [page for page in taken if self._release(page)]
+
+    def reorder(self, order: Sequence[Hashable]) -> list[int]:
+        """Give sequence i the pages of sequence `order[i]`, shared if that is named twice.
+
+        All other sequences lose theirs. Returns pages that became free.
+        """
+        pages = {i: list(self._owned.get(source, ())) for i, source in enumerate(order)}
+        before = set(self._owners)
+        self._owned = {i: own for i, own in pages.items() if own}
+        self._owners = Counter(page for own in pages.values() for page in own)
+        freed = sorted(before - set(self._owners))
+        for page in freed:
             heapq.heappush(self._free, page)
-        return taken
+        return freed
+
+    def add_pages(self, num_pages: int) -> None:
+        """Raise the number of pages, the null page included, to `num_pages`."""
+        for page in range(self.num_pages, num_pages):
+            heapq.heappush(self._free, page)
+        self.num_pages = num_pages
+
+    def _take(self) -> int:
+        page = heapq.heappop(self._free)
+        self._owners[page] = 1
+        return page
+
+    def _release(self, page: int) -> bool:
+        """Take one owner from a page; return whether it became free."""
+        self._owners[page] -= 1
+        if self._owners[page]:
+            return False
+        del self._owners[page]
+        heapq.heappush(self._free, page)
+        return True
+
+    def _shared_from(self, sequence: Hashable, first: int) -> list[int]:
+        """Return indices from `first` on of pages that other sequences own too."""
+        own = self._owned.get(sequence, [])
+        return [index for index in range(first, len(own)) if self._owners[own[index]] > 1]
+
+    def _unshare(self, sequence: Hashable, index: int) -> PageCopy | None:
+        old = self._owned[sequence][index]
+        if self._owners[old] == 1:  # every other owner has got its own copy by now
+            return None
+        self._owners[old] -= 1
+        new = self._owned[sequence][index] = self._take()
+        return PageCopy(sequence, index, old, new)
 
     def block_table(self, sequences: Sequence[Hashable]) -> Tensor:
         """Return pages by row, int32 `[R, most pages]`, padded with the null page."""
