@@ -42,7 +42,7 @@ def test_kv4_is_the_recipe_of_the_design():
     assert names == [*rotations, "quantize-kv", "simplify"]
     assert load_recipe("kv4").bounds.model_dump(exclude_none=True) == {
         "max_kl": 0.1,
-        "bits_per_value": 4.5,
+        "bits_per_value": 6.0,
     }
 
 
