@@ -1,4 +1,4 @@
-# make test | demo | lint | nightly | clean. The first of them sets up .venv; later calls are quick.
+# make test | demo | lint | nightly | coverage-table | clean. The first of them sets up .venv; later calls are quick.
 #
 # Variables: PYTHON (default python3, 3.11 or newer), TORCH_INDEX_URL (package index for torch, for
 # instance that of the CPU builds; default: pip's own settings), ARGS (more arguments for pytest).
@@ -17,13 +17,14 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint nightly clean
+.PHONY: help setup test demo lint nightly coverage-table clean
 
 help:
 	@echo "make test     unit, golden and numeric tests (no GPU, at most 12 minutes on 2 cores)"
 	@echo "make demo     SmolLM2-135M through the whole compiler; files go to demo-out/"
 	@echo "make lint     formatting, types, import arrows, spelling, file sizes"
 	@echo "make nightly  every test, slow ones and those for a GPU included"
+	@echo "make coverage-table  measure all decoder families; writes docs/coverage.md (30 minutes)"
 	@echo "make clean    remove .venv, caches and everything that was made"
 
 # torch first and alone: a later step must never pick another build of it.
@@ -49,6 +50,9 @@ test: $(STAMP)
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+coverage-table: $(STAMP)
+	$(BIN)/python benchmarks/coverage.py $(ARGS)
 
 # Idle threads sleep: where other work runs beside it, spinning ones make every operation wait.
 demo: export OMP_WAIT_POLICY = PASSIVE

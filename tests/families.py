@@ -7,13 +7,15 @@ without transformers, `OTHERS` is a sample of what else transformers has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from models import VOCAB, PlainLlama, RMSNorm, randomise
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 LIMIT = 160  # positions that every model knows
@@ -86,10 +88,39 @@ class Family:
         config = AutoConfig.for_model(self.model_type or self.name, **self.fields)
         torch.manual_seed(self.seed)
         model = AutoModelForCausalLM.from_config(config)
-        if dtype is torch.float64 and getattr(config, "_experts_implementation", None):
-            model.set_experts_implementation("eager")  # grouped_mm has no float64
+        if dtype is torch.float64:
+            if getattr(config, "_experts_implementation", None):
+                model.set_experts_implementation("eager")  # grouped_mm has no float64
+            model.forward = in_float64(model.forward)
         model.generation_config.eos_token_id = None  # continuations are as long as asked
         return randomise(model.to(dtype).eval(), self.seed)
+
+
+class WideSoftmax(TorchFunctionMode):
+    """Softmaxes for which the source asks float32 are in float64 if their scores are."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        is_softmax = func in (torch.softmax, Tensor.softmax, nn.functional.softmax)
+        if is_softmax and args[0].dtype is torch.float64:
+            options["dtype"] = torch.float64
+        return func(*args, **options)
+
+
+def in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward pass whose softmaxes do not fall back to float32.
+
+    Else the sum of a row depends on its length at 1e-7, and a token on how the ones before it came.
+    """
+
+    @functools.wraps(forward)
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        with WideSoftmax():
+            return forward(*args, **kwargs)
+
+    return widened
 
 
 @dataclass(frozen=True)

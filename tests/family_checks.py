@@ -53,10 +53,8 @@ class AttentionCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
-        if packet in self.FUSED:
-            self.count += 1
-        elif packet in self.SOFTMAX and args[0].shape[-1] in self.columns:
-            self.count += 1
+        is_softmax = packet in self.SOFTMAX and args[0].shape[-1] in self.columns
+        self.count += is_softmax or packet in self.FUSED
         return func(*args, **(kwargs or {}))
 
 
@@ -112,9 +110,9 @@ class Subject:
 
 def check_sites(subject: Subject) -> None:
     """Every attention of the model was raised, or refused with a reason."""
-    sites, rejected = subject.program.sites, subject.program.rejected
+    rejected = [r for r in subject.program.rejected if r.kind == "attention"]
     assert all(r.reason for r in rejected)
-    found, there = len(sites) + len(rejected), count_attentions(subject.model)
+    found, there = len(subject.program.sites) + len(rejected), count_attentions(subject.model)
     assert found == there, f"{found} of {there} attentions accounted for"
 
 
