@@ -1,4 +1,4 @@
-"""The public API: `optimize` and `load`; the only module that sees capture, passes and runtime."""
+"""The public API and what the command line calls beside it: models in, results out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from kvxform.capture import capture
-from kvxform.errors import ArtifactError, KvxformError, RecipeError
+from kvxform.errors import ArtifactError, CaptureError, KvxformError, RecipeError
+from kvxform.explain import Explanation, explain_failure, explain_program
+from kvxform.explain.explaining import StepLike
 from kvxform.ir.artifact import load_artifact
 from kvxform.ir.program import Program
 from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
@@ -89,6 +91,41 @@ def plan_model(
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
     return plan_pipeline(captured.program, wanted)
+
+
+def explain_model(
+    model: ModelSource,
+    *,
+    step: StepLike | None = None,
+    recipe: RecipeLike | None = None,
+    layer: int | str | None = None,
+    progress: bool = True,
+) -> Explanation:
+    """Say what was found in a model, what a pass finds in it, and why not more.
+
+    A model in which nothing could be raised is explained too: `failure` says why, `rejected` has
+    the candidates.
+
+    Args:
+        model: As for `optimize`.
+        step: Pass to explain, as recipes write it: `"rotate-v"` or `{"rotate-v": {"block": 32}}`.
+        recipe: Explain the pass within this recipe; without `step`, every pass of it.
+        layer: Only this layer: its index, or the path of its module.
+        progress: Show progress on stderr.
+
+    Raises:
+        KvxformError: As for `optimize`, and KVX801 if there is no such layer.
+    """
+    loaded = None if recipe is None else load_recipe(recipe)
+    with ProgressDisplay(progress) as display:
+        try:
+            program = capture(_source(model), progress=display.talk).program
+        except CaptureError as error:
+            if not error.rejected:
+                raise
+            name = model if isinstance(model, str | Path) else type(model).__name__
+            return explain_failure(error, str(name))
+    return explain_program(program, step=step, recipe=loaded, layer=layer)
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> OptimizedModel:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest_hint(word: str, known: Iterable[str]) -> str:
@@ -65,7 +66,18 @@ class PassError(KvxformError):
 
 
 class CaptureError(KvxformError):
-    """A model cannot be captured, or no attention was found in it."""
+    """A model cannot be captured, or no attention was found in it.
+
+    Args:
+        code: As for `KvxformError`.
+        rule: As for `KvxformError`.
+        rejected: The candidates that were left alone, as `ir.program.RejectedSite`.
+        parts: As for `KvxformError`.
+    """
+
+    def __init__(self, code: str, rule: str, *, rejected: Iterable[Any] = (), **parts: Any) -> None:
+        super().__init__(code, rule, **parts)
+        self.rejected = tuple(rejected)
 
 
 class CodegenError(KvxformError):

@@ -114,6 +114,7 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
             "a model must have attention that can be cached",
             where="capture",
             got="; ".join(reasons) or "no softmax over scores and no SDPA call",
+            rejected=raiser.rejected,
         )
     remove_dead(graph)
     prober.refresh()

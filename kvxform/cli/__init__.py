@@ -4,8 +4,8 @@
 - `output`: data on stdout, talk and progress on stderr
 - `options`: options that several verbs share
 - `targets`: what a TARGET argument may be
-- one module per verb: `optimize`, `export`, `generate`, `plan`, `passes`, `recipes`, `evaluate`,
-  `demo`
+- one module per verb: `optimize`, `export`, `generate`, `plan`, `explain`, `passes`, `recipes`,
+  `evaluate`, `demo`
 
 Heavy imports (torch, transformers) stand inside `run`, so that help and listings are quick.
 """

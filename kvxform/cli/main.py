@@ -1,7 +1,7 @@
 """The entry point: `main` runs one verb and turns every error into one line and an exit code.
 
-Exit codes: 0 done, 2 an error with a code (bad input included), 70 an internal error (KVX800),
-130 interrupted.
+Exit codes: 0 done, 1 the answer of `explain` is no, 2 an error with a code (bad input included),
+70 an internal error (KVX800), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from kvxform.cli import demo, evaluate, export, generate, optimize, passes, plan, recipes
+from kvxform.cli import demo, evaluate, explain, export, generate, optimize, passes, plan, recipes
 from kvxform.cli.output import print_data, talk
 from kvxform.errors import KvxformError
 
@@ -33,6 +33,7 @@ app.command("optimize")(optimize.run)
 app.command("export")(export.run)
 app.command("generate")(generate.run)
 app.command("plan")(plan.run)
+app.command("explain")(explain.run)
 app.command("passes")(passes.run)
 app.add_typer(recipes.app, name="recipes")
 app.command("eval")(evaluate.run)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def run(json: Json = False) -> None:
     """List the passes: name, contract, options and source of the method."""
     import kvxform.passes  # noqa: F401  (fills the registry)
+    from kvxform.explain.pass_text import short_value
     from kvxform.pass_base import PASSES
 
     described = [describe(PASSES[name]) for name in sorted(PASSES)]
@@ -25,7 +26,7 @@ def run(json: Json = False) -> None:
         (
             entry["name"],
             entry["contract"],
-            ", ".join(f"{o['name']}={_short(o['default'])}" for o in entry["options"]) or "-",
+            ", ".join(f"{o['name']}={short_value(o['default'])}" for o in entry["options"]) or "-",
             entry["source"],
         )
         for entry in described
@@ -35,8 +36,10 @@ def run(json: Json = False) -> None:
 
 def describe(cls: type[GraphPass]) -> dict[str, Any]:
     """Return plain data about a pass."""
+    from kvxform.explain.passes import default_of
+
     options = [
-        {"name": f.name, "type": str(f.type), "default": _plain_default(f)}
+        {"name": f.name, "type": str(f.type), "default": default_of(f)}
         for f in dataclasses.fields(cls)
     ]
     return {
@@ -48,27 +51,3 @@ def describe(cls: type[GraphPass]) -> dict[str, Any]:
         "options": options,
         "source": cls.source,
     }
-
-
-def _plain_default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        value = field.default
-    if value is dataclasses.MISSING:
-        return "required"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
-
-
-def _short(default: Any) -> str:
-    """Return a default as recipes write it."""
-    if default is None:
-        return "auto"
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, dict):
-        inner = ", ".join(f"{key}: {_short(value)}" for key, value in default.items())
-        return f"{{{inner}}}"
-    return str(default)

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from kvxform.errors import PassError
 from kvxform.ir.capture_cache import cache_folder, load_capture, save_capture
@@ -27,7 +28,11 @@ def test_a_capture_comes_back_without_weights():
     verify_program(loaded)
     assert format_program(loaded) == format_program(program)
     assert loaded.weights.keys() == program.weights.keys()
-    assert all(weight.is_meta for weight in loaded.weights.values())
+    for name, weight in loaded.weights.items():
+        if name == "inv_freq":  # small, and `explain` reads theta from it
+            assert torch.equal(weight, program.weights[name])
+        else:
+            assert weight.is_meta
     assert loaded.weights["norm.weight"] is loaded.weights["layers.0.norm1.weight"]
     save_capture("again", loaded)
     assert format_program(load_capture("again")) == format_program(program)

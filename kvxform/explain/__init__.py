@@ -1,0 +1,15 @@
+"""Explanations: what capture found in a model, what a pass finds in it, and why not more.
+
+- `records`: everything that is said, as plain data
+- `explaining`: the whole explanation of a program
+- `sites`, `norms`: what the graph says of an attention
+- `passes`: contracts, and what `match` says, pass by pass
+- `text`, `folding`: for people, with layers that are alike folded
+"""
+
+from __future__ import annotations
+
+from kvxform.explain.explaining import explain_failure, explain_program
+from kvxform.explain.records import Explanation
+
+__all__ = ["Explanation", "explain_failure", "explain_program"]

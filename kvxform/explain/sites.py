@@ -1,0 +1,127 @@
+"""From a captured Program to site records: what the graph says beyond the fields of a site."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+import kvxform.ir.ops as kvx
+from kvxform.explain.norms import Lane, find_lanes, find_norms, linear_input
+from kvxform.explain.records import RopeRecord, SiteRecord, WeightRecord
+from kvxform.ir.linear import as_linear
+from kvxform.ir.program import AttentionSite, Program, Projection, RopeSpec
+
+_SERIES_TOLERANCE = 1e-5  # of the logarithm of a frequency, for float32 frequencies
+
+
+def describe_sites(program: Program) -> tuple[SiteRecord, ...]:
+    """Return one record a raised site of a captured program, in the order of layers."""
+    nodes = {node.kwargs["layer"]: node for node in program.calls(kvx.ATTENTION)}
+    return tuple(_describe(program, site, nodes[site.layer]) for site in program.sites)
+
+
+def _describe(program: Program, site: AttentionSite, node: fx.Node) -> SiteRecord:
+    lanes = find_lanes(node, site.head_dim)
+    return SiteRecord(
+        layer=site.layer,
+        module=site.module,
+        origin=node.meta["origin"],
+        num_q_heads=site.num_q_heads,
+        num_kv_heads=site.num_kv_heads,
+        group=site.num_q_heads // site.num_kv_heads,
+        head_dim=site.head_dim,
+        v_head_dim=site.v_head_dim,
+        scale=site.scale,
+        is_default_scale=math.isclose(site.scale**2 * site.head_dim, 1.0, rel_tol=1e-6),
+        causal=bool(node.kwargs.get("causal", True)),
+        window=site.window,
+        chunk=site.chunk,
+        softcap=site.softcap,
+        sink_logits=site.sink_logits,
+        alibi_slopes=site.alibi_slopes,
+        rope=None if site.rope is None else _describe_rope(program, site.rope),
+        norms=find_norms(node, lanes),
+        q=_source(program, site.q, lanes["q"], site.num_q_heads, site.head_dim),
+        k=_source(program, site.k, lanes["k"], site.num_kv_heads, site.head_dim),
+        v=_source(program, site.v, lanes["v"], site.num_kv_heads, site.v_head_dim),
+        o=None if site.o is None else _reader(program, site.o, site.num_q_heads, site.v_head_dim),
+        owner=site.owner,
+        notes=site.notes,
+    )
+
+
+def _source(
+    program: Program, found: Projection | None, lane: Lane, heads: int, head_dim: int
+) -> WeightRecord | None:
+    """Return where heads come from: a projection, or the linear layer at the end of a lane."""
+    call = None
+    if found is None and lane.linear is not None:
+        call = as_linear(lane.linear, linear_input(lane.linear))
+    source = found or call
+    if source is None:
+        return None
+    return WeightRecord(
+        source.weight,
+        tuple(program.weights[source.weight].shape),
+        source.bias,
+        source.layout,
+        "rows" if source.layout == "out_in" else "columns",
+        heads,
+        head_dim,
+        None if found is None else found.start,
+        None if found is None else found.head_stride,
+    )
+
+
+def _reader(program: Program, found: Projection, heads: int, head_dim: int) -> WeightRecord:
+    """Return which entries of the output projection read the heads."""
+    return WeightRecord(
+        found.weight,
+        tuple(program.weights[found.weight].shape),
+        found.bias,
+        found.layout,
+        "columns" if found.layout == "out_in" else "rows",
+        heads,
+        head_dim,
+        found.start,
+        found.head_stride,
+    )
+
+
+def _describe_rope(program: Program, rope: RopeSpec) -> RopeRecord:
+    frequencies = program.weights[rope.inv_freq]
+    kind, theta, factor = _series(frequencies, rope.rotary_dim)
+    return RopeRecord(
+        rotary_dim=rope.rotary_dim,
+        pairs="interleaved" if rope.interleaved else "half",
+        inv_freq=rope.inv_freq,
+        frequencies=kind,
+        theta=theta,
+        linear_factor=factor,
+        attention_scaling=rope.attention_scaling,
+    )
+
+
+def _series(frequencies: Tensor, rotary_dim: int) -> tuple[str, float | None, float]:
+    """Return kind, theta and linear factor of `[pairs]`: f_i = theta^(-2i / rotary_dim) / factor.
+
+    Source: RoFormer, arXiv 2104.09864, section 3.3; linear scaling: arXiv 2306.15595.
+    """
+    if frequencies.is_meta:
+        return "unknown", None, 1.0
+    if frequencies.numel() < 2 or bool((frequencies <= 0).any()):
+        return "table", None, 1.0
+    logs = frequencies.double().log()
+    steps = logs.diff()
+    tolerance = max(_SERIES_TOLERANCE, 4 * torch.finfo(frequencies.dtype).eps)
+    if float((steps - steps.mean()).abs().max()) > tolerance:
+        return "table", None, 1.0
+    theta = math.exp(-float(steps.mean()) * rotary_dim / 2)
+    return "geometric", _round(theta), _round(math.exp(-float(logs[0])))
+
+
+def _round(value: float) -> float:
+    """Drop the digits that float32 frequencies do not have."""
+    return float(f"{value:.5g}")
