@@ -48,6 +48,11 @@ class OptimizedModel:
         """What is cached and how; None without a cache."""
         return self.program.plan
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self._executable.device
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The source's tokenizer, or None."""
@@ -161,15 +166,31 @@ class OptimizedModel:
         """
         from kvxform.ir.artifact import save_artifact
 
+        save_artifact(Path(path), self.program, self.artifact_files())
+        return Path(path)
+
+    def artifact_files(self, tokenizer_folder: str = "tokenizer/") -> dict[str, str | bytes]:
+        """Return what an artifact holds beside the program, by relative path.
+
+        Args:
+            tokenizer_folder: Prefix of the paths of tokenizer files.
+        """
         extra: dict[str, str | bytes] = {}
         if self.report is not None:
             extra |= {"report.json": self.report.to_json(), "report.html": self.report.to_html()}
         if self.recipe is not None:
             extra["recipe.yaml"] = self.recipe.to_yaml()
         files = tokenizer_files(self.program.info.tokenizer_path)
-        extra |= {f"tokenizer/{name}": content for name, content in files.items()}
-        save_artifact(Path(path), self.program, extra)
-        return Path(path)
+        return extra | {f"{tokenizer_folder}{name}": content for name, content in files.items()}
+
+    def as_huggingface(self) -> Any:
+        """Return this model as a transformers `PreTrainedModel` that can `generate`.
+
+        See `kvxform.runtime.huggingface.KvxformForCausalLM`.
+        """
+        from kvxform.runtime.huggingface import KvxformConfig, KvxformForCausalLM
+
+        return KvxformForCausalLM(KvxformConfig.of(self.program), self)
 
     def export_onnx(self, path: str | Path) -> Path:
         """Write the model as an ONNX package folder."""

@@ -1,0 +1,68 @@
+"""Opening a saved model: program, report, recipe and tokenizer of one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from kvxform.errors import ArtifactError, KvxformError
+from kvxform.ir.artifact import load_artifact
+from kvxform.ir.program import Program
+from kvxform.recipe import Recipe, load_recipe
+from kvxform.report import Report
+from kvxform.runtime.model import OptimizedModel
+
+
+def load_model(folder: Path, device: str | torch.device | None = None) -> OptimizedModel:
+    """Open a folder that `OptimizedModel.save` wrote. No code in it is run.
+
+    Args:
+        folder: The folder; its tokenizer is in `tokenizer/` or beside the other files.
+        device: Where weights live; the CPU by default.
+
+    Raises:
+        ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
+    """
+    program = load_artifact(folder)
+    for place in (folder / "tokenizer", folder):
+        if (place / "tokenizer_config.json").is_file():
+            info = dataclasses.replace(program.info, tokenizer_path=str(place))
+            program = dataclasses.replace(program, info=info)
+            break
+    report = folder / "report.json"
+    return OptimizedModel(
+        program if device is None else move_program(program, parse_device(device)),
+        report=Report.from_json(report.read_text("utf-8")) if report.is_file() else None,
+        recipe=_saved_recipe(folder / "recipe.yaml"),
+    )
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """Return `device` as torch has it.
+
+    Raises:
+        KvxformError: KVX704 if torch does not know it.
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise KvxformError("KVX704", "device must be one that torch knows", got=device) from error
+
+
+def move_program(program: Program, device: torch.device) -> Program:
+    """Return the program with its weights on `device`."""
+    weights = {name: weight.to(device) for name, weight in program.weights.items()}
+    return dataclasses.replace(program, weights=weights)
+
+
+def _saved_recipe(path: Path) -> Recipe | None:
+    if not path.is_file():
+        return None
+    try:
+        return load_recipe(path)
+    except KvxformError as error:
+        raise ArtifactError(
+            "KVX602", f"recipe.yaml must be a recipe ({error.rule})", at=error.at
+        ) from error
