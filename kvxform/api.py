@@ -11,8 +11,13 @@ from torch import nn
 
 from kvxform.capture import capture
 from kvxform.errors import ArtifactError, CaptureError, KvxformError, RecipeError
-from kvxform.explain import Explanation, explain_failure, explain_program
-from kvxform.explain.explaining import StepLike
+from kvxform.explain import (
+    Explanation,
+    StepLike,
+    explain_failure,
+    explain_program,
+    make_question,
+)
 from kvxform.ir.artifact import load_artifact
 from kvxform.ir.program import Program
 from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
@@ -116,7 +121,7 @@ def explain_model(
     Raises:
         KvxformError: As for `optimize`, and KVX801 if there is no such layer.
     """
-    loaded = None if recipe is None else load_recipe(recipe)
+    question = make_question(step, None if recipe is None else load_recipe(recipe))
     with ProgressDisplay(progress) as display:
         try:
             program = capture(_source(model), progress=display.talk).program
@@ -125,7 +130,7 @@ def explain_model(
                 raise
             name = model if isinstance(model, str | Path) else type(model).__name__
             return explain_failure(error, str(name))
-    return explain_program(program, step=step, recipe=loaded, layer=layer)
+    return explain_program(program, question, layer=layer)
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> OptimizedModel:

@@ -10,8 +10,7 @@ from kvxform.cli.options import Json, Model
 from kvxform.cli.output import print_data, print_json, talk
 
 if TYPE_CHECKING:
-    from kvxform.explain import Explanation
-    from kvxform.recipe import Recipe
+    from kvxform.explain import Explanation, Question
 
 EXIT_NO = 1
 
@@ -36,10 +35,11 @@ def run(
     json: Json = False,
 ) -> int:
     """Say what was found in a model, what a pass finds in it, and why not more."""
+    from kvxform.explain import make_question
     from kvxform.recipe import load_recipe
 
-    loaded = None if recipe is None else load_recipe(recipe)
-    explanation = _explain(model, pass_, loaded, layer)
+    question = make_question(pass_, None if recipe is None else load_recipe(recipe))
+    explanation = _explain(model, question, layer)
     if json:
         print_json(explanation.to_data())
     else:
@@ -47,9 +47,7 @@ def run(
     return 0 if explanation.is_fine else EXIT_NO
 
 
-def _explain(
-    model: str, pass_: str | None, recipe: Recipe | None, layer: str | None
-) -> Explanation:
+def _explain(model: str, question: Question, layer: str | None) -> Explanation:
     from kvxform.cli.plan import captured_shapes
     from kvxform.errors import CaptureError
     from kvxform.explain import explain_failure, explain_program
@@ -61,4 +59,4 @@ def _explain(
             raise
         talk(str(error))
         return explain_failure(error, model)
-    return explain_program(program, step=pass_, recipe=recipe, layer=layer)
+    return explain_program(program, question, layer=layer)

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvxform.explain.folding import fold_names, fold_sentence, layer_words
-from kvxform.explain.records import PassFinding, PlaceRecord, RequirementRecord
+from kvxform.explain.records import (
+    REQUIRED,
+    OptionRecord,
+    PassFinding,
+    PlaceRecord,
+    RequirementRecord,
+)
 
 _WIDTH = 11  # of the column of labels
 _PROMISES = {
@@ -53,16 +59,22 @@ def _contract(finding: PassFinding) -> Iterator[tuple[str, str]]:
     approximate = f"{finding.exactness}: {finding.metric} to the stage before, {bound}"
     yield "contract", _PROMISES.get(finding.exactness, approximate)
     for i, option in enumerate(finding.options):
-        default = (
-            "" if option.value == option.default else f" (default {short_value(option.default)})"
-        )
-        yield "" if i else "options", f"{option.name}: {short_value(option.value)}{default}"
+        yield "" if i else "options", _option(option)
     for i, requirement in enumerate(finding.requires):
         yield "" if i else "requires", _requirement(requirement)
     if finding.ensures:
         yield "ensures", _pairs(finding.ensures)
     if finding.invalidates:
         yield "invalidates", ", ".join(finding.invalidates)
+
+
+def _option(option: OptionRecord) -> str:
+    value = "not set" if option.value is None else short_value(option.value)
+    if option.value == option.default:
+        return f"{option.name}: {value}"
+    default = "not set" if option.default is None else short_value(option.default)
+    note = "required" if option.default == REQUIRED else f"default {default}"
+    return f"{option.name}: {value} ({note})"
 
 
 def _requirement(requirement: RequirementRecord) -> str:

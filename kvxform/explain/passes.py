@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import fx
 
+import kvxform.ir.ops as kvx
 from kvxform.errors import KvxformError
 from kvxform.explain.records import (
+    REQUIRED,
     OptionRecord,
     Outcome,
     PassFinding,
@@ -84,7 +86,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     """Return the default of an option as plain data; `required` if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return _plain(field.default_factory())
-    return "required" if field.default is dataclasses.MISSING else _plain(field.default)
+    return REQUIRED if field.default is dataclasses.MISSING else _plain(field.default)
 
 
 def _options(cls: type[GraphPass], graph_pass: GraphPass | None) -> Iterator[OptionRecord]:
@@ -136,15 +138,13 @@ def _check(requirement: Requirement, program: Program, name: str) -> Requirement
 
 def _places(program: Program, found: Sequence[Match | NoMatch]) -> tuple[PlaceRecord, ...]:
     nodes = {node.name: node for node in program.graph.nodes}
-    return tuple(_place(program, nodes, f) for f in found)
+    layers = {node.kwargs["layer"]: node for node in program.calls(*kvx.ATTENTION_OPS)}
+    return tuple(_place(f, nodes.get(f.node) or layers.get(f.layer)) for f in found)
 
 
-def _place(program: Program, nodes: dict[str, fx.Node], found: Match | NoMatch) -> PlaceRecord:
-    meta = nodes[found.node].meta if found.node in nodes else {}
-    module = meta.get("module", "")
-    if found.layer is not None:
-        module = program.site(found.layer).module
-    origin = str(meta.get("origin", ""))
+def _place(found: Match | NoMatch, node: fx.Node | None) -> PlaceRecord:
+    """Return the record of one place; `node` is the one it names, else the attention there."""
+    module, origin = ("", "") if node is None else (node.meta["module"], node.meta["origin"])
     if isinstance(found, Match):
         return PlaceRecord("match", found.layer, module, origin)
     outcome: Outcome = "done" if found.done else "no match"
@@ -153,7 +153,7 @@ def _place(program: Program, nodes: dict[str, fx.Node], found: Match | NoMatch) 
 
 def required_options(cls: type[GraphPass]) -> list[str]:
     """Return the names of the options that have no default."""
-    return [f.name for f in dataclasses.fields(cls) if default_of(f) == "required"]
+    return [f.name for f in dataclasses.fields(cls) if default_of(f) == REQUIRED]
 
 
 def need_options(cls: type[GraphPass]) -> PassFinding:

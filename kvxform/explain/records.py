@@ -9,6 +9,7 @@ from typing import Any, Literal
 from kvxform.ir.program import RejectedSite
 
 EXPLANATION_VERSION = 1
+REQUIRED = "required"  # stands for the default of an option that has none
 
 Outcome = Literal["match", "no match", "done"]
 State = Literal["applies", "done", "no match", "refused", "not tried"]

@@ -21,11 +21,12 @@ def format_explanation(explanation: Explanation) -> str:
     attentions = [r for r in explanation.rejected if r.kind == "attention"]
     others = [r for r in explanation.rejected if r.kind != "attention"]
     blocks = [_heading(explanation, len(attentions), len(others))]
+    if explanation.passes:
+        return "\n\n".join([*blocks, *(format_pass(finding) for finding in explanation.passes)])
     blocks += _site_blocks(explanation.sites)
     blocks += _rejected_blocks(attentions)
     if others:
         blocks.append("\n".join(_mixer_lines(others)))
-    blocks += [format_pass(finding) for finding in explanation.passes]
     return "\n\n".join(blocks)
 
 

@@ -69,9 +69,12 @@ def _rotations(program: Program) -> list[Match | NoMatch]:
         if not isinstance(inner, fx.Node) or inner.target is not kvx.HADAMARD or inner in paired:
             continue
         if inner.kwargs["block"] != outer.kwargs["block"]:
-            found.append(NoMatch("blocks of the two rotations differ", node=outer.name))
+            hint = "give both rotations the same block"
+            found.append(NoMatch("blocks of the two rotations differ", node=outer.name, hint=hint))
         elif outer.kwargs.get("signs") is not None:
-            found.append(NoMatch("signs stand between the two rotations", node=outer.name))
+            hint = "leave out the seed of the second rotation"
+            reason = "signs stand between the two rotations"
+            found.append(NoMatch(reason, node=outer.name, hint=hint))
         else:
             paired.add(outer)
             found.append(Match(node=outer.name))

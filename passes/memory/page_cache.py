@@ -58,7 +58,7 @@ class PageCache(GraphPass):
         """
         plan = program.plan
         if plan is None:
-            return [NoMatch("there is no cache")]
+            return [NoMatch("there is no cache", hint="put insert-cache before it")]
         if plan.layout == self._layout:
             return [NoMatch("already paged", done=True)]
         if self.page_size % plan.granule():

@@ -31,6 +31,7 @@ from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
 
 LAYER_NORM = torch.ops.aten.layer_norm.default
+UNTIE = "untie it: give every layer that reads it a weight of its own"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _check(node: fx.Node, uses: Mapping[str, int]) -> Match | NoMatch:
     if norm.gain is None and norm.bias is None:
         return NoMatch("already without gain", node=node.name, done=True)
     if any(n is not None and n.op != "get_attr" for n in (norm.gain, norm.bias)):
-        return NoMatch("gain or bias of the norm is computed", node=node.name)
+        hint = "store the gain itself as a parameter of the norm"
+        return NoMatch("gain or bias of the norm is computed", node=node.name, hint=hint)
     linears: list[LinearCall] = []
     for value, user in channel_users(node):
         linear = as_linear(user, value)
@@ -118,7 +120,7 @@ def _check(node: fx.Node, uses: Mapping[str, int]) -> Match | NoMatch:
         for name in filter(None, (linear.weight, linear.bias)):
             if uses[name] != 1:
                 reason = f"weight {name} is read in {uses[name]} places"
-                return NoMatch(reason, node=node.name)
+                return NoMatch(reason, node=node.name, hint=UNTIE)
         linears.append(linear)
     if not linears:
         return NoMatch("nothing reads the norm", node=node.name)
