@@ -14,7 +14,7 @@ from kvxform.capture.masks import MaskKind, classify
 from kvxform.capture.operands import Operand, Operands, trace_operands
 from kvxform.capture.probing import Prober, Setting, error, is_close
 from kvxform.capture.projections import output_projection, source_projection
-from kvxform.capture.refusal import NotRaisedError
+from kvxform.capture.refusal import NotRaisedError, Trace
 from kvxform.capture.structure import shape_of
 from kvxform.capture.weights import position_ids, weight_node
 from kvxform.ir.program import AttentionSite, RejectedSite, RopeSpec
@@ -32,26 +32,32 @@ class SiteRaiser:
 
     def raise_core(self, core: fx.Node) -> None:
         """Raise the attention around `core`, or record why it is left alone."""
+        trace = Trace()
         try:
-            self._raise(propose(self.prober, core))
+            self._raise(propose(self.prober, core), trace)
         except NotRaisedError as refusal:
-            self._reject(core, refusal)
+            self._reject(core, refusal, trace)
 
-    def _reject(self, core: fx.Node, refusal: NotRaisedError) -> None:
+    def _reject(self, core: fx.Node, refusal: NotRaisedError, trace: Trace) -> None:
         differs = "" if refusal.node is None else str(refusal.node.meta["origin"])
         self.rejected.append(
             RejectedSite(
                 core.meta["module"],
                 refusal.reason,
                 core.meta["origin"],
-                node=differs,
+                trace.steps,
+                differs,
                 hint=refusal.hint,
             )
         )
 
-    def _raise(self, proposal: Proposal) -> None:
+    def _raise(self, proposal: Proposal, trace: Trace) -> None:
+        trace.note_core(proposal.scale, proposal.softcap)
         mask = self._classify(proposal)
+        trace.note_mask(mask.window)
         operands = trace_operands(self.prober, proposal)
+        trace.note_operands(operands.q.heads.index.shape, operands.k.heads.index.shape)
+        trace.note_rope(_rope_spec(operands), operands.note)
         node = self._emit(proposal, mask, operands)
         restored = reshape_like(proposal.out, node)
         self._prove(proposal, restored, operands)
@@ -67,7 +73,7 @@ class SiteRaiser:
             raise NotRaisedError(kind)
         if not (kind.causal or proposal.causal):
             raise NotRaisedError("attention is bidirectional, so that its keys cannot be cached")
-        return MaskKind(causal=True, window=kind.window)
+        return replace(kind, causal=True)
 
     def _emit(self, proposal: Proposal, mask: MaskKind, operands: Operands) -> fx.Node:
         """Write the attention before the node that it is to replace."""
@@ -75,7 +81,10 @@ class SiteRaiser:
         q, k, v = (self._emit_operand(emitter, operand) for operand in operands.all())
         optional = {
             "window": mask.window,
+            "chunk": mask.chunk,
             "softcap": proposal.softcap,
+            "sink_logits": self._weight(proposal.sink_logits),
+            "alibi_slopes": self._weight(self._slopes(proposal, mask)),
             "softmax_dtype": proposal.softmax_dtype,
         }
         options: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from kvxform.ir.text import format_ranges
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a path that is a number
-_NUMBERED = re.compile(r"(?<=[\w.][._])\d+\b")  # the same in a sentence, and `add_12`
+_NUMBERED = re.compile(r"(?<=[A-Za-z_)][._])\d+\b")  # the same in a sentence, and `add_12`
 
 
 def fold_name(name: str) -> str:

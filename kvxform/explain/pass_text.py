@@ -27,7 +27,7 @@ def format_pass(finding: PassFinding) -> str:
     at = f" ({finding.at})" if finding.at else ""
     lines = [f"pass {finding.name}{at}: {_verdict(finding)}"]
     lines += [f"  {label:<{_WIDTH}} {text}".rstrip() for label, text in _contract(finding)]
-    if finding.why:
+    if finding.state in ("refused", "not tried"):
         lines.append(f"  {finding.state:<{_WIDTH}} {finding.why}")
     return "\n".join([*lines, *_place_lines(finding.places)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from kvxform.capture.refusal import STEPS
 from kvxform.explain.folding import fold_name, fold_names, fold_sentence, layer_words
 from kvxform.explain.pass_text import format_pass
 from kvxform.explain.records import Explanation, NormRecord, RopeRecord, SiteRecord, WeightRecord
@@ -199,10 +200,11 @@ def _rejected_blocks(rejected: Sequence[RejectedSite]) -> list[str]:
 
 
 def _rejected_rows(site: RejectedSite, rename: Rename) -> Rows:
-    rows = {"candidate": site.origin, "reason": rename(site.reason)}
+    rows = {"candidate": site.origin}
     for step in site.matched:
         name, _, found = step.partition(": ")
         rows[f"+ {name}"] = rename(found)
+    rows[f"- {STEPS[len(site.matched)]}"] = rename(site.reason)
     if site.node and site.node != site.origin:
         rows["differs"] = f"first at {site.node}"
     if site.hint:
