@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from kvxform.codecs.hadamard import Basis
 from kvxform.ir.facts import FactValue, Requirement
-from kvxform.ir.plan import CachePlan, SitePlan
+from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
 from kvxform.ir.program import META_KEYS, AttentionSite, Program
 from kvxform.ir.types import ValueType
 
@@ -205,7 +205,7 @@ class Rewriter:
         site_plan = self.program.plan.site(layer)
         if key is not None:
             self.update_site_plan(layer, key=dataclasses.replace(site_plan.key, basis=key))
-        if value is not None:
+        if value is not None and isinstance(site_plan.value, StreamPlan):
             self.update_site_plan(layer, value=dataclasses.replace(site_plan.value, basis=value))
 
     def finish(self) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvxform.ir.plan import BASELINE_BITS, CachePlan, StreamPlan
+from kvxform.ir.plan import BASELINE_BITS, CachePlan, KeyView, SitePlan, StreamPlan
 from kvxform.ir.program import Program
 from kvxform.order import PlannedPass
 from kvxform.pass_base import Match, NoMatch
@@ -102,20 +102,26 @@ def layer_records(plan: CachePlan, errors: Sequence[LayerError]) -> tuple[LayerR
     records = []
     for site in plan.owners:
         error = by_layer.get(site.layer)
-        heads = site.num_kv_heads
+        heads, values = site.num_kv_heads, site.streams.get("value")
         records.append(
             LayerRecord(
                 layer=site.layer,
                 key_codec=describe_stream(site.key),
-                value_codec=describe_stream(site.value),
+                value_codec=_describe_value(site),
                 key_bytes=heads * site.key.body_bytes_per_token(),
-                value_bytes=heads * site.value.body_bytes_per_token(),
+                value_bytes=heads * (values.body_bytes_per_token() if values else 0),
                 baseline_bytes=site.values_per_token * BASELINE_BITS / 8,
                 key_error=error.key if error else None,
                 value_error=error.value if error else None,
             )
         )
     return tuple(records)
+
+
+def _describe_value(site: SitePlan) -> str:
+    if isinstance(site.value, KeyView):
+        return f"first {site.value.head_dim} channels of the key"
+    return describe_stream(site.value)
 
 
 def describe_stream(stream: StreamPlan) -> str:

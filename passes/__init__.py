@@ -1,6 +1,7 @@
 """Rewrites of a Program; one file a pass, named like it in recipes.
 
 - `rotation.fuse_norms`: gains of norms move into the linear layers that follow
+- `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
 - `rotation.rotate_qk`: queries and new keys are rotated after RoPE
 - `base.insert_cache`: stateless attention becomes append and cached attention
@@ -18,3 +19,4 @@ from kvxform.passes.quantize import quantize_kv as quantize_kv
 from kvxform.passes.rotation import fuse_norms as fuse_norms
 from kvxform.passes.rotation import rotate_qk as rotate_qk
 from kvxform.passes.rotation import rotate_v as rotate_v
+from kvxform.passes.structure import cache_latent as cache_latent

@@ -21,8 +21,10 @@ from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import Appended, StreamRead
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
-from kvxform.ir.plan import CachePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
 from kvxform.ir.scoring import Scoring
+
+PAYLOADS = ("kv", "latent")
 
 
 class PagedCache:
@@ -53,6 +55,9 @@ class PagedCache:
         self.device = torch.device(device)
         self._owner = {site.layer: site.owner for site in plan.sites}
         self._readers = Counter(self._owner.values())
+        self._views = {
+            s.layer: s.value.head_dim for s in plan.sites if isinstance(s.value, KeyView)
+        }
         self._stores = {
             site.layer: SiteStore(
                 site,
@@ -92,7 +97,7 @@ class PagedCache:
         for store in self._stores.values():
             store.abort()
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
         step = self._current(layer)
         self._appended[layer] = self._stores[layer].append(k, v, step)
@@ -104,7 +109,9 @@ class PagedCache:
         """
         step = self._current(layer)
         key, value = self._read(self._owner[layer], step, q.dtype)
-        return attend_step(q, key, value, step, scoring)
+        out = attend_step(q, key, value, step, scoring)
+        view = self._views.get(layer)  # weights times all of K; the value is the first channels
+        return out if view is None else out[..., :view]
 
     def _read(self, owner: int, step: Step, dtype: torch.dtype) -> tuple[StreamRead, StreamRead]:
         """Return K and V of `owner`, decoded once per step for all layers that read them."""
@@ -173,8 +180,9 @@ def check_plan(plan: CachePlan, page_size: int) -> None:
         CodegenError: KVX401 with the layer and the nearest plan that is supported.
     """
     for site in plan.sites:
-        if site.payload != "kv":
-            _refuse("payload must be 'kv'", site.payload, site.layer, "cache K and V")
+        if site.payload not in PAYLOADS:
+            rule = f"payload must be {' or '.join(PAYLOADS)}"
+            _refuse(rule, site.payload, site.layer, "cache K and V")
         if site.key.rope == "pre":
             _refuse("keys must be cached after RoPE", "pre", site.layer, "cache keys after RoPE")
         for stream in site.streams.values():

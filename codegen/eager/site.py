@@ -11,13 +11,14 @@ from torch import Tensor
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
 
 
 class SiteStore:
     """K and V of one owner layer, in one store of 2 Hk heads where both are kept alike.
 
-    One store means half the work in every step; heads of K come first, then those of V.
+    One store means half the work in every step; heads of K come first, then those of V. Where
+    values are a view of the keys, only K is stored.
 
     Args:
         site: What to store.
@@ -37,8 +38,8 @@ class SiteStore:
         device: torch.device,
     ) -> None:
         self._site, self._page_size, self._device = site, page_size, device
-        self.is_joint = _as_stored(site.key) == _as_stored(site.value)
-        streams = (site.key,) if self.is_joint else (site.key, site.value)
+        streams = list(site.streams.values())
+        self.is_joint = len(streams) == 2 and _as_stored(streams[0]) == _as_stored(streams[1])
         self._stores = tuple(
             StreamStore(
                 stream,
@@ -48,23 +49,24 @@ class SiteStore:
                 num_rows=num_rows,
                 device=device,
             )
-            for stream in streams
+            for stream in (streams[:1] if self.is_joint else streams)
         )
 
-    def append(self, k: Tensor, v: Tensor, step: Step) -> tuple[Appended, ...]:
+    def append(self, k: Tensor, v: Tensor | None, step: Step) -> tuple[Appended, ...]:
         """Store new tokens `[B, Hk, S, D]`; see `StreamStore.append`."""
-        new = (torch.cat([k, v], 1),) if self.is_joint else (k, v)
+        given = [k] if v is None else [k, v]
+        new = [torch.cat(given, 1)] if self.is_joint else given
         return tuple(store.append(x, step) for store, x in zip(self._stores, new, strict=True))
 
     def read(
         self, step: Step, appended: tuple[Appended, ...], dtype: torch.dtype
     ) -> tuple[StreamRead, StreamRead]:
-        """Return K and V as the queries of `step` see them."""
+        """Return K and V as the queries of `step` see them; V is all of K where it is a view."""
         reads = [
             store.read(step, new, dtype) for store, new in zip(self._stores, appended, strict=True)
         ]
         if not self.is_joint:
-            return reads[0], reads[1]
+            return reads[0], reads[-1]
         heads = self._site.num_kv_heads
         return reads[0].heads(0, heads), reads[0].heads(heads, 2 * heads)
 
@@ -75,8 +77,12 @@ class SiteStore:
         table = torch.tensor([list(pages)], dtype=torch.int32)
         step = Step([row], [length - 1], [1], table, self._page_size, self._device)
         found = [store.logical(step, row, length, dtype) for store in self._stores]
-        k, v = found[0].chunk(2) if self.is_joint else found
-        return self._site.key.basis.unrotate(k), self._site.value.basis.unrotate(v)
+        if self.is_joint:
+            found = list(found[0].chunk(2))
+        k, value = self._site.key.basis.unrotate(found[0]), self._site.value
+        if isinstance(value, KeyView):
+            return k, k[..., : value.head_dim]
+        return k, value.basis.unrotate(found[1])
 
     def commit(self, step: Step) -> None:
         """Let a finished step take effect."""

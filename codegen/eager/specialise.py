@@ -158,7 +158,7 @@ def rotate_blocks(x: Tensor, matrix: Tensor, signs: Tensor | None) -> Tensor:
     return rotated.flatten(-2)
 
 
-def append(k: Tensor, v: Tensor, cache: CacheState, *, layer: int) -> CacheState:
+def append(k: Tensor, v: Tensor | None, cache: CacheState, *, layer: int) -> CacheState:
     """`kvx::cache_append` on the cache itself."""
     cache.append(layer, k, v)
     return cache

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from kvxform.capture.attention import find_cores
+from kvxform.capture.decompose import decompose
 from kvxform.capture.exporting import (
     ExportedReference,
     LogitsOnly,
@@ -18,6 +19,7 @@ from kvxform.capture.exporting import (
     prepare,
 )
 from kvxform.capture.mixers import find_mixers
+from kvxform.capture.latents import raise_latents
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
 from kvxform.capture.positions import read_positions
@@ -100,6 +102,7 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
     Raises:
         CaptureError: KVX303 if no attention could be raised.
     """
+    decompose(graph)
     prober = Prober(graph, weights)
     raise_norms(prober)
     remove_dead(graph)
@@ -118,6 +121,7 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
         )
     remove_dead(graph)
     prober.refresh()
+    sites = raise_latents(prober, raiser.sites)
     context_length = read_positions(prober, info.context_length)
     remove_dead(graph)
     merge_equal_calls(graph)
@@ -126,7 +130,7 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
     program = Program(
         graph=graph,
         weights={k: v for k, v in weights.items() if k in used},
-        sites=mark_owners(graph, raiser.sites),
+        sites=mark_owners(graph, sites),
         info=complete_info(info, graph, context_length),
         rejected=tuple(raiser.rejected),
     )

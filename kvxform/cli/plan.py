@@ -158,7 +158,12 @@ def _cost_table(cache: dict[str, Any]) -> str:
 def _geometries(program: Program) -> list[str]:
     """Return the head geometries of the sites in words, each once, in the order of layers."""
     words = (
-        f"{s.num_q_heads} q heads / {s.num_kv_heads} kv heads / d {s.head_dim}"
+        f"{s.num_q_heads} q heads / "
+        + (
+            f"one latent of {s.v_head_dim} + {s.head_dim - s.v_head_dim}"
+            if s.payload == "latent"
+            else f"{s.num_kv_heads} kv heads / d {s.head_dim}"
+        )
         for s in program.sites
     )
     return list(dict.fromkeys(words))
@@ -173,7 +178,7 @@ def _added_per_step(program: Program) -> str:
         for site in plan.sites
         if site.key.basis.kind != "identity"
     ]
-    if any(site.value.basis.kind != "identity" for site in plan.sites):
+    if any(site.v_basis.kind != "identity" for site in program.sites):
         added.append("rotation of V folded into weights")
     return "; ".join(dict.fromkeys(added)) or "nothing"
 

@@ -24,8 +24,11 @@ from kvxform.ir.scoring import Scoring
 class CacheState(Protocol):
     """What the cached ops need from a live cache."""
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`."""
+    def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
+        """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`.
+
+        `v` is None if values are a view of the keys.
+        """
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """Attend from q `[B, H, S, D]` at `positions` `[B, S]` to the cache; `[B, H, S, Dv]`."""

@@ -20,6 +20,7 @@ DEFAULTS: Mapping[str, FactValue] = {
     "v.codec": "none",
     "cache.inserted": False,
     "cache.layout": "none",  # none | contiguous | paged(<page_size>)
+    "latent.cached": False,  # latent attention caches its latents, not the K and V of every head
     "positions": "dense",  # dense: slot = position | sparse: some positions were dropped
     "read.simplified": False,  # scales and zero points are applied per query, token or step
 }

@@ -58,6 +58,8 @@ def as_linear(node: fx.Node, x: fx.Node) -> LinearCall | None:
     names = [_weight_name(value) for value in (weight, bias)]
     if source is not x or names[0] is None or (bias is not None and names[1] is None):
         return None
+    if _is_stack(weight):
+        return None
     layout: Literal["out_in", "in_out"] = "out_in" if node.target is LINEAR else "in_out"
     return LinearCall(node.name, names[0], names[1], layout)
 
@@ -102,6 +104,11 @@ def rename_bias(program: Program, weight: str, bias: str) -> dict[int, dict[str,
 
 def _weight_name(value: object) -> str | None:
     return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _is_stack(value: object) -> bool:
+    """Whether a node is a stack of matrices, one a head, rather than one matrix."""
+    return isinstance(value, fx.Node) and len(value.meta["type"].shape) > 2
 
 
 def _last_size(node: fx.Node) -> int | str:

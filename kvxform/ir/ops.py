@@ -33,8 +33,9 @@ _SCHEMAS = (
     "Tensor? sink_logits=None, Tensor? alibi_slopes=None, "
     "Tensor? bias=None, ScalarType? softmax_dtype=None) -> Tensor",
     "hadamard(Tensor x, *, int block, Tensor? signs=None) -> Tensor",
-    # store new tokens of a layer in the cache behind the handle; returns the handle
-    "cache_append(Tensor k, Tensor v, Tensor cache, *, int layer) -> Tensor",
+    # store new tokens of a layer in the cache behind the handle; returns the handle; no v if
+    # values are a view of the keys
+    "cache_append(Tensor k, Tensor? v, Tensor cache, *, int layer) -> Tensor",
     "cached_attention(Tensor q, Tensor cache, Tensor positions, *, int layer, float scale, "
     "int v_head_dim, bool causal=True, int? window=None, int? chunk=None, float? softcap=None, "
     "Tensor? sink_logits=None, Tensor? alibi_slopes=None) -> Tensor",
@@ -121,8 +122,11 @@ def hadamard(x: Tensor, *, block: int, signs: Tensor | None = None) -> Tensor:
     return block_hadamard(x, block, signs)
 
 
-def cache_append(k: Tensor, v: Tensor, cache: Tensor, *, layer: int) -> Tensor:
-    """Store new keys and values of `layer`; returns the handle, so that readers come after."""
+def cache_append(k: Tensor, v: Tensor | None, cache: Tensor, *, layer: int) -> Tensor:
+    """Store new keys and values of `layer`; returns the handle, so that readers come after.
+
+    `v` is None where values are a view of the keys (payload `latent`).
+    """
     resolve_handle(cache).append(layer, k, v)
     return cache.clone()
 
@@ -151,7 +155,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def _fake_append(k: Tensor, v: Tensor, cache: Tensor, *, layer: int) -> Tensor:
+def _fake_append(k: Tensor, v: Tensor | None, cache: Tensor, *, layer: int) -> Tensor:
     return torch.empty_like(cache)
 
 

@@ -120,6 +120,17 @@ class StreamPlan:
 
 
 @dataclass(frozen=True)
+class KeyView:
+    """Values that are the first `head_dim` channels of the stored keys: nothing is stored for them.
+
+    Attributes:
+        head_dim: Channels of a value.
+    """
+
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """The cache of one attention site.
 
@@ -129,8 +140,8 @@ class SitePlan:
         num_q_heads: Query heads.
         num_kv_heads: KV heads.
         key: The K stream.
-        value: The V stream.
-        payload: What is cached; `kv` here.
+        value: The V stream, or which part of the keys the values are.
+        payload: What is cached: `kv`, or `latent` if values are a view of the keys.
     """
 
     layer: int
@@ -138,18 +149,21 @@ class SitePlan:
     num_q_heads: int
     num_kv_heads: int
     key: StreamPlan
-    value: StreamPlan
+    value: StreamPlan | KeyView
     payload: Literal["kv", "k", "latent", "residual"] = "kv"
 
     @property
     def streams(self) -> dict[str, StreamPlan]:
-        """The streams by name: `key`, `value`."""
-        return {"key": self.key, "value": self.value}
+        """The stored streams by name: `key`, and `value` unless values are a view of the keys."""
+        streams = {"key": self.key}
+        if isinstance(self.value, StreamPlan):
+            streams["value"] = self.value
+        return streams
 
     @property
     def values_per_token(self) -> int:
-        """Cached elements of one token: K and V of all KV heads."""
-        return self.num_kv_heads * (self.key.head_dim + self.value.head_dim)
+        """Cached elements of one token, over all KV heads and stored streams."""
+        return self.num_kv_heads * sum(st.head_dim for st in self.streams.values())
 
 
 @dataclass(frozen=True)
@@ -187,7 +201,7 @@ class CachePlan:
     def bytes_per_token(self) -> float:
         """Bytes that one more encoded token costs in a long sequence, metadata included."""
         return sum(
-            s.num_kv_heads * (s.key.body_bytes_per_token() + s.value.body_bytes_per_token())
+            s.num_kv_heads * sum(st.body_bytes_per_token() for st in s.streams.values())
             for s in self.owners
         )
 
@@ -226,14 +240,14 @@ class CachePlan:
     def page_bytes(self, page_size: int) -> int:
         """Return bytes of one page over all layers and heads."""
         return sum(
-            s.num_kv_heads * (s.key.page_bytes(page_size) + s.value.page_bytes(page_size))
+            s.num_kv_heads * sum(st.page_bytes(page_size) for st in s.streams.values())
             for s in self.owners
         )
 
     def exact_bytes_per_sequence(self) -> int:
         """Return bytes of all sink and recent buffers of one sequence."""
         return sum(
-            s.num_kv_heads * (s.key.exact_bytes() + s.value.exact_bytes()) for s in self.owners
+            s.num_kv_heads * sum(st.exact_bytes() for st in s.streams.values()) for s in self.owners
         )
 
     def bytes_at(self, lengths: Sequence[int], max_seq_len: int) -> int:
@@ -281,13 +295,17 @@ class CachePlan:
                     **{
                         **s,
                         "key": _stream_from_json(s["key"]),
-                        "value": _stream_from_json(s["value"]),
+                        "value": _value_from_json(s["value"]),
                     }
                 )
                 for s in data["sites"]
             ),
             layout=Layout(**data["layout"]),
         )
+
+
+def _value_from_json(data: Mapping[str, Any]) -> StreamPlan | KeyView:
+    return _stream_from_json(data) if "codec" in data else KeyView(**data)
 
 
 def _stream_from_json(data: Mapping[str, Any]) -> StreamPlan:

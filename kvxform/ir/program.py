@@ -67,6 +67,28 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class LatentSpec:
+    """K and V of all heads made from one narrow vector per token, the latent (DeepSeek MLA).
+
+    With latent c `[rank]` and a key part e `[rope_dim]` that all heads share: K_h is `up_k_h c`
+    joined with e, and V_h is `up_v_h c`. `ir.latent` finds c and e in the graph.
+
+    Attributes:
+        rank: Channels of the latent.
+        rope_dim: Channels of the shared part of a key.
+        up_k: Rows that make the `head_dim - rope_dim` other channels of the keys of each KV head.
+        up_v: Rows that make the values of each KV head.
+        shared_first: Whether the shared part comes first in a key, rather than last.
+    """
+
+    rank: int
+    rope_dim: int
+    up_k: Projection
+    up_v: Projection
+    shared_first: bool = False
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention of the Program.
 
@@ -91,6 +113,9 @@ class AttentionSite:
         k_basis: Rotation that keys are in when they reach the attention op.
         v_basis: The same for values.
         shared_with: Earlier layer whose keys and values it reads, or None if it has its own.
+        latent: What K and V of all heads are made from, or None. Gone once that is what is cached.
+        payload: What is cached of a token: `kv`, or `latent`, one key per token for all heads
+            whose first `v_head_dim` channels are the value (`v_basis` does not apply then).
         notes: What was left in the graph as it is, and why; the site works all the same.
     """
 
@@ -114,6 +139,8 @@ class AttentionSite:
     k_basis: Basis = field(default_factory=Basis)
     v_basis: Basis = field(default_factory=Basis)
     shared_with: int | None = None
+    latent: LatentSpec | None = None
+    payload: Literal["kv", "latent"] = "kv"
     notes: tuple[str, ...] = ()
 
     @property

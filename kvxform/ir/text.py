@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from kvxform.errors import PassError
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.ir.targets import keyword_order, target_name
 from kvxform.ir.types import short_dtype
@@ -111,6 +111,10 @@ def _format_site(site: AttentionSite) -> str:
         value = getattr(site, name)
         if value is not None:
             parts.append(f"{name} {value}")
+    if site.latent is not None:
+        parts.append(f"from a latent of {site.latent.rank} + {site.latent.rope_dim}")
+    if site.payload != "kv":
+        parts.append(f"payload {site.payload}")
     if site.shared_with is not None:
         parts.append(f"k and v of layer {site.shared_with}")
     return f"{', '.join(parts)}; basis k {site.k_basis}, v {site.v_basis}"
@@ -118,6 +122,9 @@ def _format_site(site: AttentionSite) -> str:
 
 def _format_site_plan(site: SitePlan) -> str:
     owner = "" if site.owner == site.layer else f"cache of layer {site.owner}; "
+    if isinstance(site.value, KeyView):
+        first = f"v the first {site.value.head_dim} channels of k"
+        return f"{owner}{site.payload}: k {_format_stream(site.key)}; {first}"
     return f"{owner}k {_format_stream(site.key)}; v {_format_stream(site.value)}"
 
 

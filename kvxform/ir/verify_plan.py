@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvxform.codecs.base import Codec, dtype_from_name, make_codec
 from kvxform.codecs.hadamard import Basis, check_block
 from kvxform.errors import KvxformError, PassError
-from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, KeyView, SitePlan, StreamPlan
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.ir.verify_graph import invalid
 
@@ -46,12 +46,10 @@ def verify_facts(program: Program) -> None:
     _check_basis_fact(program, "v.basis", [site.v_basis for site in program.sites])
     if plan is None:
         return
-    for fact, streams in (
-        ("k.codec", [site.key for site in plan.sites]),
-        ("v.codec", [site.value for site in plan.sites]),
-    ):
+    for fact, name in (("k.codec", "key"), ("v.codec", "value")):
+        streams = [site.streams[name] for site in plan.sites if name in site.streams]
         is_encoded = any(stream.codec["codec"] != "none" for stream in streams)
-        if is_encoded != (facts[fact] != "none"):
+        if streams and is_encoded != (facts[fact] != "none"):
             raise invalid(f"the fact {fact} must agree with the plan", facts[fact])
     for site in plan.sites:
         if site.key.rope not in ("none", facts["k.rope"]):
@@ -91,13 +89,21 @@ def _check_owner(plan: CachePlan, site: SitePlan) -> None:
 
 
 def _check_site_plan(site: AttentionSite, plan: SitePlan) -> None:
+    value = plan.value
+    if isinstance(value, KeyView) != (plan.payload == "latent"):
+        raise invalid(
+            "values must be a view of the keys if and only if a latent is cached",
+            plan.payload,
+            layer=site.layer,
+        )
     pairs = {
+        "payload": (site.payload, plan.payload),
         "num_q_heads": (site.num_q_heads, plan.num_q_heads),
         "num_kv_heads": (site.num_kv_heads, plan.num_kv_heads),
         "head_dim of k": (site.head_dim, plan.key.head_dim),
         "head_dim of v": (site.v_head_dim, plan.value.head_dim),
         "basis of k": (site.k_basis, plan.key.basis),
-        "basis of v": (site.v_basis, plan.value.basis),
+        "basis of v": (site.v_basis, site.v_basis if isinstance(value, KeyView) else value.basis),
     }
     for what, (wanted, found) in pairs.items():
         if wanted != found:

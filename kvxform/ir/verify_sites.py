@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 import kvxform.ir.ops as kvx
-from kvxform.ir.program import AttentionSite, Program, Projection
+from kvxform.ir.latent import SLICE
+from kvxform.ir.program import AttentionSite, LatentSpec, Program, Projection
 from kvxform.ir.types import TensorType
 from kvxform.ir.verify_graph import invalid
 
@@ -51,6 +52,8 @@ def _attention_nodes(program: Program) -> dict[int, fx.Node]:
 
 def _check_geometry(site: AttentionSite) -> None:
     sizes = (site.num_q_heads, site.num_kv_heads, site.head_dim, site.v_head_dim)
+    if site.payload == "latent" and (site.num_kv_heads > 1 or site.v_head_dim > site.head_dim):
+        raise invalid("a latent must be one key whose part is the value", sizes, layer=site.layer)
     if min(sizes) < 1 or site.num_q_heads % site.num_kv_heads:
         raise invalid(
             "query heads must be a multiple of KV heads, and all sizes positive",
@@ -63,13 +66,16 @@ def _check_attention(site: AttentionSite, node: fx.Node) -> None:
     _check_heads(node.args[0], node, "q", site.num_q_heads, site.head_dim)
     if node.target is kvx.ATTENTION:
         _check_heads(node.args[1], node, "k", site.num_kv_heads, site.head_dim)
-        _check_heads(node.args[2], node, "v", site.num_kv_heads, site.v_head_dim)
+        _check_values(site, node, node.args[1], node.args[2])
     elif node.kwargs["v_head_dim"] != site.v_head_dim:
         raise invalid(f"v_head_dim must be {site.v_head_dim}", node.kwargs["v_head_dim"], node)
     _check_heads(node, node, "the result", site.num_q_heads, site.v_head_dim)
     for name in ("scale", "window", "chunk", "softcap", "sink_logits", "alibi_slopes"):
         option = node.kwargs.get(name)
-        wanted, found = getattr(site, name), option.target if isinstance(option, fx.Node) else option
+        wanted, found = (
+            getattr(site, name),
+            option.target if isinstance(option, fx.Node) else option,
+        )
         if wanted != found:
             raise invalid(f"{name} must be that of the site, {wanted}", found, node)
 
@@ -79,6 +85,19 @@ def _check_heads(value: object, node: fx.Node, what: str, heads: int, head_dim: 
     shape = found.shape if isinstance(found, TensorType) else ()
     if len(shape) != 4 or (shape[1], shape[3]) != (heads, head_dim):
         raise invalid(f"{what} must be [B, {heads}, S, {head_dim}] as its site says", found, node)
+
+
+def _check_values(site: AttentionSite, node: fx.Node, k: object, v: object) -> None:
+    """Values of a latent site are the first channels of its keys, and are not appended."""
+    if site.payload == "latent" and node.target is kvx.CACHE_APPEND:
+        if v is not None:
+            raise invalid("a latent must be appended once, as a key", v, node)
+        return
+    _check_heads(v, node, "v", site.num_kv_heads, site.v_head_dim)
+    assert isinstance(v, fx.Node), "it has heads"
+    first = (k, -1, 0, site.v_head_dim)
+    if site.payload == "latent" and not (v.target is SLICE and v.args == first):
+        raise invalid("values of a latent must be the first channels of its keys", v, node)
 
 
 def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> None:
@@ -93,7 +112,7 @@ def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> 
         appended.append(layer)
         if layer == site.layer:
             _check_heads(handle.args[0], handle, "k", site.num_kv_heads, site.head_dim)
-            _check_heads(handle.args[1], handle, "v", site.num_kv_heads, site.v_head_dim)
+            _check_values(site, handle, handle.args[0], handle.args[1])
         handle = handle.args[2]
     if handle is not program.placeholder("cache"):
         raise invalid("a cache handle must come from the input cache", handle, node)
@@ -105,18 +124,33 @@ def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> 
 
 def _check_projections(program: Program, site: AttentionSite) -> None:
     q_heads, kv_heads = site.num_q_heads, site.num_kv_heads
-    _check_projection(program, site, "q", q_heads, site.head_dim)
-    _check_projection(program, site, "k", kv_heads, site.head_dim)
-    _check_projection(program, site, "v", kv_heads, site.v_head_dim)
-    _check_projection(program, site, "o", q_heads, site.v_head_dim)
+    _check_projection(program, site, "q", q_heads, site.head_dim, site.q)
+    _check_projection(program, site, "k", kv_heads, site.head_dim, site.k)
+    _check_projection(program, site, "v", kv_heads, site.v_head_dim, site.v)
+    _check_projection(program, site, "o", q_heads, site.v_head_dim, site.o)
+    if site.latent is not None:
+        _check_latent(program, site, site.latent)
     if site.rope is not None and site.rope.inv_freq not in program.weights:
         raise invalid("inv_freq of a site must be a weight", site.rope.inv_freq, layer=site.layer)
 
 
+def _check_latent(program: Program, site: AttentionSite, latent: LatentSpec) -> None:
+    own = site.head_dim - latent.rope_dim
+    if min(latent.rank, latent.rope_dim, own) < 1:
+        raise invalid("a latent and the parts of its keys must have channels", latent)
+    heads = site.num_kv_heads
+    _check_projection(program, site, "k from the latent", heads, own, latent.up_k)
+    _check_projection(program, site, "v from the latent", heads, site.v_head_dim, latent.up_v)
+
+
 def _check_projection(
-    program: Program, site: AttentionSite, name: str, num_heads: int, head_dim: int
+    program: Program,
+    site: AttentionSite,
+    name: str,
+    num_heads: int,
+    head_dim: int,
+    projection: Projection | None,
 ) -> None:
-    projection: Projection | None = getattr(site, name)
     if projection is None:
         return
     weight = program.weights.get(projection.weight)

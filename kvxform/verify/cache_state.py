@@ -7,7 +7,7 @@ five things, each against what it must be:
    can be compared tightly: later layers see its error.
 2. What attention returns, against the equations applied to the K and V of the same run.
 3. The logical cache (un-paged, decoded, un-rotated), against the same equations.
-4. Lengths, against the schedule, and bytes, against the arithmetic of the plan.
+4. Lengths, against the schedule, and bytes, against the arithmetic of the plan and page sharing.
 5. Logits, against the source, or for a lossy cache against the same program in one piece.
 """
 
@@ -23,11 +23,11 @@ from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.exact import ExactCodec
 from kvxform.errors import VerifyError
 from kvxform.ir.cache import watch_caches
-from kvxform.ir.plan import CachePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
 from kvxform.verify.probe import Difference, Probe, Reference, SourceRun
-from kvxform.verify.protocols import ModelLike, SessionLike
-from kvxform.verify.schedules import Action, Decode, Free, Prefill, Schedule
-from kvxform.verify.shadow import Shadow
+from kvxform.verify.protocols import ModelLike
+from kvxform.verify.replay import Replay
+from kvxform.verify.schedules import Schedule
 from kvxform.verify.tolerances import Tolerance
 
 
@@ -127,8 +127,8 @@ def check_schedule(
     return run.check
 
 
-class _ScheduleRun:
-    """A session, its shadow, and which tokens every row has seen."""
+class _ScheduleRun(Replay):
+    """A replay whose session is compared with what it must be after every action."""
 
     def __init__(
         self,
@@ -138,70 +138,9 @@ class _ScheduleRun:
         source: SourceRun,
         dtype: torch.dtype,
     ) -> None:
-        plan = model.plan
-        assert plan is not None, "the model has a cache"
-        self.plan, self.sequences, self.source = plan, sequences, source
-        self.max_seq_len = sequences.input_ids.shape[1]
-        self.session: SessionLike = model.new_session(
-            max_batch_size=len(sequences.lengths), max_seq_len=self.max_seq_len
-        )
-        self.shadow = Shadow(plan)
-        self.check = StateCheck(schedule.name, is_lossy(plan, dtype))
-        self.rows: dict[int, tuple[int, int]] = {}  # row -> (sequence, tokens seen)
-
-    def act(self, action: Action) -> None:
-        if isinstance(action, Prefill):
-            self._prefill(action)
-        elif isinstance(action, Decode):
-            for _ in range(action.steps):
-                self._decode()
-        elif isinstance(action, Free):
-            self.session.free(action.rows)
-            for row in action.rows:
-                self.shadow.forget(row)
-                del self.rows[row]
-
-    def _prefill(self, action: Prefill) -> None:
-        for row, sequence in (action.sequences or {}).items():
-            self.rows[row] = (sequence, 0)
-        rows, counts = list(action.tokens), list(action.tokens.values())
-        width = max(counts)
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for entry, (row, count) in enumerate(action.tokens.items()):
-            sequence, seen = self.rows[row]
-            first = width - count if action.padding == "left" else 0
-            tokens = self.sequences.input_ids[sequence, seen : seen + count]
-            ids[entry, first : first + count] = tokens
-            mask[entry, first : first + count] = 1
-        chunk = action.chunk_size or width
-        for start in range(0, width, chunk):
-            fed = [
-                (r, min(n - start, chunk)) for r, n in zip(rows, counts, strict=True) if n > start
-            ]
-            self.shadow.expect(fed)
-        logits = self.session.prefill(
-            ids, mask, rows=rows, chunk_size=action.chunk_size, all_logits=action.all_logits
-        )
-        for entry, (row, count) in enumerate(action.tokens.items()):
-            sequence, seen = self.rows[row]
-            self.rows[row] = (sequence, seen + count)
-            if action.all_logits:
-                first = width - count if action.padding == "left" else 0
-                for i in range(count):
-                    self.check.logits[sequence, seen + i] = logits[entry, first + i]
-            else:
-                self.check.logits[sequence, seen + count - 1] = logits[entry]
-
-    def _decode(self) -> None:
-        rows = sorted(self.rows)
-        tokens = [int(self.sequences.input_ids[self.rows[row]]) for row in rows]
-        self.shadow.expect([(row, 1) for row in rows])
-        logits = self.session.decode(torch.tensor(tokens))
-        for entry, row in enumerate(rows):
-            sequence, seen = self.rows[row]
-            self.check.logits[sequence, seen] = logits[entry]
-            self.rows[row] = (sequence, seen + 1)
+        super().__init__(model, sequences)
+        self.source = source
+        self.check = StateCheck(schedule.name, is_lossy(self.plan, dtype), logits=self.logits)
 
     def compare(self) -> None:
         lengths = [self.rows[row][1] for row in sorted(self.rows)]
@@ -209,7 +148,7 @@ class _ScheduleRun:
         if got != lengths:
             self.check.complaints.append(f"sequence lengths must be {lengths}, not {got}")
             return
-        expected, held = self.plan.bytes_at(lengths, self.max_seq_len), self.session.cache_bytes()
+        expected, held = self.expected_bytes(), self.session.cache_bytes()
         if expected != held:
             self.check.complaints.append(f"the cache must hold {expected} bytes, not {held}")
         for index, site in enumerate(self.plan.owners):
@@ -230,17 +169,20 @@ class _ScheduleRun:
                 self.check.state_error, self.check.state_at = error, f"{name} of {at}"
 
     def _compare_inputs(self, layer: int, row: int, at: str) -> None:
-        site = self.plan.site(layer)
-        streams, references = (site.key, site.value), self._source_cache(layer, row)
-        stored = self.shadow.stored(layer, row)
-        for name, stream, x, reference in zip("KV", streams, stored, references, strict=True):
-            error = _relative_error(stream.basis.unrotate(x), reference)
+        streams = self.plan.site(layer).streams
+        references = dict(zip(("key", "value"), self._source_cache(layer, row), strict=True))
+        for name, x in self.shadow.stored(layer, row).items():
+            error = _relative_error(streams[name].basis.unrotate(x), references[name])
             if not error <= self.check.input_error:
-                self.check.input_error, self.check.input_at = error, f"{name} of {at}"
+                self.check.input_error, self.check.input_at = error, f"{name[0].upper()} of {at}"
 
     def _source_cache(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         sequence, seen = self.rows[row]
+        value = self.plan.site(layer).value
         keys, values = self.source.keys[layer], self.source.values[layer]
+        if isinstance(value, KeyView):
+            keys = self.source.latents[layer]
+            values = keys[..., : value.head_dim]
         return keys[sequence, :, :seen], values[sequence, :, :seen]
 
     def layer_errors(self) -> tuple[LayerError, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
+from kvxform.ir.latent import find_latent
 from kvxform.ir.program import Program, default_positions
 
 PROBE_SEED = 1
@@ -66,11 +67,14 @@ class SourceRun:
         logits: `[B, S, vocab]`.
         keys: K at the attention of each layer, `[B, Hk, S, D]`, after RoPE.
         values: V at the attention of each layer, `[B, Hk, S, D]`.
+        latents: Of layers with a latent, that and the shared part of the keys,
+            `[B, 1, S, rank + rope_dim]`.
     """
 
     logits: Tensor
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
+    latents: dict[int, Tensor]
 
 
 def make_probe(vocab_size: int, lengths: Sequence[int]) -> Probe:
@@ -81,12 +85,31 @@ def make_probe(vocab_size: int, lengths: Sequence[int]) -> Probe:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps K and V of every attention."""
+    """Runs a program and keeps K and V of every attention, and latents."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.to_module())
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._latents = {s.layer: find_latent(program, s) for s in program.sites if s.latent}
+        found = [nodes for nodes in self._latents.values() if not isinstance(nodes, str)]
+        self._kept = {node.name for nodes in found for node in (nodes.latent, nodes.shared)}
+        self._values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self._kept:
+            self._values[n.name] = result.clone()
+        return result
+
+    def latents(self) -> dict[int, Tensor]:
+        """Return what `cache-latent` would cache, `[B, 1, S, rank + rope_dim]` by layer."""
+        found = {}
+        for layer, nodes in self._latents.items():
+            if not isinstance(nodes, str):
+                latent, shared = (self._values[n.name] for n in (nodes.latent, nodes.shared))
+                found[layer] = torch.cat([latent.reshape(*shared.shape[:3], -1), shared], -1)
+        return found
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is kvx.ATTENTION:
@@ -98,11 +121,11 @@ class _Recorder(fx.Interpreter):
 @torch.inference_mode()
 def run_source(program: Program, probe: Probe) -> SourceRun:
     """Run a program without a cache on `probe`, and keep its logits, K and V."""
-    recorder = _Recorder(program.to_module())
+    recorder = _Recorder(program)
     device = next(iter(program.weights.values())).device
     ids = probe.input_ids.to(device)
     logits = recorder.run(ids, default_positions(ids))
-    return SourceRun(logits, recorder.keys, recorder.values)
+    return SourceRun(logits, recorder.keys, recorder.values, recorder.latents())
 
 
 def write_probe(program: Program, lengths: Sequence[int]) -> Probe:

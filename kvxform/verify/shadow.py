@@ -8,14 +8,14 @@ hide errors of state: both sides have the same codes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvxform.ir.cache import CacheState
-from kvxform.ir.plan import CachePlan
+from kvxform.ir.plan import CachePlan, KeyView
 from kvxform.ir.scoring import Scoring
 from kvxform.verify.equations import TwoCopies, attend, two_copies
 
@@ -45,33 +45,49 @@ class Shadow:
         """Announce the next forward pass."""
         self._steps.append(step)
 
-    def forget(self, row: int) -> None:
-        """Drop a row that has been freed."""
-        for store in (self._keys, self._values, self._copies):
+    def reorder(self, sources: Mapping[int, int]) -> None:
+        """Let each row become what its source was; forget all other rows."""
+        for store in (self._keys, self._values):
+            old = dict(store)
+            store.clear()
+            for row, source in sources.items():
+                store |= {(layer, row): x for (layer, r), x in old.items() if r == source}
+        self._copies.clear()
+
+    def crop(self, row: int, tokens: int) -> None:
+        """Keep the first `tokens` tokens of a row."""
+        for store in (self._keys, self._values):
             for key in [key for key in store if key[1] == row]:
-                del store[key]
+                store[key] = store[key][:, :tokens]
+        self._copies.clear()
 
     def watch(self, state: CacheState) -> CacheState:
         """Return a cache that is `state`, watched."""
         return _Watched(self, state)
 
-    def stored(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Return K and V of a row as handed in, `[Hk, T, D]`, in the stored basis."""
+    def stored(self, layer: int, row: int) -> dict[str, Tensor]:
+        """Return each stored stream of a row as handed in, `[Hk, T, D]`, in the stored basis."""
         owner = self.plan.site(layer).owner
-        return self._keys[owner, row], self._values[owner, row]
+        stores = {"key": self._keys, "value": self._values}
+        return {name: stores[name][owner, row] for name in self.plan.site(owner).streams}
 
     def held(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Return what the logical cache must be: `[Hk, T, D]`, decoded and un-rotated."""
         site = self.plan.site(layer)
         key, value = self._two_copies(layer, row)
-        return site.key.basis.unrotate(key.held()), site.value.basis.unrotate(value.held())
+        k = site.key.basis.unrotate(key.held())
+        if isinstance(site.value, KeyView):
+            return k, k[..., : site.value.head_dim]
+        return k, site.value.basis.unrotate(value.held())
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Record new tokens `[B, Hk, S, D]`, cut to the counts that were announced."""
         step = self._steps[self._done[layer]]
         self._done[layer] += 1
         for entry, (row, count) in enumerate(step):
             for store, new in ((self._keys, k), (self._values, v)):
+                if new is None:
+                    continue
                 part = new[entry, :, :count].clone()
                 old = store.get((layer, row))
                 store[layer, row] = part if old is None else torch.cat([old, part], 1)
@@ -85,6 +101,7 @@ class Shadow:
             positions = torch.arange(length - count, length, device=q.device)
             key, value = self._two_copies(layer, row)
             expected = attend(q[entry, :, :count], positions, key, value, scoring)
+            expected = expected[..., : self.plan.site(owner).value.head_dim]
             worst = float((out[entry, :, :count].double() - expected).abs().max())
             error = worst / max(float(expected.abs().max()), 1e-30)
             if error > self.read_error or error != error:
@@ -94,10 +111,11 @@ class Shadow:
         site = self.plan.site(layer)
         where = (site.owner, row)
         if where not in self._copies:
-            self._copies[where] = (
-                two_copies(site.key, self._keys[where]),
-                two_copies(site.value, self._values[where]),
-            )
+            key = two_copies(site.key, self._keys[where])
+            value = key  # all of it, where values are its first channels
+            if not isinstance(site.value, KeyView):
+                value = two_copies(site.value, self._values[where])
+            self._copies[where] = key, value
         return self._copies[where]
 
 
@@ -107,7 +125,7 @@ class _Watched:
     def __init__(self, shadow: Shadow, state: CacheState) -> None:
         self._shadow, self._state = shadow, state
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         self._shadow.append(layer, k, v)
         self._state.append(layer, k, v)
 

@@ -20,7 +20,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.hadamard import Basis
 from kvxform.ir.facts import FactValue
-from kvxform.ir.plan import CachePlan, Regions, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, KeyView, Regions, SitePlan, StreamPlan
 from kvxform.ir.program import AttentionSite, Program, RejectedSite
 from kvxform.ir.scoring import Scoring
 from kvxform.ir.types import TensorType
@@ -74,7 +74,7 @@ class InsertCache(GraphPass):
             append = rewriter.call_before(
                 node,
                 kvx.CACHE_APPEND,
-                (k, v, program.placeholder("cache")),
+                (k, None if site.payload == "latent" else v, program.placeholder("cache")),
                 {"layer": site.layer},
                 type_=HANDLE,
             )
@@ -124,11 +124,15 @@ def _plan(site: AttentionSite, program: Program) -> SitePlan:
             Regions(dtype=program.info.dtype),
         )
 
+    is_latent = site.payload == "latent"
     return SitePlan(
         site.layer,
         site.owner,
         site.num_q_heads,
         site.num_kv_heads,
         stream(site.head_dim, site.k_basis, is_key=True),
-        stream(site.v_head_dim, site.v_basis, is_key=False),
+        KeyView(site.v_head_dim)
+        if is_latent
+        else stream(site.v_head_dim, site.v_basis, is_key=False),
+        site.payload,
     )

@@ -49,6 +49,9 @@ class RegionOptions(TypedDict, total=False):
 class QuantizeKv(GraphPass):
     """Store keys and values through codecs.
 
+    A cached latent is one stream, the key; its values are a view of it, so that options of values
+    do not apply there.
+
     Attributes:
         key: Codec of keys and its options, `{"codec": "int", "bits": 4, ...}`; None leaves them.
         value: The same for values.
@@ -99,7 +102,7 @@ class QuantizeKv(GraphPass):
         for site in program.plan.sites:
             streams = {
                 stream: self._planned(stream, site.streams[stream], program)
-                for stream in STREAMS
+                for stream in site.streams
                 if self._codec(stream) is not None
             }
             found.append(self._check(program, site, streams))
@@ -114,6 +117,10 @@ class QuantizeKv(GraphPass):
         self, program: Program, site: SitePlan, streams: Mapping[str, StreamPlan]
     ) -> Match | NoMatch:
         assert program.plan is not None, "match found a plan"
+        if not streams:  # only a codec for values, which are a view of the keys here
+            return NoMatch(
+                "values are part of the latent, which takes the codec of keys", site.layer
+            )
         if all(site.streams[name] == stream for name, stream in streams.items()):
             return NoMatch("already stored so", site.layer, done=True)
         at = program.site(site.layer).module

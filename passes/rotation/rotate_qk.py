@@ -3,10 +3,14 @@
 (Q R)(K R)^T = Q K^T for every orthogonal R. RoPE stands between the projections and the scores, so
 R cannot be folded into weights; it costs one block Hadamard on the query and one on each new key,
 and nothing per cached element. Legal at every site that attends to keys cached after RoPE.
+
+A cached latent is key and value at once. There a block must not reach from the latent into the
+shared key part, and what attention returns is rotated too; the matrices that read it absorb that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,7 +33,7 @@ class RotateQk(GraphPass):
 
     Attributes:
         block: Channels rotated together; None means the largest power of two that divides
-            head_dim.
+            head_dim, or both parts of a cached latent.
         seed: Seed of random signs before the transform, or None for no signs.
     """
 
@@ -66,7 +70,7 @@ class RotateQk(GraphPass):
         """Match every site.
 
         Raises:
-            PassError: KVX204 if the block does not divide head_dim.
+            PassError: KVX204 if the block does not divide head_dim, or a part of a latent.
         """
         return [self._check(program, site) for site in program.sites]
 
@@ -86,18 +90,24 @@ class RotateQk(GraphPass):
         else:  # the owner comes first, so its keys are rotated by now
             q, _, *rest = attention.args
             rewriter.set_args(attention, (q, program.attention_node(owner).args[1], *rest))
+        if program.site(match.layer).payload == "latent":
+            _absorb_in_output(rewriter, attention, basis)
         rewriter.set_basis(match.layer, key=basis)
 
     def _check(self, program: Program, site: AttentionSite) -> Match | NoMatch:
         node = program.attention_node(site.layer).name
-        if self.block is None and site.head_dim % 2:
-            return NoMatch(f"no Hadamard block fits head_dim {site.head_dim}", site.layer, node)
-        basis = make_basis(self.block, self.seed, site.head_dim, self.pass_name(), site.module)
+        width = site.head_dim
+        if site.payload == "latent":
+            width = math.gcd(site.v_head_dim, site.head_dim - site.v_head_dim)
+        if self.block is None and width % 2:
+            return NoMatch(f"no Hadamard block fits head_dim {width}", site.layer, node)
+        basis = make_basis(self.block, self.seed, width, self.pass_name(), site.module)
         if site.k_basis == basis:
             return NoMatch("already rotated", site.layer, node, done=True)
         if site.k_basis != Basis():
             reason = f"keys are in basis {site.k_basis}, and rotations do not stack"
-            return NoMatch(reason, site.layer, node)
+            hint = "keep one rotation of keys in the recipe"
+            return NoMatch(reason, site.layer, node, hint=hint)
         return Match(site.layer, node, {"basis": basis})
 
 
@@ -111,6 +121,22 @@ def _rotate_argument(rewriter: Rewriter, user: fx.Node, index: int, basis: Basis
         options["signs"] = _signs_node(rewriter, user, type_, basis.seed)
     rotated = rewriter.call_before(user, kvx.HADAMARD, (value,), options, type_=type_, like=value)
     rewriter.set_args(user, (*user.args[:index], rotated, *user.args[index + 1 :]))
+
+
+def _absorb_in_output(rewriter: Rewriter, attention: fx.Node, basis: Basis) -> None:
+    """Un-rotate what attention to rotated latents returns, in the matrices that read it."""
+    (reader,) = attention.users
+    stack = reader.args[1]
+    assert isinstance(stack, fx.Node), "cache-latent has written a product with a weight"
+    weight = rewriter.program.weights[str(stack.target)]  # [H, rank, v_head_dim]
+    rank, width = weight.shape[1], attention.args[0].meta["type"].shape[-1]
+    rotation = basis.matrix(width)[:rank, :rank].to(weight.device)
+    rewriter.set_weight(str(stack.target), (rotation.T @ weight.double()).to(weight.dtype))
+    rewriter.set_args(reader)
+    if attention.target is kvx.ATTENTION:
+        q, k, v, *rest = attention.args
+        first = rewriter.call_before(attention, v.target, (k, *v.args[1:]), type_=v.meta["type"])
+        rewriter.set_args(attention, (q, k, first, *rest))
 
 
 def _signs_node(rewriter: Rewriter, anchor: fx.Node, x: TensorType, seed: int) -> fx.Node:

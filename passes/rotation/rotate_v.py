@@ -86,15 +86,21 @@ class RotateV(GraphPass):
     def _check(
         self, program: Program, site: AttentionSite, uses: Mapping[str, int]
     ) -> Match | NoMatch:
+        if site.payload == "latent":
+            return NoMatch(
+                "values are part of the latent, which keys rotate", site.layer, done=True
+            )
         if site.shared_with is not None:
             found = self._check(program, program.site(site.owner), uses)
             rotated = isinstance(found, Match) or found.done
             return NoMatch(f"values are those of layer {site.owner}", site.layer, done=rotated)
         outputs = [reader.o for reader in program.readers(site.layer)]
         if site.v is None:
-            return NoMatch("values are not made by a plain linear layer", site.layer)
+            hint = "leave only views and splits between a linear layer and the values"
+            return NoMatch("values are not made by a plain linear layer", site.layer, hint=hint)
         if None in outputs:
-            return NoMatch("heads are not read by a plain linear layer", site.layer)
+            hint = "leave only views between attention and one linear layer"
+            return NoMatch("heads are not read by a plain linear layer", site.layer, hint=hint)
         if self.block is None and site.v_head_dim % 2:
             return NoMatch(f"no Hadamard block fits head_dim {site.v_head_dim}", site.layer)
         basis = make_basis(self.block, self.seed, site.v_head_dim, self.pass_name(), site.module)
@@ -102,13 +108,16 @@ class RotateV(GraphPass):
             return NoMatch("already rotated", site.layer, done=True)
         if site.v_basis != Basis():
             reason = f"values are in basis {site.v_basis}, and rotations do not stack"
-            return NoMatch(reason, site.layer)
+            return NoMatch(reason, site.layer, hint="keep one rotation of values in the recipe")
         read = [output.weight for output in outputs if output is not None]
         for name in filter(None, (site.v.weight, site.v.bias, *read)):
             if uses[name] != 1:
-                return NoMatch(f"weight {name} is read in {uses[name]} places", site.layer)
+                reason = f"weight {name} is read in {uses[name]} places"
+                hint = "untie it: give every layer that reads it a weight of its own"
+                return NoMatch(reason, site.layer, hint=hint)
         if site.k is not None and _overlap(site, site.k):
-            return NoMatch("keys and values are made by the same weights", site.layer)
+            hint = "give keys and values rows of their own in the projection"
+            return NoMatch("keys and values are made by the same weights", site.layer, hint=hint)
         return Match(site.layer, data={"basis": basis})
 
 
