@@ -12,7 +12,9 @@ from kvxform.capture.heads import HeadMap, group_size, is_static, measure_heads
 from kvxform.capture.probing import Prober
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.rope import RopeProbe, Rotary, find_rope
-from kvxform.capture.structure import chain_back, is_transparent
+from kvxform.capture.structure import chain_back, is_transparent, op_name
+
+_REPEATERS = frozenset({"repeat", "expand", "repeat_interleave", "index_select", "index", "cat"})
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,28 @@ def _share(operand: Operand) -> Operand:
     index = operand.heads.index
     group = group_size(index)
     if group is None:
-        raise NotRaisedError("KV heads are not repeated in groups of neighbours")
+        raise NotRaisedError(
+            "KV heads are not repeated in groups of neighbours",
+            node=_repeats(operand),
+            hint="repeat them as 0 0 1 1 (repeat_interleave), not as 0 1 0 1 (repeat, tile)",
+        )
     return replace(operand, heads=replace(operand.heads, index=index[::group]))
+
+
+def _repeats(operand: Operand) -> fx.Node | None:
+    """Return the last node that repeats or picks heads between anchor and operand."""
+    found = [n for n in operand.heads.region if op_name(n) in _REPEATERS]
+    return found[-1] if found else None
 
 
 def _check_groups(q: Operand, k: Operand, v: Operand) -> None:
     heads, k_heads, v_heads = (o.heads.index.shape[0] for o in (q, k, v))
     if k_heads != v_heads or heads % k_heads:
-        raise NotRaisedError(f"{heads} query heads cannot share {k_heads} K and {v_heads} V heads")
+        raise NotRaisedError(
+            f"{heads} query heads cannot share {k_heads} K and {v_heads} V heads",
+            node=k.heads.anchor,
+            hint="use as many K as V heads, and a multiple of them as query heads",
+        )
 
 
 def _difference(prober: Prober, q: Rotary | None, k: Rotary | None) -> str:
