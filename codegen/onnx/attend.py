@@ -22,7 +22,7 @@ from kvxform.codegen.onnx.masks import attention_mask
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
 from kvxform.codegen.onnx.streams import append_both
-from kvxform.ir.plan import SitePlan
+from kvxform.ir.plan import KeyView, SitePlan
 from kvxform.ir.scoring import Span
 
 
@@ -49,12 +49,12 @@ def appends_itself(e: Emission, node: fx.Node) -> bool:
 
 @emits(kvx.CACHE_APPEND)
 def emit_cache_append(
-    e: Emission, node: fx.Node, k: ir.Value, v: ir.Value, cache: object, *, layer: int
+    e: Emission, node: fx.Node, k: ir.Value, v: ir.Value | None, cache: object, *, layer: int
 ) -> None:
     """Emit the append of both streams, or leave it to the Attention of the layer."""
     assert e.program.plan is not None, "insert-cache has run"
     site = e.program.plan.site(layer)
-    if appends_itself(e, node):
+    if v is not None and appends_itself(e, node):
         e.caches[layer] = NewTokens(k, v)
     else:
         e.caches[layer] = append_both(e, site, k, v)
@@ -86,10 +86,13 @@ def emit_cached_attention(
     key, value = found
     if scoring.is_plain and key.values is not None and value.values is not None:
         mask = attention_mask(e, scoring.span)
-        return e.builder.op(
+        y = e.builder.op(
             "Attention", q, key.values, value.values, mask, role="attention", scale=scale
         )
-    return attend_by_parts(e, site, q, key, value, scoring)
+    else:
+        y = attend_by_parts(e, site, q, key, value, scoring)
+    # Where values are the first channels of the keys, these were read whole.
+    return e.slice(y, 0, v_head_dim, axis=3) if isinstance(site.value, KeyView) else y
 
 
 def _fused(e: Emission, site: SitePlan, q: ir.Value, new: NewTokens, scoring: Scoring) -> ir.Value:

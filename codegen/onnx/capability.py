@@ -22,7 +22,7 @@ MINIMUM_RUNTIME = "1.30"  # onnxruntime; the oldest that packages were run on is
 
 EMITTER_MODULES = (aten_math, aten_nn, aten_shape, attend, dialect)  # they fill EMITTERS
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
-PAYLOADS = ("kv",)
+PAYLOADS = ("kv", "latent")
 KEY_ROPE = ("post", "none")
 
 
@@ -64,7 +64,8 @@ def _takes_padding(stream: StreamPlan) -> bool:
 def _check_site(site: SitePlan) -> None:
     at = f"layer {site.layer}"
     if site.payload not in PAYLOADS:
-        _refuse("payload must be 'kv'", site.payload, at, "cache K and V")
+        rule = f"payload must be {' or '.join(PAYLOADS)}"
+        _refuse(rule, site.payload, at, "cache K and V")
     if site.key.rope not in KEY_ROPE:
         _refuse("keys must be cached after RoPE", site.key.rope, at, "cache keys after RoPE")
     for stream in site.streams.values():

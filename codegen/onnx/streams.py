@@ -23,7 +23,7 @@ from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_length, past_length, total_length
 from kvxform.codegen.onnx.ports import has_tail
 from kvxform.codegen.onnx.segments import ExactSegment, FoldedSegment, Segment, can_fold
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
 
 HEADS, TOKENS = 1, 2  # axes of every plane
 
@@ -54,14 +54,17 @@ class StreamView:
 
 
 def append_both(
-    e: Emission, site: SitePlan, k: ir.Value, v: ir.Value
+    e: Emission, site: SitePlan, k: ir.Value, v: ir.Value | None
 ) -> tuple[StreamView, StreamView]:
     """Emit the append of new keys and values, each `[B, Hk, S, D]`; return what attention reads.
 
-    Streams that are encoded alike are encoded together, for in a decode step a node costs more than
+    Without values, they are a view of the keys, and attention reads these twice. Streams that are encoded alike are encoded together, for in a decode step a node costs more than
     the few values it works on.
     """
     key, value = site.key, site.value
+    if v is None or isinstance(value, KeyView):
+        view = append(e, site, "key", k)
+        return view, view
     alike = (key.codec, key.head_dim, key.regions) == (value.codec, value.head_dim, value.regions)
     if not alike or key.codec["codec"] == "none" or key.regions.sink or has_tail(key):
         return append(e, site, "key", k), append(e, site, "value", v)

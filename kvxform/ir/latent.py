@@ -65,10 +65,10 @@ def _shared_part(k: fx.Node, spec: LatentSpec) -> fx.Node | None:
     if not isinstance(spread, fx.Node) or spread.target is not EXPAND:
         return None
     shared = spread.args[0]
-    type_ = shared.meta["type"] if isinstance(shared, fx.Node) else None
-    if not isinstance(type_, TensorType) or type_.shape != ("B", 1, "S", spec.rope_dim):
-        return None
-    return shared
+    assert isinstance(shared, fx.Node), "what is expanded is a node"
+    type_ = shared.meta["type"]
+    is_one = isinstance(type_, TensorType) and type_.shape == ("B", 1, "S", spec.rope_dim)
+    return shared if is_one else None
 
 
 def _input_of(node: fx.Node, weight: str) -> fx.Node | None:

@@ -129,8 +129,9 @@ def _absorb_in_output(rewriter: Rewriter, attention: fx.Node, basis: Basis) -> N
     stack = reader.args[1]
     assert isinstance(stack, fx.Node), "cache-latent has written a product with a weight"
     weight = rewriter.program.weights[str(stack.target)]  # [H, rank, v_head_dim]
-    rank, width = weight.shape[1], attention.args[0].meta["type"].shape[-1]
-    rotation = basis.matrix(width)[:rank, :rank].to(weight.device)
+    rank, query = weight.shape[1], attention.args[0]
+    assert isinstance(query, fx.Node), "operands of attention are nodes"
+    rotation = basis.matrix(query.meta["type"].shape[-1])[:rank, :rank].to(weight.device)
     rewriter.set_weight(str(stack.target), (rotation.T @ weight.double()).to(weight.dtype))
     rewriter.set_args(reader)
     if attention.target is kvx.ATTENTION:
