@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvxform.cli.options import Json, Model
-from kvxform.cli.output import print_data, print_json, talk
+from kvxform.cli.output import print_data, print_json
 
 if TYPE_CHECKING:
     from kvxform.explain import Explanation, Question
@@ -55,8 +55,7 @@ def _explain(model: str, question: Question, layer: str | None) -> Explanation:
     try:
         program = captured_shapes(model)
     except CaptureError as error:
-        if not error.rejected:
+        if error.code != "KVX303":
             raise
-        talk(str(error))
         return explain_failure(error, model)
     return explain_program(program, question, layer=layer)

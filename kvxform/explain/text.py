@@ -36,7 +36,7 @@ def _heading(explanation: Explanation, rejected: int, mixers: int) -> str:
     name = f"{explanation.model} ({known})" if known else explanation.model
     counts = [f"{len(explanation.sites)} raised", f"{rejected} rejected"]
     if mixers:
-        counts.append(f"{mixers} that are no attention")
+        counts.append(f"{mixers} other mixer{'s' if mixers > 1 else ''} of tokens")
     lines = [f"{name}: attention: {', '.join(counts)}"]
     return "\n".join([*lines, explanation.failure] if explanation.failure else lines)
 
@@ -94,7 +94,7 @@ def site_rows(site: SiteRecord, rename: Rename) -> Rows:
         "rope": "none" if site.rope is None else _rope(site.rope, site.head_dim, rename),
     }
     if site.rope is None and any("rotary" in note for note in site.notes):
-        rows["rope"] = "not raised, see note"
+        rows["rope"] = "left as it is, see note"
     for norm in site.norms:
         label = {"input": "norm", "output": "norm after"}.get(norm.role, f"norm {norm.role}")
         rows[label.replace("norm input of", "norm for")] = _norm(norm, rename)
@@ -218,4 +218,4 @@ def _mixer_lines(mixers: Sequence[RejectedSite]) -> Iterator[str]:
         groups.setdefault((fold_sentence(site.reason), site.origin), []).append(site)
     for (reason, origin), group in groups.items():
         modules = ", ".join(fold_names([site.module for site in group])) or "(no module)"
-        yield f"no attention    {modules}: {reason} ({origin})"
+        yield f"not attention    {modules}: {reason}, at {origin}"
