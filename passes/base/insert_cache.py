@@ -57,7 +57,8 @@ class InsertCache(GraphPass):
         left: list[Match | NoMatch] = [
             NoMatch(because, f.layer, f.node) if isinstance(f, Match) else f for f in found
         ]
-        return [*left, *(NoMatch(reason) for reason in raw)]
+        hints = [site.hint for site in program.rejected]
+        return [*left, *(NoMatch(r, hint=h) for r, h in zip(raw, hints, strict=True))]
 
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
         """Replace one attention, and add its site to the plan."""
@@ -104,9 +105,12 @@ def _check(program: Program, node: fx.Node) -> Match | NoMatch:
     if node.kwargs.get("bias") is not None:
         return NoMatch("a bias on the scores cannot follow the cache", layer, node.name)
     if node.kwargs.get("causal") is False:
-        return NoMatch("attention that sees later tokens cannot be cached", layer, node.name)
+        hint = "make the attention causal"
+        reason = "attention that sees later tokens cannot be cached"
+        return NoMatch(reason, layer, node.name, hint=hint)
     if node.args[3] is not program.placeholder("position_ids"):
-        return NoMatch("positions are not those given to the model", layer, node.name)
+        hint = "let the rotary embedding and the mask use position_ids"
+        return NoMatch("positions are not those given to the model", layer, node.name, hint=hint)
     return Match(layer, node.name)
 
 

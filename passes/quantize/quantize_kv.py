@@ -97,7 +97,7 @@ class QuantizeKv(GraphPass):
                 would cross a page.
         """
         if program.plan is None:
-            return [NoMatch("there is no cache")]
+            return [NoMatch("there is no cache", hint="put insert-cache before it")]
         found: list[Match | NoMatch] = []
         for site in program.plan.sites:
             streams = {
@@ -118,16 +118,16 @@ class QuantizeKv(GraphPass):
     ) -> Match | NoMatch:
         assert program.plan is not None, "match found a plan"
         if not streams:  # only a codec for values, which are a view of the keys here
-            return NoMatch(
-                "values are part of the latent, which takes the codec of keys", site.layer
-            )
+            reason = "values are part of the latent, which takes the codec of keys"
+            return NoMatch(reason, site.layer, hint="give key a codec")
         if all(site.streams[name] == stream for name, stream in streams.items()):
             return NoMatch("already stored so", site.layer, done=True)
         at = program.site(site.layer).module
         for name, stream in streams.items():
             present = site.streams[name].codec["codec"]
             if present != "none":
-                return NoMatch(f"{name}s are already stored by codec {present}", site.layer)
+                reason = f"{name}s are already stored by codec {present}"
+                return NoMatch(reason, site.layer, hint="keep one quantize-kv in the recipe")
             _check_codec(make_codec(stream.codec), stream.head_dim, at)
             _check_pages(program.plan.layout.page_size, stream, at)
         return Match(site.layer, data=streams)
