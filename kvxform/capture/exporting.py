@@ -66,11 +66,23 @@ def prepare(module: nn.Module, dtype: torch.dtype | None = None) -> LogitsOnly:
     own = copy.deepcopy(module, memo=shared).eval()
     if converts:
         own = own.to(dtype)
-    config = getattr(own, "config", None)
-    if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager", None):
-        set_attention: Any = own.set_attn_implementation
-        set_attention("sdpa")
+    choose_implementations(own)
     return LogitsOnly(own)
+
+
+def choose_implementations(model: nn.Module) -> None:
+    """Let a Hugging Face model compute in ways that can be traced; in place.
+
+    Attention becomes `sdpa` unless it is `eager`. Mixtures of experts become `batched_mm`: the loop
+    over experts depends on the tokens, and `grouped_mm` knows no float64.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager", None):
+        set_attention: Any = model.set_attn_implementation
+        set_attention("sdpa")
+    set_experts: Any = getattr(model, "set_experts_implementation", None)
+    if set_experts is not None:
+        set_experts("batched_mm")
 
 
 def export_module(adapter: LogitsOnly) -> ExportedProgram:

@@ -1,8 +1,8 @@
 """Make everything that depends on a position read `position_ids`.
 
 A model that counts positions itself builds tables of S rows: learned positions, cosines. Each such
-table is replaced by a lookup of the same rows at `position_ids`. Afterwards a run on a part of the
-tokens must give that part of a run on all of them; a cache relies on it.
+table is replaced by a lookup of the same rows at `position_ids`. What still counts by itself is
+found by `mixers`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import kvxform.ir.ops as kvx
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import ancestors, tensor_type
 from kvxform.capture.weights import add_weight, position_ids, size_node, weight_node
-from kvxform.errors import CaptureError
-from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
 
 aten = torch.ops.aten
@@ -25,7 +22,6 @@ _PROBE = Setting.first(5)
 _SHORTEST_TABLE = 9
 _LONGEST_TABLE = 1 << 17
 _UNLIMITED = 4096  # rows of a table that the model computes, where nothing limits its length
-_PART = slice(2, 5)  # of six tokens
 
 
 def read_positions(prober: Prober, context_length: int | None) -> int | None:
@@ -144,67 +140,3 @@ def _replace(prober: Prober, leaf: fx.Node, name: str, offset: int) -> None:
             node = graph.call_function(aten.reshape.default, (node, sizes))
             node.meta = {**leaf.meta, "type": TensorType(type_.dtype, tuple(shape))}
     leaf.replace_all_uses_with(node)
-
-
-def prove_local(program: Program) -> None:
-    """Check that nothing but attention looks at other tokens or at the length.
-
-    Attention is replaced by the value of the token itself. Then logits of some tokens must be the
-    same whether the others are there or not.
-
-    Raises:
-        CaptureError: KVX304 with the first node that differs.
-    """
-    rows = int(program.info.vocab_size)
-    ids = (torch.arange(6) * 7 + 1)[None] % min(rows, 50)
-    ids = ids.to(next(iter(program.weights.values())).device)
-    positions = torch.arange(6, device=ids.device)[None]
-    whole, part = _Alone(program), _Alone(program)
-    whole.run(ids, positions)
-    part.run(ids[:, _PART], positions[:, _PART])
-    output = whole.values["output"][..., _PART, :]
-    if is_close(part.values["output"], output):
-        return
-    for node in program.graph.nodes:
-        if _differs(node, whole.values, part.values):
-            reasons = "; ".join(r.reason for r in program.rejected)
-            raise CaptureError(
-                "KVX304",
-                "outside attention, a token may not depend on other tokens or on the length",
-                where="capture",
-                got=node.meta["origin"] + (f" ({reasons})" if reasons else ""),
-                at=node.meta["module"],
-            )
-    raise AssertionError("equal nodes give equal logits")
-
-
-class _Alone(fx.Interpreter):
-    """Runs a program in which every token attends only to itself, and keeps all values."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.to_module(), garbage_collect_values=False)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and keep its value under its name."""
-        with torch.no_grad():
-            result = super().run_node(n)
-        self.values[n.name] = result
-        return result
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the value of the token itself for attention."""
-        if target is not kvx.ATTENTION:
-            return super().call_function(target, args, kwargs)
-        q, _, v = args[:3]
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-
-
-def _differs(node: fx.Node, whole: dict[str, Any], part: dict[str, Any]) -> bool:
-    """Return whether the part of a value differs from the value of the part."""
-    type_ = tensor_type(node)
-    axes = [] if type_ is None else [i for i, n in enumerate(type_.shape) if n in ("S", "B*S")]
-    if node.op == "get_attr" or len(axes) != 1:
-        return False
-    full = whole[node.name].movedim(axes[0], 0)[_PART].movedim(0, axes[0])
-    return not is_close(part[node.name], full)
