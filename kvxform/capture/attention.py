@@ -24,9 +24,12 @@ from kvxform.capture.weights import size_node
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({"matmul", "bmm"})
-_BETWEEN = frozenset({"to", "_to_copy", "type_as", "dropout", "contiguous", "clone", "nan_to_num"})
+_BETWEEN = frozenset(
+    {"reshape", "to", "_to_copy", "type_as", "dropout", "contiguous", "clone", "nan_to_num"}
+)
 
 
+_SQUARES = (("S", "S"), ("S", "S + 1"))  # one more column is that of a sink
 _FOLDED = re.compile(r"^(\d+)\*B$")  # batch and heads in one axis, as bmm wants them
 
 
@@ -45,6 +48,7 @@ class Proposal:
         mask_sources: Nodes that the mask is computed from.
         causal: Whether the op itself masks later tokens.
         softcap: Softcap of the scores, or None.
+        sink_logits: Key of the sink logits, or None.
         softmax_dtype: Dtype of the softmax if it is not that of q.
     """
 
@@ -58,6 +62,7 @@ class Proposal:
     mask_sources: tuple[fx.Node, ...] = ()
     causal: bool = False
     softcap: float | None = None
+    sink_logits: str | None = None
     softmax_dtype: torch.dtype | None = None
 
 
@@ -75,7 +80,7 @@ def _is_score_softmax(node: fx.Node) -> bool:
     if op_name(node) not in ("softmax", "_softmax"):
         return False
     type_ = tensor_type(node)
-    return type_ is not None and type_.shape[-2:] == ("S", "S")
+    return type_ is not None and type_.shape[-2:] in _SQUARES
 
 
 def propose(prober: Prober, core: fx.Node) -> Proposal:
@@ -158,8 +163,9 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     assert isinstance(k, fx.Node)
     k_shape = shape_of(k)
     k = insert(core, aten.transpose.int, (k, -1, -2), (*k_shape[:-2], k_shape[-1], k_shape[-2]))
+    prober.content.add(k)
     function = ScoreFunction(prober, product.node, scores)
-    scale, softcap = function.measure()
+    measured = function.measure()
     dtype, q_type = core.meta["type"].dtype, tensor_type(q)
     assert q_type is not None
     return Proposal(
@@ -168,10 +174,11 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
         q=_with_heads(q, core),
         k=_with_heads(k, core),
         v=_with_heads(v, core),
-        scale=scale,
+        scale=measured.scale,
         mask=function.bias,
         mask_sources=tuple(prober.leaves(product.region)),
-        softcap=softcap,
+        softcap=measured.softcap,
+        sink_logits=measured.sink_logits,
         softmax_dtype=None if dtype == q_type.dtype else dtype,
     )
 
@@ -187,6 +194,13 @@ def _product_with_values(core: fx.Node) -> tuple[fx.Node, fx.Node]:
             v = user.args[1]
             assert isinstance(v, fx.Node)
             return user, v
-        if op_name(user) not in _BETWEEN:
+        if op_name(user) not in _BETWEEN and not _drops_sink(user):
             raise NotRaisedError(f"the attention weights go through {op_name(user)}")
         node = user
+
+
+def _drops_sink(node: fx.Node) -> bool:
+    """Return whether a slice takes all columns but the last, that of a sink."""
+    return (
+        op_name(node) == "slice" and node.args[2] in (0, None) and shape_of(node)[-2:] == ("S",) * 2
+    )

@@ -18,8 +18,8 @@ from kvxform.capture.exporting import (
     make_functional,
     prepare,
 )
-from kvxform.capture.mixers import find_mixers
 from kvxform.capture.latents import raise_latents
+from kvxform.capture.mixers import find_mixers
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
 from kvxform.capture.positions import read_positions

@@ -1,4 +1,8 @@
-"""What happens to attention scores before the softmax, measured on chosen scores."""
+"""What happens to attention scores before the softmax, measured on chosen scores.
+
+A softmax does not see what is added to a whole row. So every row is read relative to its diagonal,
+the score of a token with itself, and the chosen scores are zero there.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,24 @@ from kvxform.capture.masks import MASKED
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.structure import ancestors, literals, shape_of
+from kvxform.capture.weights import add_weight
+
+_SETTING = Setting.first(4, batch=2)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What happens to scores, besides the mask.
+
+    Attributes:
+        scale: Factor of the scores.
+        softcap: Softcap, or None.
+        sink_logits: Key of the sink logits `[H]` in the weights, or None.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sink_logits: str | None = None
 
 
 @dataclass(frozen=True)
@@ -25,40 +47,98 @@ class ScoreFunction:
     def _apply(
         self, fill: float | Tensor, setting: Setting, numbers: dict[int, int] | None = None
     ) -> Tensor:
+        """Return what the softmax gets, `[..., S, S]` or with one more column, a sink."""
         sizes = {"B": setting.batch, "S": setting.length}
         shape = [int(eval_size(n, sizes)) for n in shape_of(self.product)]
         dtype = self.product.meta["type"].dtype
-        value = torch.as_tensor(fill, dtype=dtype).expand(shape)
+        value = torch.as_tensor(fill, dtype=dtype, device=self.prober.device).expand(shape)
         (out,) = self.prober.run([self.scores], setting, {self.product: value}, numbers)
         assert isinstance(out, Tensor)
         return out.double()
 
     def bias(self, setting: Setting, numbers: dict[int, int]) -> Tensor:
         """Return what scores of zero become: the additive mask."""
-        return self._apply(0.0, setting, numbers)
+        return self._apply(0.0, setting, numbers)[..., : setting.length].to(self._narrowest())
 
-    def measure(self) -> tuple[float, float | None]:
-        """Return scale and softcap.
+    def _narrowest(self) -> torch.dtype:
+        """Return the dtype that limits how exact scores are, before or after a cast."""
+        both = (self.product.meta["type"].dtype, self.scores.meta["type"].dtype)
+        return max(both, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def measure(self) -> Measured:
+        """Return scale, softcap and sinks.
 
         Raises:
             NotRaisedError: If scores are changed in another way.
         """
-        setting = Setting.first(4)
-        zero = self._apply(0.0, setting)
-        seen = zero > MASKED
-        noise = self.prober.random(setting.length, setting.length, dtype=torch.float64)
-        seen_noise = noise.expand(zero.shape)[seen]
-        one = (self._apply(1.0, setting) - zero)[seen]
-        got = (self._apply(noise, setting) - zero)[seen]
-        dtype = self.product.meta["type"].dtype
-        scale = self._exact(float(one[0]))
-        if is_close(got, seen_noise * scale, dtype):
+        zero = self._relative(0.0)
+        noise = self.prober.random(_SETTING.length, _SETTING.length, dtype=torch.float64)
+        noise.fill_diagonal_(0.0)
+        seen = (zero[..., : _SETTING.length] > MASKED) & (noise != 0)
+        if not bool(seen.any()):
+            raise NotRaisedError(
+                "the mask is neither causal nor a sliding window nor chunks: "
+                "a token does not see itself and those before it",
+                node=self.scores,
+            )
+        sink = self._find_sink(zero, self._relative(noise))
+        scale, softcap = self._scale_and_cap(zero, noise, seen)
+        return Measured(scale, softcap, sink)
+
+    def _scale_and_cap(
+        self, zero: Tensor, noise: Tensor, seen: Tensor
+    ) -> tuple[float, float | None]:
+        """Return scale and softcap, from scores `zero` and `noise`, where they are `seen`."""
+        ones = 1.0 - torch.eye(_SETTING.length, dtype=torch.float64, device=noise.device)
+
+        def added(value: Tensor) -> Tensor:
+            return (self._relative(value) - zero)[..., : _SETTING.length][seen]
+
+        given, got, one = noise.expand_as(seen)[seen], added(noise), added(ones)[0]
+        dtype = self._narrowest()
+        scale = self._exact(float(one))
+        if is_close(got, given * scale, dtype):
             return scale, None
-        cap = self._exact(float((self._apply(1e6, setting) - zero)[seen][0]))
-        scale = self._exact(cap * math.atanh(float(one[0]) / cap))
-        if is_close(got, cap * torch.tanh(seen_noise * scale / cap), dtype):
-            return scale, cap
-        raise NotRaisedError("scores are changed by more than a scale, a softcap and a mask")
+        cap = self._exact(float(added(1e6 * ones)[0]))
+        if cap > abs(float(one)):
+            scale = self._exact(cap * math.atanh(float(one) / cap))
+            if is_close(got, cap * torch.tanh(given * scale / cap), dtype):
+                return scale, cap
+        raise NotRaisedError(
+            "scores are changed by more than a scale, a softcap and a mask", node=self.scores
+        )
+
+    def _relative(self, fill: float | Tensor) -> Tensor:
+        """Return the scores that the softmax gets, relative to the diagonal."""
+        if isinstance(fill, Tensor):
+            fill = fill.to(self.product.meta["type"].dtype)
+        out = self._apply(fill, _SETTING)
+        return out - out.diagonal(dim1=-2, dim2=-1)[..., None]
+
+    def _find_sink(self, zero: Tensor, noise: Tensor) -> str | None:
+        """Return the key of sink logits that are one more column of the scores, or None.
+
+        Raises:
+            NotRaisedError: If more columns than one are added, or one that is not constant.
+        """
+        extra = zero.shape[-1] - _SETTING.length
+        if extra == 0:
+            return None
+        column = zero[..., -1].unflatten(0, (_SETTING.batch, -1))  # [B, ..., S]
+        column = column.flatten(1, -2)
+        sinks = column[0, :, 0]
+        same = is_close(column, sinks[:, None].expand_as(column))
+        if extra != 1 or not same or not is_close(noise[..., -1], zero[..., -1]):
+            raise NotRaisedError(
+                f"the softmax has {extra} more columns, and not one constant per head",
+                node=self.scores,
+            )
+        for node in ancestors([self.scores], {self.product}):
+            held = self.prober.weights.get(str(node.target)) if node.op == "get_attr" else None
+            if held is not None and held.shape == sinks.shape and is_close(held.double(), sinks):
+                return str(node.target)
+        dtype = self.scores.meta["type"].dtype
+        return add_weight(self.prober.weights, "sink_logits", sinks.to(dtype))
 
     def _exact(self, value: float) -> float:
         """Return the number in the graph, or one over it, that `value` was measured from."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
@@ -16,7 +18,7 @@ from kvxform.capture.probing import Prober, Setting, error, is_close
 from kvxform.capture.projections import output_projection, source_projection
 from kvxform.capture.refusal import NotRaisedError, Trace
 from kvxform.capture.structure import shape_of
-from kvxform.capture.weights import position_ids, weight_node
+from kvxform.capture.weights import add_weight, position_ids, weight_node
 from kvxform.ir.program import AttentionSite, RejectedSite, RopeSpec
 
 _PROOF = Setting.first(9, batch=2)
@@ -58,12 +60,13 @@ class SiteRaiser:
         operands = trace_operands(self.prober, proposal)
         trace.note_operands(operands.q.heads.index.shape, operands.k.heads.index.shape)
         trace.note_rope(_rope_spec(operands), operands.note)
-        node = self._emit(proposal, mask, operands)
+        scoring = self._scoring(proposal, mask, operands)
+        node = self._emit(proposal, scoring, operands)
         restored = reshape_like(proposal.out, node)
         self._prove(proposal, restored, operands)
         proposal.out.replace_all_uses_with(restored)
         self.prober.refresh()
-        self.sites.append(self._describe(proposal, node, mask, operands))
+        self.sites.append(self._describe(proposal, node, scoring, operands))
 
     def _classify(self, proposal: Proposal) -> MaskKind:
         kind: MaskKind | str = MaskKind(causal=False)
@@ -75,23 +78,41 @@ class SiteRaiser:
             raise NotRaisedError("attention is bidirectional, so that its keys cannot be cached")
         return replace(kind, causal=True)
 
-    def _emit(self, proposal: Proposal, mask: MaskKind, operands: Operands) -> fx.Node:
-        """Write the attention before the node that it is to replace."""
-        emitter = HeadEmitter(self.prober, proposal.out)
-        q, k, v = (self._emit_operand(emitter, operand) for operand in operands.all())
-        optional = {
+    def _scoring(self, proposal: Proposal, mask: MaskKind, operands: Operands) -> dict[str, Any]:
+        """Return what the op and the site say of scores; tensors are keys of the weights."""
+        num_heads, slopes = operands.q.heads.index.shape[0], mask.slopes
+        weights, name = self.prober.weights, None
+        if slopes is not None:
+            if slopes.numel() not in (1, num_heads):
+                raise NotRaisedError(f"{slopes.numel()} slopes for {num_heads} query heads")
+            q_dtype = operands.q.heads.anchor.meta["type"].dtype
+            dtype = torch.promote_types(q_dtype, torch.float32)
+            name = add_weight(
+                weights, "alibi_slopes", slopes.to(dtype).repeat(num_heads)[:num_heads]
+            )
+        return {
+            "scale": proposal.scale * operands.q.factor,
             "window": mask.window,
             "chunk": mask.chunk,
             "softcap": proposal.softcap,
-            "sink_logits": self._weight(proposal.sink_logits),
-            "alibi_slopes": self._weight(self._slopes(proposal, mask)),
-            "softmax_dtype": proposal.softmax_dtype,
+            "sink_logits": proposal.sink_logits,
+            "alibi_slopes": name,
         }
+
+    def _emit(
+        self,
+        proposal: Proposal,
+        scoring: dict[str, Any],
+        operands: Operands,
+    ) -> fx.Node:
+        """Write the attention before the node that it is to replace."""
+        emitter = HeadEmitter(self.prober, proposal.out)
+        q, k, v = (self._emit_operand(emitter, operand) for operand in operands.all())
+        optional = {**scoring, "softmax_dtype": proposal.softmax_dtype}
         options: dict[str, Any] = {
             "layer": len(self.sites),
-            "scale": proposal.scale * operands.q.factor,
-            "causal": mask.causal,
-            **{name: value for name, value in optional.items() if value is not None},
+            "causal": True,
+            **{name: self._argument(v) for name, v in optional.items() if v is not None},
         }
         node = insert(
             proposal.out,
@@ -102,6 +123,12 @@ class SiteRaiser:
         )
         node.meta |= {"origin": proposal.core.meta["origin"]}
         return node
+
+    def _argument(self, value: Any) -> Any:
+        """Return the node of a weight for its key, and anything else as it is."""
+        if not isinstance(value, str):
+            return value
+        return weight_node(self.prober.graph, value, self.prober.weights[value])
 
     def _emit_operand(self, emitter: HeadEmitter, operand: Operand) -> fx.Node:
         node = emitter.emit(operand.heads.anchor, operand.heads.index)
@@ -131,7 +158,7 @@ class SiteRaiser:
             raise NotRaisedError(f"kvx::attention differs from it by {error(got, want):.1e}")
 
     def _describe(
-        self, proposal: Proposal, node: fx.Node, mask: MaskKind, operands: Operands
+        self, proposal: Proposal, node: fx.Node, scoring: dict[str, Any], operands: Operands
     ) -> AttentionSite:
         q, k, v = operands.all()
         num_q_heads, head_dim = q.heads.index.shape
@@ -143,14 +170,12 @@ class SiteRaiser:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             v_head_dim=v_head_dim,
-            scale=proposal.scale * q.factor,
             q=source_projection(self.prober, q.heads),
             k=source_projection(self.prober, k.heads),
             v=source_projection(self.prober, v.heads),
             o=output_projection(self.prober, node, num_q_heads, v_head_dim),
             rope=_rope_spec(operands),
-            window=mask.window,
-            softcap=proposal.softcap,
+            **scoring,
             notes=_notes(operands),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,12 +24,24 @@ def distances(length: int) -> Tensor:
     return where[:, None] - where[None]
 
 
+def chunks(size: int, *, first: int = 0, length: int = 9) -> Tensor:
+    part = (torch.arange(length) + first) // size
+    return part[:, None] == part[None]
+
+
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(2, 20), window=st.integers(1, 20))
 def test_a_window_is_described(length: int, window: int) -> None:
     d = distances(length)
     want = MaskKind(causal=True, window=window if window < length else None)
     assert describe((d >= 0) & (d < window)) == want
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(3, 20), size=st.integers(2, 20))
+def test_chunks_are_described(length: int, size: int) -> None:
+    seen = chunks(size, length=length) & (distances(length) >= 0)
+    assert describe(seen) == MaskKind(causal=True, chunk=size if size < length else None)
 
 
 def test_a_full_mask_is_bidirectional() -> None:
@@ -43,13 +56,15 @@ def test_a_full_mask_is_bidirectional() -> None:
         lambda d: (d >= 0) & (d != 2),  # a hole
         lambda d: (d >= 0) & ((d < 3) | (d == 6)),
         lambda d: d.abs() < 3,  # a window on both sides
-        lambda d: (
-            (d >= 0) & (torch.arange(9)[:, None] // 4 == torch.arange(9)[None] // 4)
-        ),  # chunks
+        lambda d: chunks(4) & (d < 3) & (d >= 0),  # a window in chunks
+        lambda d: chunks(4, first=1) & (d >= 0),  # chunks that do not start at 0
     ],
 )
 def test_other_masks_are_refused(change) -> None:
-    assert describe(change(distances(9))) == "the mask is neither causal nor a sliding window"
+    assert (
+        describe(change(distances(9)))
+        == "the mask is neither causal nor a sliding window nor chunks"
+    )
 
 
 class MaskGraph:
@@ -91,24 +106,64 @@ def test_a_window_of_any_size_is_found(window: int) -> None:
     assert MaskGraph(window).classify() == MaskKind(causal=True, window=window)
 
 
-def test_a_chunked_mask_is_refused_although_short_runs_look_causal() -> None:
-    found = MaskGraph(8192, chunks=True).classify()
-    assert isinstance(found, str)
-    assert "8192" in found
+@pytest.mark.parametrize("size", [4, 10, 8192])
+def test_chunks_of_any_size_are_found(size: int) -> None:
+    assert MaskGraph(size, chunks=True).classify() == MaskKind(causal=True, chunk=size)
 
 
 def test_a_mask_that_is_off_by_one_is_refused() -> None:
     assert isinstance(MaskGraph(4096, first=1).classify(), str)
 
 
-def test_a_bias_besides_the_mask_is_refused() -> None:
-    prober = Prober(fx.Graph(), {})
+Bias = Callable[[Tensor, Tensor], Tensor]  # from positions of queries and keys
+
+
+def biased(bias: Bias) -> MaskKind | str:
+    """Classify a causal mask of three heads with a bias."""
 
     def evaluate(setting: Setting, _: dict[int, int]) -> Tensor:
-        d = distances(setting.length)
-        return torch.where(d >= 0, d * -0.5, -math.inf)
+        keys = torch.arange(setting.length, dtype=torch.float64)
+        queries = keys[:, None]
+        added = bias(queries, keys) * torch.ones(setting.batch, 3, 1, 1, dtype=torch.float64)
+        return torch.where(queries >= keys, added, -math.inf)
 
-    assert classify(prober, evaluate, []) == "scores get a bias besides the mask"
+    return classify(Prober(fx.Graph(), {}), evaluate, [])
+
+
+SLOPES = torch.tensor([0.5, 0.3, 0.01], dtype=torch.float64)[:, None, None]
+LINEAR: dict[str, Bias] = {
+    "distance": lambda t, p: SLOPES * (p - t),
+    "key position": lambda t, p: SLOPES * p,
+    "key position from the end": lambda t, p: SLOPES * (p - p.numel() + 1),
+    "any constant of a row": lambda t, p: SLOPES * p + t.sqrt() * 7,
+}
+NOT_LINEAR: dict[str, Bias] = {
+    "square": lambda t, p: SLOPES * (p - t) ** 2,
+    "one percent off": lambda t, p: SLOPES * (p - t) * (1 + 0.01 * (p == 0)),
+    "on some keys": lambda t, p: SLOPES * (p - t) * (p > 1),
+    "with the length": lambda t, p: SLOPES * (p - t) * p.numel(),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_slopes_are_read_up_to_a_constant_of_a_row(name: str) -> None:
+    found = biased(LINEAR[name])
+    assert found == MaskKind(causal=True)
+    assert found.slopes is not None
+    assert torch.allclose(found.slopes, SLOPES.flatten(), rtol=1e-12, atol=0)
+
+
+def test_one_slope_of_all_heads_is_found_next_to_a_window() -> None:
+    found = biased(lambda t, p: torch.where(t - p < 3, 0.5 * p, -math.inf))
+    assert found == MaskKind(causal=True, window=3)
+    assert torch.equal(found.slopes, torch.tensor([0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", NOT_LINEAR)
+def test_another_bias_is_refused(name: str) -> None:
+    found = biased(NOT_LINEAR[name])
+    assert isinstance(found, str)
+    assert ("other slopes" if name == "with the length" else "not a slope times") in found
 
 
 def test_a_mask_that_differs_between_heads_is_refused() -> None:
