@@ -42,6 +42,12 @@ class SessionLike(Protocol):
     def free(self, rows: Sequence[int] | None = None) -> None:
         """Forget rows."""
 
+    def reorder(self, order: Sequence[int]) -> None:
+        """Let row i become what row `order[i]` was."""
+
+    def crop(self, length: int | Sequence[int], rows: Sequence[int] | None = None) -> None:
+        """Keep the first tokens of rows."""
+
     def sequence_lengths(self) -> Sequence[int]:
         """Cached tokens of each live row, rows ascending."""
 

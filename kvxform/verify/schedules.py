@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvxform.ir.plan import CachePlan
+
 
 @dataclass(frozen=True)
 class Prefill:
@@ -44,7 +46,33 @@ class Free:
     rows: tuple[int, ...]
 
 
-Action = Prefill | Decode | Free
+@dataclass(frozen=True)
+class Reorder:
+    """Let row i become what row `order[i]` was; a row named twice is forked.
+
+    Attributes:
+        order: Source of each row; other rows are freed.
+        sequences: Rows that go on as another sequence, which begins with the same tokens.
+    """
+
+    order: tuple[int, ...]
+    sequences: Mapping[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Drop the newest tokens of rows.
+
+    Attributes:
+        tokens: For each row, how many tokens stay.
+        sequences: As for `Reorder`.
+    """
+
+    tokens: Mapping[int, int]
+    sequences: Mapping[int, int] | None = None
+
+
+Action = Prefill | Decode | Free | Reorder | Crop
 
 
 @dataclass(frozen=True)
@@ -96,3 +124,54 @@ def full_schedules(lengths: Sequence[int], decode_steps: int = 64) -> tuple[Sche
             ),
         ),
     )
+
+
+def row_schedules(
+    plan: CachePlan, lengths: Sequence[int], prefix: int, decode_steps: int = 28
+) -> tuple[Schedule, ...]:
+    """Return schedules that move, fork and crop rows, as far as `plan` allows.
+
+    Args:
+        plan: What is cached.
+        lengths: Tokens of four sequences. The last begins with `prefix` tokens of the first.
+        prefix: Tokens that those two share, two fewer than either has at most.
+        decode_steps: Steps after a fork; fewer if the sequences are short.
+    """
+    first, second, third, twin = lengths
+    steps = min(decode_steps, first - prefix, twin - prefix)
+    some = {0: max(1, first // 2), 1: max(1, second // 3), 2: max(1, third // 2)}
+    tail = min(4, second - some[1], third - some[2], first - some[0]) // 2
+    moved = (
+        Prefill(some, "left", sequences={0: 0, 1: 1, 2: 2}),
+        Reorder((2, 0, 1)),
+        Decode(tail),
+        Reorder((1, 2, 0)),
+        Decode(tail),
+    )
+    start = Prefill({0: prefix}, sequences={0: 0})
+    fork = Reorder((0, 0), {1: 3})
+    half = steps // 2
+    beams = (start, fork, Decode(half), Reorder((1, 0)), Decode(steps - half), Reorder((1,)))
+    schedules = [Schedule("batch reorder", moved), Schedule("beam fork", beams)]
+    drop = next((n for n in range(min(8, steps), 0, -1) if _can_crop(plan, prefix + n, prefix)), 0)
+    if drop:
+        again = Crop({0: prefix, 1: prefix}, {0: 3, 1: 0})
+        rewind = (start, fork, Decode(drop), again, Decode(steps))
+        schedules.append(Schedule("fork, crop and rewind", rewind))
+    return tuple(schedules)
+
+
+def wrap_schedule(sequence: int, length: int, window: int) -> Schedule:
+    """Return a schedule that decodes past the end of a window; `length` is more than `window`."""
+    start = max(1, min(window - 4, length - 1))
+    prefill = Prefill({0: start}, sequences={0: sequence})
+    return Schedule("window wrap", (prefill, Decode(length - start)))
+
+
+def _can_crop(plan: CachePlan, length: int, tokens: int) -> bool:
+    """Whether all that is exact with `tokens` tokens is still exact with `length`."""
+    for stream in (st for site in plan.owners for st in site.streams.values()):
+        body, sink = stream.body_tokens(tokens), stream.regions.sink
+        if tokens > sink + body and body != stream.body_tokens(length):
+            return False
+    return True

@@ -30,6 +30,12 @@ WITH_REGIONS = {
     "key_regions": {"recent": 16},
     "value_regions": {"recent": 5},
 }
+BLOCKS = {
+    "key": {"codec": "int", "bits": 4, "axis": "channel", "group": 8, "zero": "float"},
+    "value": INT4,
+    "key_regions": {"recent": 32, "flush": "block"},
+    "value_regions": {"recent": 0},
+}
 Plant = Callable[[Session], None]
 
 
@@ -133,11 +139,53 @@ def see_the_future(session: Session) -> None:
     """Attention of one layer also scales its scores a little."""
     attend = session._cache.attend
 
-    def scaled(layer, q, positions, **options):
-        return attend(layer, q * (1.01 if layer == 1 else 1.0), positions, **options)
+    def scaled(layer, q, positions, scoring):
+        return attend(layer, q * (1.01 if layer == 1 else 1.0), positions, scoring)
 
     session._cache.attend = scaled
 
+
+def leave_rows(session: Session) -> None:
+    """Rows stay where they are, unless they are forked."""
+    reorder = session.reorder
+    session.reorder = lambda order: None if len(set(order)) == len(order) > 1 else reorder(order)
+
+
+def leave_buffers(session: Session) -> None:
+    """Pages follow their rows, buffers of recent tokens do not."""
+    session._cache.move_rows = lambda rows, sources: None
+
+
+def write_shared_pages(session: Session) -> None:
+    """Forked rows go on writing to the same pages."""
+    session._pool._shared_from = lambda sequence, first: []
+
+
+def copy_all_pages(session: Session) -> None:
+    """A row that writes gets copies of pages that it does not write to."""
+    session._first_written = lambda length: 0
+
+
+def crop_and_remember(session: Session) -> None:
+    """A cropped row goes on counting positions where it was."""
+    crop = session.crop
+
+    def crop_tokens(length, rows) -> None:
+        ends = {row: session._rows[row].logical_length for row in rows}
+        crop(length, rows)
+        for row, end in ends.items():
+            session._rows[row].logical_length = end
+
+    session.crop = crop_tokens
+
+
+ROW_FAULTS: dict[str, tuple[Plant, str]] = {
+    "rows are not moved": (leave_rows, "lengths"),
+    "buffers are not moved": (leave_buffers, "logical cache"),
+    "shared pages are written": (write_shared_pages, "bytes"),
+    "pages are copied too soon": (copy_all_pages, "bytes"),
+    "positions after a crop": (crop_and_remember, "K and V handed"),
+}
 
 FAULTS: dict[str, tuple[Plant, str]] = {
     "codes are encoded again": (requantise, "logical cache"),
@@ -169,12 +217,15 @@ def check_all(program: Program, quantised: Program, plant: Plant | None = None) 
 def test_sound_caches_pass_every_schedule(options, page_size, folded):
     cached = cached_program(options, page_size, folded=folded and options is not None)
     assert is_lossy(cached.plan, torch.float64) == (options is not None)
-    assert check_all(source_program(), cached) == {
+    rewinds = set() if options is WITH_REGIONS else {"fork, crop and rewind"}
+    assert check_all(source_program(), cached) == rewinds | {
         "prefill",
         "chunked prefill",
         "decode",
         "ragged batch",
         "page reuse after free",
+        "batch reorder",
+        "beam fork",
     }
 
 
@@ -187,6 +238,31 @@ def test_planted_fault_is_found_and_named(name, dtype):
     with pytest.raises(VerifyError, match=word) as caught:
         check_all(program, quantised, plant)
     assert caught.value.code == "KVX502"
+
+
+@pytest.mark.parametrize("name", ROW_FAULTS)
+def test_planted_fault_of_rows_is_found_and_named(name):
+    plant, word = ROW_FAULTS[name]
+    with pytest.raises(VerifyError, match=word):
+        check_all(source_program(), cached_program(BLOCKS, 16), plant)
+
+
+def test_shared_pages_with_wrong_content_are_found_even_if_the_bytes_are_right():
+    def plant(session: Session) -> None:
+        session._cache.copy_pages = lambda old, new: None
+
+    with pytest.raises(VerifyError, match="logical cache"):
+        check_all(source_program(), cached_program(LOSSY, 16), plant)
+
+
+def test_a_window_is_wrapped_and_a_cache_that_cannot_be_cropped_is_not():
+    sliding = {**LOSSY, "regions": {"recent": 6}}
+    window = {"window": 9}
+    cached = cached_program(sliding, 16, attention=window)
+    names = check_all(source_program(attention=window), cached)
+    assert "window wrap" in names
+    assert "beam fork" in names
+    assert "fork, crop and rewind" not in names
 
 
 @pytest.mark.parametrize("name", ["two pages swapped", "positions by page", "scores"])

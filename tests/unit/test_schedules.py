@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from cached import cached_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvxform.verify.schedules import Decode, Free, Prefill, full_schedules, probe_schedule
+from kvxform.verify.schedules import (
+    Crop,
+    Decode,
+    Free,
+    Prefill,
+    full_schedules,
+    probe_schedule,
+    row_schedules,
+    wrap_schedule,
+)
 
 
 def play(schedule, lengths):
@@ -17,10 +27,17 @@ def play(schedule, lengths):
             counts = action.tokens
         elif isinstance(action, Decode):
             counts = dict.fromkeys(rows, action.steps)
-        else:
-            assert isinstance(action, Free)
+        elif isinstance(action, Free):
             for row in action.rows:
                 del rows[row]
+            counts = {}
+        else:
+            if isinstance(action, Crop):
+                assert all(tokens < rows[row][1] for row, tokens in action.tokens.items())
+                rows |= {row: (rows[row][0], tokens) for row, tokens in action.tokens.items()}
+            else:
+                rows = {i: rows[source] for i, source in enumerate(action.order)}
+            rows |= {row: (s, rows[row][1]) for row, s in (action.sequences or {}).items()}
             counts = {}
         for row, count in counts.items():
             sequence, seen = rows[row]
@@ -43,3 +60,22 @@ def test_full_schedules_stay_within_their_sequences(lengths):
 def test_the_probe_schedule_covers_every_position(lengths):
     rows = play(probe_schedule(lengths), lengths)
     assert [seen for _, seen in rows.values()] == lengths
+
+
+PLAN = cached_program({"key": {"codec": "int", "bits": 4}, "value": None}, 16).plan
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.tuples(*[st.integers(8, 150)] * 4), st.data())
+def test_row_schedules_stay_within_their_sequences(lengths, data):
+    prefix = data.draw(st.integers(1, min(lengths[0], lengths[3]) - 2))
+    played = {s.name: play(s, lengths) for s in row_schedules(PLAN, lengths, prefix)}
+    assert set(played) == {"batch reorder", "beam fork", "fork, crop and rewind"}
+    assert {sequence for sequence, _ in played["batch reorder"].values()} == {0, 1, 2}
+    assert [sequence for sequence, _ in played["fork, crop and rewind"].values()] == [3, 0]
+
+
+def test_the_window_schedule_starts_inside_and_ends_beyond():
+    schedule = wrap_schedule(0, 40, 16)
+    assert schedule.actions[0].tokens[0] < 16
+    assert play(schedule, [40]) == {0: (0, 40)}
