@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kvxform.capture import capture
-from kvxform.errors import ArtifactError, CaptureError, KvxformError, RecipeError
+from kvxform.errors import CaptureError, RecipeError
 from kvxform.explain import (
     Explanation,
     StepLike,
@@ -18,12 +18,12 @@ from kvxform.explain import (
     explain_program,
     make_question,
 )
-from kvxform.ir.artifact import load_artifact
 from kvxform.ir.program import Program
 from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
 from kvxform.progress import ProgressDisplay
 from kvxform.recipe import Recipe, RecipeLike, load_recipe
 from kvxform.report import Report
+from kvxform.runtime.loading import load_model, move_program, parse_device
 from kvxform.runtime.model import OptimizedModel
 
 ModelSource = nn.Module | torch.export.ExportedProgram | str | Path
@@ -57,11 +57,11 @@ def optimize(
     """
     wanted = resolve_recipe(recipe, target)
     _check_options(calibration, verify)
-    place = None if device is None else _parse_device(device)
+    place = None if device is None else parse_device(device)
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
         program, report = run_pipeline(
-            _move(captured.program, place),
+            captured.program if place is None else move_program(captured.program, place),
             wanted,
             executor=OptimizedModel,
             verify=verify,
@@ -126,7 +126,7 @@ def explain_model(
         try:
             program = capture(_source(model), progress=display.talk).program
         except CaptureError as error:
-            if not error.rejected:
+            if error.code != "KVX303":
                 raise
             name = model if isinstance(model, str | Path) else type(model).__name__
             return explain_failure(error, str(name))
@@ -143,18 +143,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Optim
     Raises:
         ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
     """
-    folder = Path(path)
-    program = load_artifact(folder)
-    report = folder / "report.json"
-    tokenizer = folder / "tokenizer"
-    if tokenizer.is_dir():
-        info = dataclasses.replace(program.info, tokenizer_path=str(tokenizer))
-        program = dataclasses.replace(program, info=info)
-    return OptimizedModel(
-        _move(program, None if device is None else _parse_device(device)),
-        report=Report.from_json(report.read_text("utf-8")) if report.is_file() else None,
-        recipe=_saved_recipe(folder / "recipe.yaml"),
-    )
+    return load_model(Path(path), device)
 
 
 def _source(model: ModelSource) -> nn.Module | torch.export.ExportedProgram | str:
@@ -169,17 +158,6 @@ def resolve_recipe(recipe: RecipeLike, target: str | None) -> Recipe:
     return load_recipe({**loaded.to_data(), "target": {"lowering": target}})
 
 
-def _saved_recipe(path: Path) -> Recipe | None:
-    if not path.is_file():
-        return None
-    try:
-        return load_recipe(path)
-    except KvxformError as error:
-        raise ArtifactError(
-            "KVX602", f"recipe.yaml must be a recipe ({error.rule})", at=error.at
-        ) from error
-
-
 def _check_options(calibration: Any, verify: str) -> None:
     if calibration is not None:
         raise RecipeError(
@@ -191,17 +169,3 @@ def _check_options(calibration: Any, verify: str) -> None:
     if verify not in VERIFY_LEVELS:
         rule = f"verify must be one of {', '.join(VERIFY_LEVELS)}"
         raise RecipeError("KVX107", rule, where="optimize", got=repr(verify))
-
-
-def _parse_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise KvxformError("KVX704", "device must be one that torch knows", got=device) from error
-
-
-def _move(program: Program, device: torch.device | None) -> Program:
-    if device is None:
-        return program
-    weights = {name: weight.to(device) for name, weight in program.weights.items()}
-    return dataclasses.replace(program, weights=weights)
