@@ -10,15 +10,14 @@ Every family runs in a process of its own with a time limit, so that none can st
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import logging
-import subprocess
+import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -55,9 +54,6 @@ MEANING = {
 def main() -> None:
     """Measure families; write the table if no family was named."""
     options = parse_options()
-    if options.one:
-        print(json.dumps(dataclasses.asdict(measure_quietly(options.one))))
-        return
     rows = measure_all(options.families or list(ALL), options.timeout, options.jobs)
     if options.families:
         print("\n".join([*table(rows), *reasons(rows)]))
@@ -72,20 +68,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("families", nargs="*", help="names; all by default")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a family may take")
     parser.add_argument("--jobs", type=int, default=2, help="families at a time")
-    parser.add_argument("--one", choices=ALL, help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = sorted(set(options.families) - set(ALL))
     if unknown:
         parser.error(f"no family is called {unknown[0]!r}; there are {', '.join(ALL)}")
     return options
-
-
-def measure_quietly(name: str) -> Row:
-    """Measure one family in this process, on one thread."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    return measure(ALL[name])
 
 
 def measure_all(names: Iterable[str], timeout: float, jobs: int) -> list[Row]:
@@ -95,20 +82,35 @@ def measure_all(names: Iterable[str], timeout: float, jobs: int) -> list[Row]:
 
 
 def run_one(name: str, timeout: float) -> Row:
-    """Measure one family in a new process."""
-    command = [sys.executable, __file__, "--one", name]
+    """Measure one family in a new process, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["family_rows", "torch._dynamo"])
     start = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        row = Row(**json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else None
-        failure = f"the process ended with status {done.returncode}"
-    except subprocess.TimeoutExpired:
-        row, failure = None, f"it took more than {timeout:g} s"
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_row, args=(name, sender))
+    process.start()
+    sender.close()
+    row, failure = None, f"it took more than {timeout:g} s"
+    if receiver.poll(timeout):
+        try:
+            row = receiver.recv()
+        except EOFError:
+            failure = "its process died"
+    process.kill()
+    process.join()
     if row is None:
         row = Row(name, "0", dict.fromkeys(COLUMNS, failure))
     seconds = time.monotonic() - start
     print(f"{name:20} {' | '.join(row.cells):28} {seconds:5.1f} s", file=sys.stderr, flush=True)
     return row
+
+
+def send_row(name: str, sender: Connection) -> None:
+    """Measure one family in this process, on one thread, and send its row."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    sender.send(measure(ALL[name]))
 
 
 def render(rows: list[Row]) -> str:
