@@ -94,6 +94,23 @@ class WeightRecord:
 
 
 @dataclass(frozen=True)
+class LatentRecord:
+    """K and V of all heads are made from one narrow vector per token (DeepSeek MLA).
+
+    Attributes:
+        rank: Channels of the vector.
+        rope_dim: Channels of the part of a key that all heads share.
+        up_k: What makes the other channels of the keys.
+        up_v: What makes the values.
+    """
+
+    rank: int
+    rope_dim: int
+    up_k: WeightRecord
+    up_v: WeightRecord
+
+
+@dataclass(frozen=True)
 class SiteRecord:
     """One attention that was raised.
 
@@ -120,6 +137,7 @@ class SiteRecord:
         k: Keys.
         v: Values.
         o: What reads the heads.
+        latent: The vector that K and V of all heads are made from, or None.
         owner: Layer whose keys and values this one reads; itself unless layers share.
         notes: What was left in the graph as it is, and why.
     """
@@ -146,6 +164,7 @@ class SiteRecord:
     k: WeightRecord | None
     v: WeightRecord | None
     o: WeightRecord | None
+    latent: LatentRecord | None
     owner: int
     notes: tuple[str, ...]
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
 from kvxform.explain.norms import Lane, find_lanes, find_norms, linear_input
-from kvxform.explain.records import RopeRecord, SiteRecord, WeightRecord
+from kvxform.explain.records import LatentRecord, RopeRecord, SiteRecord, WeightRecord
 from kvxform.ir.linear import as_linear
-from kvxform.ir.program import AttentionSite, Program, Projection, RopeSpec
+from kvxform.ir.program import AttentionSite, LatentSpec, Program, Projection, RopeSpec
 
 _SERIES_TOLERANCE = 1e-5  # of the logarithm of a frequency, for float32 frequencies
 
@@ -47,6 +48,7 @@ def _describe(program: Program, site: AttentionSite, node: fx.Node) -> SiteRecor
         k=_source(program, site.k, lanes["k"], site.num_kv_heads, site.head_dim),
         v=_source(program, site.v, lanes["v"], site.num_kv_heads, site.v_head_dim),
         o=None if site.o is None else _reader(program, site.o, site.num_q_heads, site.v_head_dim),
+        latent=None if site.latent is None else _latent(program, site, site.latent),
         owner=site.owner,
         notes=site.notes,
     )
@@ -56,37 +58,45 @@ def _source(
     program: Program, found: Projection | None, lane: Lane, heads: int, head_dim: int
 ) -> WeightRecord | None:
     """Return where heads come from: a projection, or the linear layer at the end of a lane."""
-    call = None
-    if found is None and lane.linear is not None:
-        call = as_linear(lane.linear, linear_input(lane.linear))
-    source = found or call
-    if source is None:
+    if found is not None:
+        return _maker(program, found, heads, head_dim)
+    call = None if lane.linear is None else as_linear(lane.linear, linear_input(lane.linear))
+    if call is None:
         return None
-    return WeightRecord(
-        source.weight,
-        tuple(program.weights[source.weight].shape),
-        source.bias,
-        source.layout,
-        "rows" if source.layout == "out_in" else "columns",
-        heads,
-        head_dim,
-        None if found is None else found.start,
-        None if found is None else found.head_stride,
-    )
+    whole = Projection(call.weight, call.bias, call.layout)
+    return replace(_maker(program, whole, heads, head_dim), start=None, head_stride=None)
+
+
+def _latent(program: Program, site: AttentionSite, spec: LatentSpec) -> LatentRecord:
+    own = site.head_dim - spec.rope_dim
+    up_k = _maker(program, spec.up_k, site.num_kv_heads, own)
+    up_v = _maker(program, spec.up_v, site.num_kv_heads, site.v_head_dim)
+    return LatentRecord(spec.rank, spec.rope_dim, up_k, up_v)
+
+
+def _maker(program: Program, found: Projection, heads: int, head_dim: int) -> WeightRecord:
+    """Return which entries of a weight make heads."""
+    return _weight(program, found, heads, head_dim, is_row=found.layout == "out_in")
 
 
 def _reader(program: Program, found: Projection, heads: int, head_dim: int) -> WeightRecord:
-    """Return which entries of the output projection read the heads."""
+    """Return which entries of a weight read heads."""
+    return _weight(program, found, heads, head_dim, is_row=found.layout == "in_out")
+
+
+def _weight(
+    program: Program, found: Projection, heads: int, head_dim: int, *, is_row: bool
+) -> WeightRecord:
     return WeightRecord(
-        found.weight,
-        tuple(program.weights[found.weight].shape),
-        found.bias,
-        found.layout,
-        "columns" if found.layout == "out_in" else "rows",
-        heads,
-        head_dim,
-        found.start,
-        found.head_stride,
+        weight=found.weight,
+        shape=tuple(program.weights[found.weight].shape),
+        bias=found.bias,
+        layout=found.layout,
+        axis="rows" if is_row else "columns",
+        heads=heads,
+        head_dim=head_dim,
+        start=found.start,
+        head_stride=found.head_stride,
     )
 
 

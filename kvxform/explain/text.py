@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from kvxform.capture.refusal import STEPS
 from kvxform.explain.folding import fold_name, fold_names, fold_sentence, layer_words
 from kvxform.explain.pass_text import format_pass
-from kvxform.explain.records import Explanation, NormRecord, RopeRecord, SiteRecord, WeightRecord
+from kvxform.explain.records import (
+    Explanation,
+    LatentRecord,
+    NormRecord,
+    RopeRecord,
+    SiteRecord,
+    WeightRecord,
+)
 from kvxform.ir.program import RejectedSite
 
 Rename = Callable[[str], str]
@@ -101,6 +108,8 @@ def site_rows(site: SiteRecord, rename: Rename) -> Rows:
     for name in "qkvo":
         text = _weight(getattr(site, name), rename)
         rows[name] = text.replace(_MORE, f"then norm {name}") if f"norm {name}" in rows else text
+    if site.latent is not None:
+        rows |= _latent(site.latent, rename)
     if site.owner != site.layer:
         rows["cache"] = f"reads the keys and values of layer {site.owner}"
     for i, note in enumerate(site.notes):
@@ -172,6 +181,15 @@ def _weight(weight: WeightRecord | None, rename: Rename) -> str:
         return text
     is_usual = weight.bias == weight.weight.removesuffix("weight") + "bias"
     return f"{text}, bias" if is_usual else f"{text}, bias {rename(weight.bias)}"
+
+
+def _latent(latent: LatentRecord, rename: Rename) -> Rows:
+    shared = f", keys share {latent.rope_dim} more channels" if latent.rope_dim else ""
+    return {
+        "latent": f"{latent.rank} channels make all keys and values{shared}",
+        "up k": _weight(latent.up_k, rename),
+        "up v": _weight(latent.up_v, rename),
+    }
 
 
 def _slice(weight: WeightRecord) -> str:
