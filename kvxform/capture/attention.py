@@ -98,12 +98,14 @@ def _propose_sdpa(prober: Prober, core: fx.Node) -> Proposal:
     given = _named_arguments(core)
     q, k, v = given["query"], given["key"], given["value"]
     if given["dropout_p"]:
-        raise NotRaisedError("attention dropout is on")
+        raise NotRaisedError("attention dropout is on", hint="call eval() on the model")
     head_dim = shape_of(q)[-1]
     assert isinstance(head_dim, int)
     mask = given["attn_mask"]
     if mask is not None and mask in prober.content:
-        raise NotRaisedError("the mask depends on the tokens")
+        raise NotRaisedError(
+            "the mask depends on the tokens", node=mask, hint="compute it from positions alone"
+        )
     evaluate = None if mask is None else _mask_of_node(prober, mask)
     return Proposal(
         core=core,
@@ -148,7 +150,8 @@ def _with_heads(node: fx.Node, before: fx.Node) -> fx.Node:
         batch, length = size_node(node.graph, 0), size_node(node.graph, 1)
         new = ("B", int(heads[1]), "S", shape[2])
         return insert(before, aten.reshape.default, (node, [batch, new[1], length, new[3]]), new)
-    raise NotRaisedError(f"an operand has the shape {list(shape)} instead of [B, heads, S, D]")
+    reason = f"an operand has the shape {list(shape)} instead of [B, heads, S, D]"
+    raise NotRaisedError(reason, node=node)
 
 
 def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
@@ -156,7 +159,9 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     assert isinstance(scores, fx.Node)
     product = chain_back(scores, prober.content, lambda n: op_name(n) not in _PRODUCTS)[-1]
     if op_name(product.node) not in _PRODUCTS:
-        raise NotRaisedError("the softmax is not over a product of queries and keys")
+        raise NotRaisedError(
+            "the softmax is not over a product of queries and keys", node=product.node
+        )
     out, v = _product_with_values(core)
     q, k = product.node.args[:2]
     assert isinstance(q, fx.Node)
@@ -188,14 +193,18 @@ def _product_with_values(core: fx.Node) -> tuple[fx.Node, fx.Node]:
     node = core
     while True:
         if len(node.users) != 1:
-            raise NotRaisedError("the attention weights are used more than once")
+            raise NotRaisedError(
+                "the attention weights are used more than once",
+                node=node,
+                hint="return no attention weights: output_attentions=False",
+            )
         (user,) = node.users
         if op_name(user) in _PRODUCTS and user.args[0] is node:
             v = user.args[1]
             assert isinstance(v, fx.Node)
             return user, v
         if op_name(user) not in _BETWEEN and not _drops_sink(user):
-            raise NotRaisedError(f"the attention weights go through {op_name(user)}")
+            raise NotRaisedError(f"the attention weights go through {op_name(user)}", node=user)
         node = user
 
 

@@ -44,9 +44,13 @@ class Trace:
         cap = "" if softcap is None else f", softcap {softcap:g}"
         self._steps.append(f"core: softmax of scores with scale {scale:.6g}{cap}")
 
-    def note_mask(self, window: int | None) -> None:
+    def note_mask(self, window: int | None, chunk: int | None, *, has_slopes: bool) -> None:
         """The mask was classified by its values."""
-        self._steps.append("mask: causal" + ("" if window is None else f", window {window}"))
+        parts = ["mask: causal"]
+        parts += [] if window is None else [f"window {window}"]
+        parts += [] if chunk is None else [f"chunks of {chunk}"]
+        parts += ["ALiBi slopes"] if has_slopes else []
+        self._steps.append(", ".join(parts))
 
     def note_operands(self, q: Sequence[int], k: Sequence[int]) -> None:
         """Heads of q, k and v were traced; `q` and `k` are `[heads, head_dim]`."""

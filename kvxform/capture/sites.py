@@ -56,7 +56,7 @@ class SiteRaiser:
     def _raise(self, proposal: Proposal, trace: Trace) -> None:
         trace.note_core(proposal.scale, proposal.softcap)
         mask = self._classify(proposal)
-        trace.note_mask(mask.window)
+        trace.note_mask(mask.window, mask.chunk, has_slopes=mask.slopes is not None)
         operands = trace_operands(self.prober, proposal)
         trace.note_operands(operands.q.heads.index.shape, operands.k.heads.index.shape)
         trace.note_rope(_rope_spec(operands), operands.note)
@@ -72,10 +72,16 @@ class SiteRaiser:
         kind: MaskKind | str = MaskKind(causal=False)
         if proposal.mask is not None:
             kind = classify(self.prober, proposal.mask, proposal.mask_sources)
+        node = proposal.mask_sources[-1] if proposal.mask_sources else None
         if isinstance(kind, str):
-            raise NotRaisedError(kind)
+            hint = "use a causal mask, a sliding window or chunks, the same for all heads"
+            raise NotRaisedError(kind, node=node, hint=hint)
         if not (kind.causal or proposal.causal):
-            raise NotRaisedError("attention is bidirectional, so that its keys cannot be cached")
+            raise NotRaisedError(
+                "attention is bidirectional, so that its keys cannot be cached",
+                node=node,
+                hint="mask later tokens: is_causal=True, or a causal mask",
+            )
         return replace(kind, causal=True)
 
     def _scoring(self, proposal: Proposal, mask: MaskKind, operands: Operands) -> dict[str, Any]:
