@@ -2,6 +2,7 @@
 
 `llama_program`: RMSNorm, half RoPE, grouped heads, SwiGLU, nn.Linear layout.
 `gpt2_program`: LayerNorm, learned positions, one fused QKV projection, Conv1D layout.
+`latent_program`: latent attention (MLA) as capture writes it, with a RoPE part that heads share.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import kvxform.ir.ops as kvx
 from kvxform.ir.cache import make_handle
 from kvxform.ir.program import (
     AttentionSite,
+    LatentSpec,
     ModelInfo,
     Program,
     Projection,
@@ -229,13 +231,77 @@ def gpt2_program(
     return b.finish(b.call(aten.linear.default, h, head), sites, vocab)
 
 
+LATENT, SHARED, OWN, VALUES = 16, 8, 4, 12  # channels of `latent_program`
+
+
+def latent_program(
+    *,
+    dtype: torch.dtype = torch.float64,
+    layers: int = 2,
+    heads: int = 4,
+    shared_first: bool = False,
+    attention: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Program:
+    """Return latent attention: keys of 4 + 8 channels and values of 12 from a latent of 16."""
+    b, width, vocab = Builder(dtype, seed), 32, 48
+    ids, positions = b.input("input_ids"), b.input("position_ids")
+    b.weights["inv_freq"] = 10000.0 ** (-torch.arange(0, SHARED, 2, dtype=dtype) / SHARED)
+    x = b.call(aten.embedding.default, b.weight("embed.weight", vocab, width, std=1.0), ids)
+    sites = []
+
+    def part(x: fx.Node, start: int, stop: int) -> fx.Node:
+        return b.call(aten.slice.Tensor, x, -1, start, stop)
+
+    def turn(x: fx.Node) -> fx.Node:
+        return b.call(kvx.ROPE, x, positions, b.get("inv_freq"), rotary_dim=SHARED)
+
+    def join(own: fx.Node, shared: fx.Node) -> fx.Node:
+        return b.call(aten.cat.default, [shared, own] if shared_first else [own, shared], -1)
+
+    for layer in range(layers):
+        b.module = f"layers.{layer}.attn"
+        gain = b.weight(f"layers.{layer}.norm1.weight", width, mean=1.0, std=0.3)
+        h = b.call(kvx.RMS_NORM, x, gain, 1e-5)
+        q = b.heads(b.linear(h, f"{b.module}.q", heads * (OWN + SHARED)), heads, OWN + SHARED)
+        q = join(part(q, 0, OWN), turn(part(q, OWN, OWN + SHARED)))
+        down = b.linear(h, f"{b.module}.down", LATENT + SHARED)
+        gain = b.weight(f"{b.module}.norm.weight", LATENT, mean=1.0, std=0.3)
+        latent = b.call(kvx.RMS_NORM, part(down, 0, LATENT), gain, 1e-5)
+        up = b.linear(latent, f"{b.module}.up", heads * (OWN + VALUES))
+        up = b.heads(up, heads, OWN + VALUES)
+        shared = turn(b.heads(part(down, LATENT, LATENT + SHARED), 1, SHARED))
+        spread = b.call(aten.expand.default, shared, [-1, heads, -1, -1])
+        k, v = join(part(up, 0, OWN), spread), part(up, OWN, OWN + VALUES)
+        scale = (OWN + SHARED) ** -0.5
+        options = attention or {}
+        a = b.call(kvx.ATTENTION, q, k, v, positions, layer=layer, scale=scale, **options)
+        o = b.linear(b.merge_heads(a, heads * VALUES), f"{b.module}.o", width)
+        x = b.call(aten.add.Tensor, x, o)
+        rows = [
+            Projection(f"{b.module}.up.weight", None, "out_in", start, OWN + VALUES)
+            for start in (0, OWN)
+        ]
+        site = AttentionSite(layer, b.module, heads, heads, OWN + SHARED, VALUES, scale, v=rows[1])
+        latent_spec = LatentSpec(LATENT, SHARED, *rows, shared_first)
+        out = Projection(f"{b.module}.o.weight", head_stride=VALUES)
+        sites.append(dataclasses.replace(site, o=out, latent=latent_spec, **options))
+    b.module = "head"
+    head = b.weight("head.weight", vocab, width)
+    return b.finish(b.call(aten.linear.default, x, head), sites, vocab)
+
+
 class DenseCache:
-    """The simplest cache: K and V of each layer as they come, one length for all rows."""
+    """The simplest cache: K and V of each layer as they come, one length for all rows.
+
+    Without V, values are the keys, cut by whoever reads them.
+    """
 
     def __init__(self) -> None:
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
+        v = k if v is None else v
         if layer in self.stored:
             old_k, old_v = self.stored[layer]
             k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)

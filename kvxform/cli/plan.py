@@ -131,7 +131,7 @@ def plan_text(data: dict[str, Any]) -> str:
         ("approximate", " (measured after the pass)"),
         ("needs training", ""),
     ):
-        names = [p["name"] for p in data["passes"] if p["exactness"] == exactness]
+        names = [p["name"] for p in data["passes"] if p["exactness"] == exactness and p["matched"]]
         if names:
             lines.append(f"{exactness}: {' '.join(names)}{note}")
     return "\n".join(lines)

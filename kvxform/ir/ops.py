@@ -142,9 +142,11 @@ def cached_attention(
 ) -> Tensor:
     """Attend to everything the cache holds for `layer`, the new tokens included.
 
-    `options` are those of `Scoring`.
+    `options` are those of `Scoring`. Where values are a view of the keys, they are the first
+    `v_head_dim` channels.
     """
-    return resolve_handle(cache).attend(layer, q, positions, Scoring(**options))
+    out = resolve_handle(cache).attend(layer, q, positions, Scoring(**options))
+    return out[..., :v_head_dim]
 
 
 def _fake_like_x(x: Tensor, *_: object, **__: object) -> Tensor:
@@ -152,7 +154,7 @@ def _fake_like_x(x: Tensor, *_: object, **__: object) -> Tensor:
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+    return v.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 def _fake_append(k: Tensor, v: Tensor | None, cache: Tensor, *, layer: int) -> Tensor:

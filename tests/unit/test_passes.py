@@ -12,6 +12,7 @@ from programs import (
     assert_untouched,
     fired,
     gpt2_program,
+    latent_program,
     llama_program,
     run,
     snapshot,
@@ -29,6 +30,7 @@ from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_v import RotateV
+from kvxform.passes.structure.cache_latent import CacheLatent
 
 INT4 = {"codec": "int", "bits": 4}
 MODELS = {
@@ -48,17 +50,34 @@ CASES = {
     "page-cache": (PageCache(), (InsertCache(),), 1),
     "quantize-kv": (QuantizeKv(INT4, INT4), (InsertCache(), PageCache()), 2),
     "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
+    "cache-latent": (CacheLatent(), (), 2),
+}
+LATENT_MODELS = {
+    "latent": latent_program,
+    "latent, shared part first": lambda: latent_program(shared_first=True, heads=6),
 }
 
 
-@pytest.fixture(params=CASES)
-def case(request):
-    return CASES[request.param]
+def models_for(case: str):
+    return LATENT_MODELS if case == "cache-latent" else MODELS
 
 
-@pytest.fixture(params=MODELS)
-def model(request):
-    return MODELS[request.param]()
+PAIRS = [(case, model) for case in CASES for model in models_for(case)]
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: f"{pair[0]} on {pair[1]}")
+def pair(request):
+    return request.param
+
+
+@pytest.fixture
+def case(pair):
+    return CASES[pair[0]]
+
+
+@pytest.fixture
+def model(pair):
+    return models_for(pair[0])[pair[1]]()
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
@@ -128,9 +147,10 @@ def test_passes_work_on_shapes_alone(model, case):
     assert (rewritten.plan, rewritten.sites) == (real.plan, real.sites)
 
 
-def test_new_nodes_say_which_pass_made_them(case):
-    graph_pass, before, _ = case
-    program = prepared(llama_program(), before)
+@pytest.mark.parametrize("name", CASES)
+def test_new_nodes_say_which_pass_made_them(name):
+    graph_pass, before, _ = CASES[name]
+    program = prepared(next(iter(models_for(name).values()))(), before)
     names = {node.name for node in program.graph.nodes}
     rewritten, _ = apply(graph_pass, program)
     for node in rewritten.graph.nodes:
