@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvxform.errors import CacheFullError
-from kvxform.runtime.pages import NULL_PAGE, PagePool
+from kvxform.runtime.pages import NULL_PAGE, PageCopy, PagePool
 
 NUM_PAGES, PAGE_SIZE = 12, 16
 SEQUENCES = range(4)
@@ -89,6 +89,62 @@ def test_full_pool_says_what_to_do():
         "KVX702 [session] the step needs 4 free pages of 16 tokens; got 3. "
         "Hint: free rows, or make a session with more num_pages."
     )
+
+
+def forked(num_pages, owners):
+    pool = PagePool(num_pages, PAGE_SIZE)
+    pool.grow({0: 3})
+    pool.reorder([0] * owners)
+    return pool
+
+
+def test_forked_sequences_share_pages_until_one_writes():
+    pool = forked(8, 3)
+    assert (pool.num_used, pool.num_saved) == (3, 6)
+    copies = pool.grow({1: 4}, {1: 2})
+    assert copies == [PageCopy(1, 2, 3, 5)]  # page 4 is the new one at the end
+    assert pool.pages(0) == pool.pages(2) == (1, 2, 3)
+    assert pool.pages(1) == (1, 2, 5, 4)
+    assert pool.shrink(1, 0) == [5, 4]
+    assert pool.shrink(0, 0) == []
+    assert pool.shrink(2, 1) == [2, 3]
+    assert (pool.num_used, pool.num_saved) == (1, 0)
+
+
+def test_the_last_owner_needs_no_copy_and_no_free_page():
+    pool = forked(6, 3)
+    copies = pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), 2))
+    assert [c.sequence for c in copies] == [0, 1]
+    assert pool.num_free == 0
+    assert {pool.pages(s)[2] for s in range(3)} == {3, 4, 5}
+
+
+def test_too_few_pages_for_copies_change_nothing():
+    pool = forked(5, 3)
+    before = [pool.pages(s) for s in range(3)]
+    with pytest.raises(CacheFullError, match=r"needs 2 free pages .* got 1"):
+        pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), 2))
+    assert before == [pool.pages(s) for s in range(3)]
+
+
+def test_copies_are_undone():
+    pool = forked(8, 2)
+    copies = pool.grow({0: 3, 1: 3}, {0: 1, 1: 1})
+    assert pool.num_saved == 1
+    assert pool.undo(copies) == [4, 5]
+    assert pool.pages(0) == pool.pages(1) == (1, 2, 3)
+    assert (pool.num_used, pool.num_saved) == (3, 3)
+
+
+def test_reorder_frees_what_nobody_keeps():
+    pool = PagePool(8, PAGE_SIZE)
+    pool.grow({0: 1, 1: 2, 2: 1})
+    assert pool.reorder([1, 1]) == [1, 4]
+    assert pool.pages(0) == pool.pages(1) == (2, 3)
+    pool.add_pages(10)
+    pool.grow({2: 5})
+    assert pool.pages(2) == (1, 4, 5, 6, 7)
+    assert pool.num_free == 2
 
 
 def test_empty_batch_has_empty_tables():
