@@ -4,7 +4,7 @@
 - `capability`: what can be expressed, checked before work
 - `emission`: state of one emission, the table of emitters
 - `builder`: nodes, names, constants, initialisers
-- `aten_math`, `aten_shape`, `aten_nn`: emitters of aten operations
+- `aten_math`, `aten_shape`, `aten_index`, `aten_nn`: emitters of aten operations
 - `dialect`: emitters of norm, rotary embedding, rotation
 - `attend`, `streams`, `masks`: emitters of the cached operations
 - `codecs`: encode and decode as nodes

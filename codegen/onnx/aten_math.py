@@ -19,6 +19,7 @@ from kvxform.codegen.onnx.emission import (
     emits,
     promoted,
     rank_of,
+    type_of,
 )
 
 aten = torch.ops.aten
@@ -28,8 +29,8 @@ _BINARY = {
     "Sub": (aten.sub.Tensor, aten.sub.Scalar),
     "Mul": (aten.mul.Tensor, aten.mul.Scalar),
     "Div": (aten.div.Tensor, aten.div.Scalar),
-    "Max": (aten.maximum.default,),
-    "Min": (aten.minimum.default,),
+    "Max": (aten.maximum.default, aten.max.other),
+    "Min": (aten.minimum.default, aten.min.other),
 }
 _UNARY = {
     "Abs": (aten.abs.default,),
@@ -117,6 +118,33 @@ def emit_pow(e: Emission, node: fx.Node, a: Operand, b: Operand) -> ir.Value:
     return e.builder.op("Mul", x, x) if b == 2 else e.builder.op("Pow", x, e.operand(b, dtype))
 
 
+@emits(aten.square.default)
+def emit_square(e: Emission, node: fx.Node, x: Operand) -> ir.Value:
+    """Emit `x * x`."""
+    value = e.operand(x, dtype_of(node))
+    return e.builder.op("Mul", value, value)
+
+
+@emits(aten.expm1.default)
+def emit_expm1(e: Emission, node: fx.Node, x: Operand) -> ir.Value:
+    """Emit `exp(x) - 1`."""
+    dtype = dtype_of(node)
+    return e.builder.op("Sub", e.builder.op("Exp", e.operand(x, dtype)), e.operand(1.0, dtype))
+
+
+@emits(aten.clamp.default, aten.clamp_min.default)
+def emit_clamp(
+    e: Emission, node: fx.Node, x: Operand, low: Operand | None = None, high: Operand | None = None
+) -> ir.Value:
+    """Emit `x` held between two numbers, either of which may be missing."""
+    dtype = dtype_of(node)
+    value = e.operand(x, dtype)
+    for op_type, bound in (("Max", low), ("Min", high)):
+        if bound is not None:
+            value = e.builder.op(op_type, value, e.operand(bound, dtype))
+    return value
+
+
 @emits(aten.rsqrt.default)
 def emit_rsqrt(e: Emission, node: fx.Node, x: Operand) -> ir.Value:
     """Emit `1 / sqrt(x)`."""
@@ -159,6 +187,25 @@ def _logical(op_type: str) -> Emit:
 
 
 _fill(_logical, {"And": (aten.logical_and.default,), "Or": (aten.logical_or.default,)})
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    return type_of(node).dtype is torch.bool
+
+
+def _bitwise(op_type: str) -> Emit:
+    def emit(e: Emission, node: fx.Node, *operands: Operand) -> ir.Value:
+        return e.builder.op(op_type, *(e.operand(x, BOOL) for x in operands))
+
+    return emit
+
+
+for _op_type, _target in (
+    ("And", aten.bitwise_and.Tensor),
+    ("Or", aten.bitwise_or.Tensor),
+    ("Not", aten.bitwise_not.default),
+):
+    emits(_target, when=_is_boolean)(_bitwise(_op_type))
 
 
 def _reduction(op_type: str) -> Emit:

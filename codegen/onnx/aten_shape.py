@@ -120,6 +120,18 @@ def emit_expand(
     return e.builder.op("Expand", x, e.shape([1 if n == -1 else n for n in sizes]))
 
 
+def _alike(value: float) -> Emit:
+    def emit(e: Emission, node: fx.Node, x: ir.Value, **_: object) -> ir.Value:
+        sizes = e.builder.op("Shape", x, dtype=INT64)
+        return e.builder.op("Expand", e.operand(value, dtype_of(node)), sizes)
+
+    return emit
+
+
+EMITTERS[aten.zeros_like.default] = _alike(0)
+EMITTERS[aten.ones_like.default] = _alike(1)
+
+
 @emits(aten.transpose.int)
 def emit_transpose(e: Emission, node: fx.Node, x: ir.Value, a: int, b: int) -> ir.Value:
     """Emit an exchange of two axes."""

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 
 from kvxform.codecs.base import CODECS
-from kvxform.codegen.onnx import aten_math, aten_nn, aten_shape, attend, dialect
+from kvxform.codegen.onnx import aten_index, aten_math, aten_nn, aten_shape, attend, dialect
 from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
 from kvxform.codegen.onnx.emission import find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
@@ -20,7 +20,14 @@ OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
 MINIMUM_RUNTIME = "1.30"  # onnxruntime; the oldest that packages were run on is 1.31
 
-EMITTER_MODULES = (aten_math, aten_nn, aten_shape, attend, dialect)  # they fill EMITTERS
+EMITTER_MODULES = (
+    aten_index,
+    aten_math,
+    aten_nn,
+    aten_shape,
+    attend,
+    dialect,
+)  # they fill EMITTERS
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
 PAYLOADS = ("kv", "latent")
 KEY_ROPE = ("post", "none")

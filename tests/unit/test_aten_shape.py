@@ -29,6 +29,12 @@ CALLS = {
         {},
     ),
     "expand": (aten.expand.default, lambda b, s: (torch.randn(b, 1, 8), [-1, s, 8]), {}),
+    "zeros alike": (
+        aten.zeros_like.default,
+        lambda b, s: (floats(b, s),),
+        {"dtype": torch.bool, "pin_memory": False},
+    ),
+    "ones alike": (aten.ones_like.default, lambda b, s: (torch.ones(b, s, dtype=int),), {}),
     "transpose": (aten.transpose.int, lambda b, s: (floats(b, s), 1, -1), {}),
     "t": (aten.t.default, lambda b, s: (torch.randn(b, 8),), {}),
     "permute": (aten.permute.default, lambda b, s: (floats(b, s), [0, -1, 1]), {}),
