@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
 from kvxform.capture.exporting import PREFIX, find_inputs
+from kvxform.capture.flex import expand_flex
 from kvxform.capture.structure import op_name
 from kvxform.capture.tidy import tidy
 from kvxform.capture.weights import new_meta
@@ -81,7 +82,9 @@ class _Builder:
                 got=[str(n) for n in shape],
                 hint="export with dynamic_shapes={0: Dim.DYNAMIC, 1: Dim.DYNAMIC}",
             )
-        self.symbols = {str(n): name for n, name in zip(shape, "BS", strict=True)}
+        for given in inputs:  # positions may have symbols of their own
+            sizes = given.meta["val"].shape[-2:]
+            self.symbols |= {str(n): name for n, name in zip(sizes, "BS", strict=True)}
         for i, name in enumerate(("input_ids", "position_ids")):
             new = self.graph.placeholder(name)
             new.meta = new_meta(TensorType(torch.int64, ("B", "S")))
@@ -139,6 +142,9 @@ class _Builder:
         nested = [self.env[n] for n in call.all_input_nodes]
         inner = next((m for m in nested if isinstance(m, fx.GraphModule)), None)
         name = getattr(call.target, "__name__", str(call.target))
+        if name == "flex_attention":
+            self._inline_flex(call)
+            return
         if inner is None or name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             raise CaptureError(
                 "KVX302", "nested graphs must be inlinable", where="capture", got=name
@@ -153,6 +159,20 @@ class _Builder:
                 self.env[call] = tuple(self.env[n] for n in node.all_input_nodes)
             else:
                 self._copy(node, inner)
+
+    def _inline_flex(self, call: fx.Node) -> None:
+        if any(user.args[1] != 0 and user.users for user in call.users):
+            raise CaptureError(
+                "KVX304",
+                "only the output of FlexAttention may be used",
+                where="capture",
+                got="its logsumexp or its maxima",
+                at=_module_of(call),
+            )
+        arguments = fx.node.map_arg(call.args, lambda n: self.env[n])
+        meta = {"module": _module_of(call), "origin": _origin_of(call), "via": ()}
+        out = expand_flex(self.graph, arguments, meta, self._get_attr)
+        self.env[call] = (out, None, None)
 
     def _find_output(self) -> fx.Node:
         (output,) = (n for n in self.exported.graph.nodes if n.op == "output")
