@@ -95,7 +95,7 @@ def emit_scatter(
 
 def _adds_plainly(node: fx.Node) -> bool:
     """Whether an `index_add` has no factor."""
-    return "alpha" not in node.kwargs or node.kwargs["alpha"] == 1
+    return node.kwargs.get("alpha") in (None, 1)
 
 
 @emits(aten.index_add.default, when=_adds_plainly)
