@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+import kvxform.ir.ops as kvx
 from kvxform.capture.attention import find_cores
 from kvxform.capture.decompose import decompose
 from kvxform.capture.exporting import (
@@ -23,7 +24,7 @@ from kvxform.capture.mixers import find_mixers
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
 from kvxform.capture.positions import read_positions
-from kvxform.capture.probing import TOLERANCE, Prober, error, one_thread
+from kvxform.capture.probing import TOLERANCE, Prober, coarsest, error, one_thread
 from kvxform.capture.sharing import mark_owners, merge_equal_calls
 from kvxform.capture.sites import SiteRaiser
 from kvxform.capture.sources import AnySource, Source, open_source
@@ -156,6 +157,7 @@ def compare(program: Program, reference: LogitsOnly | ExportedReference) -> floa
         CaptureError: KVX304 if it is more than the dtype explains.
     """
     module, rows = program.to_module(), embedding_rows(program)
+    coarse = _score_dtype(program)
     generator, worst = torch.Generator().manual_seed(0), 0.0
     device = next((w.device for w in program.weights.values()), torch.device("cpu"))
     for *shape, start in _TRIALS:
@@ -165,7 +167,7 @@ def compare(program: Program, reference: LogitsOnly | ExportedReference) -> floa
             want = reference(input_ids, positions)
             got = module(input_ids, positions)
         relative = error(got, want)
-        if relative > 10 * TOLERANCE.get(want.dtype, TOLERANCE[torch.float32]):
+        if relative > 10 * TOLERANCE.get(coarse, TOLERANCE[torch.float32]):
             raise CaptureError(
                 "KVX304",
                 "the captured program must give the logits of the source",
@@ -174,6 +176,18 @@ def compare(program: Program, reference: LogitsOnly | ExportedReference) -> floa
             )
         worst = max(worst, float((got - want).abs().max()))
     return worst
+
+
+def _score_dtype(program: Program) -> torch.dtype:
+    """Return the coarsest dtype of the logits and of the scores of any attention."""
+    found = [program.dtype]
+    for node in program.calls(kvx.ATTENTION):
+        q, softmax = node.args[0], node.kwargs.get("softmax_dtype")
+        assert isinstance(q, fx.Node)
+        found.append(q.meta["type"].dtype)
+        if isinstance(softmax, torch.dtype):
+            found.append(softmax)
+    return coarsest(*found)
 
 
 def embedding_rows(program: Program) -> int:

@@ -33,6 +33,15 @@ def insert(
     return node
 
 
+def cast(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return `node` in `dtype`."""
+    if node.meta["type"].dtype == dtype:
+        return node
+    new = insert(before, aten.to.dtype, (node, dtype), shape_of(node))
+    new.meta["type"] = TensorType(dtype, shape_of(node))
+    return new
+
+
 def reshape_like(old: fx.Node, new: fx.Node) -> fx.Node:
     """Return `new` in the shape of `old`, before which it is written."""
     shape = shape_of(old)

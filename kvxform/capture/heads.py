@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from kvxform.capture.probing import Prober, Setting, is_close
+from kvxform.capture.probing import Prober, Setting, coarsest, is_close
 from kvxform.capture.structure import Stop, shape_of, tensor_type
 
 
@@ -123,8 +123,8 @@ def measure_heads(prober: Prober, operand: fx.Node, stop: Stop) -> HeadMap | Non
     if bool((index < 0).any() or (index >= count).any()) or bool((factor != factor[0]).any()):
         return None
     noise = prober.random(count, dtype=dtype)
-    want = noise.double()[index] * factor
-    if not is_close(first_token(noise), want, dtype) or bool(first_token(noise * 0).any()):
+    want, both = noise.double()[index] * factor, coarsest(dtype, operand.meta["type"].dtype)
+    if not is_close(first_token(noise), want, both) or bool(first_token(noise * 0).any()):
         return None
     return HeadMap(stop.node, index, factor[0], stop.region)
 
@@ -139,7 +139,7 @@ def is_static(prober: Prober, operand: fx.Node, heads: HeadMap) -> bool:
     prober.remember(heads.region, setting)
     (got,) = prober.run([operand], setting, bound)
     want = (rows.double()[..., heads.index] * heads.factor).transpose(1, 2)
-    return is_close(got.double(), want, dtype)
+    return is_close(got.double(), want, coarsest(dtype, operand.meta["type"].dtype))
 
 
 def _float_type(node: fx.Node) -> torch.dtype | None:

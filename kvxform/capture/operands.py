@@ -90,7 +90,7 @@ def trace(prober: Prober, node: fx.Node, *, may_scale: bool, may_turn: bool = Tr
         if isinstance(found, str):
             note = note or found
         elif may_scale or found.factor == 1.0:
-            return replace(found, note=note)
+            return found if found.rotary is not None else replace(found, note=note)
     raise AssertionError("a node picks all features of itself")
 
 

@@ -37,6 +37,7 @@ class Rotary:
         interleaved: Whether neighbours are pairs, rather than halves.
         scaling: Factor of cosine and sine.
         factor: Factor of the whole operand that is left to the scale of the scores.
+        compute_dtype: Dtype of the arithmetic, if it is not that of the anchor.
     """
 
     inv_freq: str
@@ -44,6 +45,7 @@ class Rotary:
     interleaved: bool
     scaling: float
     factor: float
+    compute_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RopeProbe:
         type_ = tensor_type(heads.anchor)
         assert type_ is not None
         self.dtype = type_.dtype
+        self.out_dtype: torch.dtype = operand.meta["type"].dtype
         self.head_dim = heads.index.shape[1]
         self.precision = max(1e-5, torch.finfo(self.dtype).eps)
 
@@ -183,31 +186,43 @@ def prove_rope(
     Frequencies found for another operand are taken if they fit; else those of the model or the
     measured ones, whichever have the smallest error on random input.
     """
-    tolerance = TOLERANCE.get(probe.dtype, TOLERANCE[torch.float32])
-    best, best_error = ("", frequencies), float("inf")
+    tolerances = [
+        TOLERANCE.get(dtype, TOLERANCE[torch.float32]) for dtype in (probe.dtype, probe.out_dtype)
+    ]
+    best, best_error = ("", frequencies, guess), float("inf")
     for name, value in _candidates(probe, frequencies):
-        found = _error_of(probe, setting, guess, value)
-        if found < best_error:
-            best, best_error = (name, value), found
-        if best_error == 0.0 or (name.startswith(_ADDED) and best_error <= tolerance):
+        for dtype in _compute_dtypes(probe):
+            trial = replace(guess, compute_dtype=dtype)
+            found = _error_of(probe, setting, trial, value)
+            if found < best_error:
+                best, best_error = (name, value, trial), found
+        if best_error == 0.0 or (name.startswith(_ADDED) and best_error <= min(tolerances)):
             break
-    if best_error > tolerance:
+    if best_error > max(tolerances):
         return f"kvx::rope differs from it by {best_error:.1e}"
-    name = best[0] or add_weight(probe.prober.weights, _ADDED, best[1])
+    name, value, guess = best
+    name = name or add_weight(probe.prober.weights, _ADDED, value)
     return replace(guess, inv_freq=name)
+
+
+def _compute_dtypes(probe: RopeProbe) -> list[torch.dtype | None]:
+    """Return the dtypes that the region may compute in; None is that of its anchor."""
+    types = [tensor_type(node) for node in probe.heads.region]
+    inner = {t.dtype for t in types if t is not None and t.dtype.is_floating_point}
+    return [None, *sorted(inner - {probe.dtype}, key=str)]
 
 
 def _error_of(probe: RopeProbe, setting: Setting, guess: Rotary, inv_freq: Tensor) -> float:
     x, want = probe.apply_random(setting)
     got = kvx.rope(
-        x,
+        x.to(guess.compute_dtype or x.dtype),
         setting.position_ids(x.device),
         inv_freq,
         rotary_dim=guess.rotary_dim,
         attention_scaling=guess.scaling,
         interleaved=guess.interleaved,
     )
-    return error(got * guess.factor, want)
+    return error((got * guess.factor).to(want.dtype), want)
 
 
 def _candidates(probe: RopeProbe, frequencies: Tensor) -> Iterator[tuple[str, Tensor]]:

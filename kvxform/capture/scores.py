@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from kvxform.capture.masks import MASKED
-from kvxform.capture.probing import Prober, Setting, is_close
+from kvxform.capture.probing import Prober, Setting, coarsest, is_close
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.structure import ancestors, literals, shape_of
 from kvxform.capture.weights import add_weight
@@ -62,8 +62,7 @@ class ScoreFunction:
 
     def _narrowest(self) -> torch.dtype:
         """Return the dtype that limits how exact scores are, before or after a cast."""
-        both = (self.product.meta["type"].dtype, self.scores.meta["type"].dtype)
-        return max(both, key=lambda dtype: torch.finfo(dtype).eps)
+        return coarsest(self.product.meta["type"].dtype, self.scores.meta["type"].dtype)
 
     def measure(self) -> Measured:
         """Return scale, softcap and sinks.

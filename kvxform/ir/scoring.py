@@ -112,7 +112,7 @@ def attend(
     Args:
         q: `[B, H, Sq, D]`.
         k: `[B, Hk, Sk, D]`.
-        v: `[B, Hk, Sk, Dv]`.
+        v: `[B, Hk, Sk, Dv]`; may have another dtype than q and k, which is that of the result.
         mask: bool, broadcastable to `[B, Sq, Sk]`, or None to see everything.
         scoring: Scale, softcap and sinks; what it says of positions is in `mask` and `bias`.
         bias: Added to scores, broadcastable to `[B, H, Sq, Sk]`.
@@ -123,6 +123,7 @@ def attend(
     """
     groups = q.shape[1] // k.shape[1]
     simple = scoring.softcap is None and scoring.sink_logits is None
+    simple = simple and q.dtype == v.dtype
     if simple and bias is None and softmax_dtype in (None, q.dtype):
         full = None if mask is None else mask[:, None]
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -141,5 +142,5 @@ def attend(
     if scoring.sink_logits is not None:
         sink = scoring.sink_logits.to(scores)[None, :, None, None]
         scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], -1)
-    weights = torch.softmax(scores, -1, dtype=softmax_dtype or q.dtype).to(q.dtype)
+    weights = torch.softmax(scores, -1, dtype=softmax_dtype or q.dtype).to(v.dtype)
     return weights[..., :columns].nan_to_num(0.0) @ v

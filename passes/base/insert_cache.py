@@ -28,6 +28,7 @@ from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewrit
 
 CARRIED = ("layer", *(option.name for option in dataclasses.fields(Scoring)))
 HANDLE = TensorType(torch.int64, ())
+_TO = torch.ops.aten.to.dtype
 
 
 @register_pass
@@ -66,12 +67,15 @@ class InsertCache(GraphPass):
         site = program.site(match.layer)
         node = rewriter.node(match.node)
         q, k, v, positions = node.args
-        assert isinstance(k, fx.Node), "operands of attention are nodes"
+        assert isinstance(q, fx.Node), "operands of attention are nodes"
+        assert isinstance(k, fx.Node)
+        assert isinstance(v, fx.Node)
         if not program.is_cached:
             rewriter.placeholder("cache", HANDLE)
         kept = {name: node.kwargs[name] for name in CARRIED if name in node.kwargs}
         append = program.append_node(site.owner)
         if append is None:  # of an owner; readers come later in the graph
+            k, v = (_cast(rewriter, node, x, program.dtype) for x in (k, v))
             append = rewriter.call_before(
                 node,
                 kvx.CACHE_APPEND,
@@ -79,16 +83,31 @@ class InsertCache(GraphPass):
                 {"layer": site.layer},
                 type_=HANDLE,
             )
+        type_ = node.meta["type"]
+        wide = torch.promote_types(q.meta["type"].dtype, type_.dtype)
         cached = rewriter.call_before(
             node,
             kvx.CACHED_ATTENTION,
-            (q, append, positions),
+            (_cast(rewriter, node, q, wide), append, positions),
             {**kept, "v_head_dim": site.v_head_dim},
-            type_=node.meta["type"],
+            type_=TensorType(wide, type_.shape),
         )
-        rewriter.replace(node, cached)
+        rewriter.replace(node, _cast(rewriter, node, cached, type_.dtype))
         present = program.plan.sites if program.plan else ()
         rewriter.set_plan(CachePlan((*present, _plan(site, program))))
+
+
+def _cast(rewriter: Rewriter, before: fx.Node, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Return `x` in `dtype`.
+
+    Some models round q and k to float32 whatever their dtype. A cache has one dtype, and what it
+    holds is read in the dtype of q.
+    """
+    type_ = x.meta["type"]
+    if type_.dtype == dtype:
+        return x
+    args = (x, dtype)
+    return rewriter.call_before(before, _TO, args, type_=TensorType(dtype, type_.shape))
 
 
 def _left_alone(site: RejectedSite) -> str:
