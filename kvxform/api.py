@@ -19,6 +19,7 @@ from kvxform.explain import (
     make_question,
 )
 from kvxform.ir.program import Program
+from kvxform.ir.store import watching
 from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
 from kvxform.progress import ProgressDisplay
 from kvxform.recipe import Recipe, RecipeLike, load_recipe
@@ -60,13 +61,14 @@ def optimize(
     place = None if device is None else parse_device(device)
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
-        program, report = run_pipeline(
-            captured.program if place is None else move_program(captured.program, place),
-            wanted,
-            executor=OptimizedModel,
-            verify=verify,
-            progress=display.show_stage,
-        )
+        with watching(captured.program.store):
+            program, report = run_pipeline(
+                captured.program if place is None else move_program(captured.program, place),
+                wanted,
+                executor=OptimizedModel,
+                verify=verify,
+                progress=display.show_stage,
+            )
     source = dataclasses.replace(report.source, capture_error=captured.max_abs_error)
     report = dataclasses.replace(report, source=source)
     return OptimizedModel(program, report=report, recipe=wanted)

@@ -173,7 +173,8 @@ class Rewriter:
 
     def set_weight(self, name: str, value: Tensor) -> None:
         """Bind weight `name` to a new tensor; the old tensor is not written to."""
-        self.program.weights[name] = value
+        store = self.program.store
+        self.program.weights[name] = value if store is None else store.keep(value)
         self.modified = True
 
     def update_site(self, layer: int, **changes: Any) -> AttentionSite:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 import kvxform.ir.ops as kvx
 from kvxform.capture.attention import find_cores
 from kvxform.capture.decompose import decompose
+from kvxform.capture.einsum import expand_einsums
 from kvxform.capture.exporting import (
     ExportedReference,
     LogitsOnly,
@@ -23,15 +24,18 @@ from kvxform.capture.latents import raise_latents
 from kvxform.capture.mixers import find_mixers
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
+from kvxform.capture.orient import orient
 from kvxform.capture.positions import read_positions
 from kvxform.capture.probing import TOLERANCE, Prober, coarsest, error, one_thread
 from kvxform.capture.sharing import mark_owners, merge_equal_calls
 from kvxform.capture.sites import SiteRaiser
+from kvxform.capture.softmaxes import raise_softmaxes
 from kvxform.capture.sources import AnySource, Source, open_source
 from kvxform.capture.structure import op_name
 from kvxform.capture.tidy import remove_dead
 from kvxform.errors import CaptureError
 from kvxform.ir.program import ModelInfo, Program, default_positions
+from kvxform.ir.store import watching
 
 Progress = Callable[[str], None]
 _TRIALS = ((2, 7, 0), (1, 1, 0), (3, 11, 5))  # batch, length and first position
@@ -90,10 +94,12 @@ def capture_opened(opened: Source, *, dtype: torch.dtype | None, tell: Progress)
         exported, reference = export_module(adapter), adapter
     tell("raising to the dialect")
     graph, weights = normalise(make_functional(exported))
-    with one_thread():
-        program = raise_graph(graph, weights, opened.info)
-    tell("comparing with the source")
-    worst = compare(program, reference)
+    with watching(opened.store):  # not around the export: its frames would be taken for the source
+        with one_thread():
+            program = raise_graph(graph, weights, opened.info)
+        tell("comparing with the source")
+        worst = compare(program, reference)
+    program.store = opened.store
     return Captured(program, opened.info.tokenizer_path, worst)
 
 
@@ -104,7 +110,10 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
         CaptureError: KVX303 if no attention could be raised.
     """
     decompose(graph)
+    expand_einsums(graph)
     prober = Prober(graph, weights)
+    orient(graph, prober.content)
+    raise_softmaxes(prober)
     raise_norms(prober)
     remove_dead(graph)
     prober.refresh()

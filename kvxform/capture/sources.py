@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from kvxform.capture.checkpoints import find_snapshot, load_checkpoint, open_store
 from kvxform.capture.gguf_files import load_gguf
 from kvxform.capture.smollm2 import SMOLLM2, smollm2_folder
 from kvxform.errors import CaptureError
 from kvxform.ir.program import ModelInfo
+from kvxform.ir.store import WeightStore
 
 AnySource = nn.Module | ExportedProgram | str | Path
 
@@ -26,10 +28,12 @@ class Source:
     Attributes:
         model: The module or exported program.
         info: What is known of it; vocabulary and dtype are filled in after export.
+        store: Where its weights are if they are too many to hold in memory.
     """
 
     model: nn.Module | ExportedProgram
     info: ModelInfo
+    store: WeightStore | None = None
 
 
 def open_source(
@@ -49,8 +53,8 @@ def open_source(
     text = str(source)
     path = smollm2_folder() if text == SMOLLM2 else Path(text).expanduser()
     label = name or (text if text == SMOLLM2 else path.name or text)
-    model, tokenizer = _load(path, text, dtype)
-    return Source(model, _info_of(model, label, tokenizer))
+    model, tokenizer, store = _load(path, text, dtype)
+    return Source(model, _info_of(model, label, tokenizer), store)
 
 
 def load_source_module(source: AnySource, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -67,8 +71,10 @@ def load_source_module(source: AnySource, *, dtype: torch.dtype | None = None) -
     return model.module() if isinstance(model, ExportedProgram) else model.eval()
 
 
-def _load(path: Path, text: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
-    """Return the model and the place of its tokenizer."""
+def _load(
+    path: Path, text: str, dtype: torch.dtype | None
+) -> tuple[nn.Module, str | None, WeightStore | None]:
+    """Return the model, the place of its tokenizer, and the store of its weights if it is large."""
     is_gguf = path.suffix == ".gguf"
     if is_gguf and not path.is_file():
         raise _unknown(text, "no such GGUF file")
@@ -76,30 +82,13 @@ def _load(path: Path, text: str, dtype: torch.dtype | None) -> tuple[nn.Module, 
         raise _unknown(text, "the folder has no config.json")
     try:
         if is_gguf:
-            return load_gguf(path, dtype or torch.float32), str(path)
-        place = str(path) if path.is_dir() else text
-        return _load_checkpoint(place, dtype or "auto"), _checkpoint_folder(place)
+            return load_gguf(path, dtype or torch.float32), str(path), None
+        folder = path if path.is_dir() else find_snapshot(text)
+        store = open_store(folder)
+        return load_checkpoint(folder, dtype or "auto", store), str(folder), store
     except Exception as failure:  # readers of damaged files raise many unrelated types
         first_line = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
         raise _unknown(text, first_line[:200]) from failure
-
-
-def _load_checkpoint(place: str, dtype: torch.dtype | str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        place, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
-    assert isinstance(model, nn.Module)
-    return model.eval()
-
-
-def _checkpoint_folder(place: str) -> str | None:
-    """Return a local folder as it is, or the cached snapshot of a Hugging Face id."""
-    from transformers.utils import cached_file
-
-    found = cached_file(place, "config.json", local_files_only=True)
-    return str(Path(found).parent) if found else None
 
 
 def _unknown(text: str, why: str = "") -> CaptureError:

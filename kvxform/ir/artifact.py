@@ -97,7 +97,8 @@ def save_program(program: Program, folder: Path) -> None:
     plan = None if program.plan is None else program.plan.to_json()
     (folder / PLAN).write_bytes(canonical_json({"version": VERSION, "plan": plan}))
     stored = {entry.stored for entry in weight_table(program.weights).values()}
-    write_weights({name: program.weights[name] for name in sorted(stored)}, folder / WEIGHTS)
+    weights = {name: program.weights[name] for name in sorted(stored)}
+    write_weights(weights, folder / WEIGHTS, program.store)
 
 
 def load_program(folder: Path) -> Program:

@@ -25,6 +25,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codecs.hadamard import Basis
 from kvxform.ir.facts import Facts
 from kvxform.ir.plan import CachePlan
+from kvxform.ir.store import WeightStore
 
 META_KEYS = ("type", "module", "origin", "via")
 
@@ -201,7 +202,10 @@ class ModelInfo:
 
 @dataclass
 class Program:
-    """One captured model. Passes get a clone; weights are shared and never written in place."""
+    """One captured model. Passes get a clone; weights are shared and never written in place.
+
+    `store` keeps the weights of a large model in files; without it they are in memory.
+    """
 
     graph: fx.Graph
     weights: dict[str, Tensor]
@@ -211,6 +215,7 @@ class Program:
     plan: CachePlan | None = None
     facts: Facts = field(default_factory=Facts)
     passes: tuple[str, ...] = ()
+    store: WeightStore | None = field(default=None, repr=False, compare=False)
 
     def clone(self) -> Program:
         """Return an independent Program that shares only weight tensors."""

@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, dtype_name
 from kvxform.errors import ArtifactError, RecipeError
 from kvxform.ir.schema import WeightEntry
+from kvxform.ir.store import WeightStore, pieces
+
+# Names of dtypes in the format, in the order in which a file holds them: wide ones first, so that
+# every tensor is aligned.
+FORMAT_NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file straight from memory.
+def write_weights(
+    tensors: Mapping[str, Tensor], path: Path, store: WeightStore | None = None
+) -> None:
+    """Write tensors to a safetensors file, one after the other and straight from memory.
 
-    Only tensors that are not contiguous or not on the CPU are copied first.
+    Only tensors that are not contiguous or not on the CPU are copied, each when it is its turn. The
+    bytes are those that the library `safetensors` writes; that one needs all tensors at once.
+
+    Args:
+        tensors: What to write, by name.
+        path: The file.
+        store: Gives pages of mapped tensors back on the way.
     """
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=dtype_name(tensor.dtype),
-            shape=list(tensor.shape),
-            data_ptr=tensor.data_ptr(),
-            data_len=tensor.numel() * tensor.element_size(),
-        )
-        for name, tensor in ready.items()
-    }
-    path.touch()
-    usual = path.stat().st_mode  # what safetensors writes is readable by its owner alone
-    serialize_file(specs, str(path))
-    path.chmod(usual)
+    ranks = {dtype: rank for rank, dtype in enumerate(FORMAT_NAMES)}
+    order = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+    entries, end = {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        entries[name] = {
+            "dtype": FORMAT_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name in order:
+            for piece in pieces(tensors[name].cpu()):
+                file.write(piece)
+                if store is not None:
+                    store.trim()
 
 
 def read_weights(path: Path, table: Mapping[str, WeightEntry]) -> dict[str, Tensor]:
