@@ -136,11 +136,11 @@ class _Repaired(_Alone):
 
 
 def _sequence_axis(node: fx.Node) -> int | None:
-    """Return the axis of the tokens if there is exactly one."""
+    """Return the axis of the tokens if there is exactly one; `S + 1` counts as one, too."""
     type_ = tensor_type(node)
     shape: Sequence[int | str] = () if type_ is None else type_.shape
-    axes = [i for i, size in enumerate(shape) if size in _SEQUENCE]
-    return axes[0] if len(axes) == 1 else None
+    axes = [i for i, size in enumerate(shape) if "S" in str(size)]
+    return axes[0] if len(axes) == 1 and shape[axes[0]] in _SEQUENCE else None
 
 
 def _slice(value: Tensor, axis: int, part: slice) -> Tensor:

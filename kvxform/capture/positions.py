@@ -124,9 +124,11 @@ def _replace(prober: Prober, leaf: fx.Node, name: str, offset: int) -> None:
     if axis == 0 or shape[0] not in (1, "B"):
         shape.insert(0, "B")
     shape[0] = "B"
+    axis = shape.index("S")
+    rows = ["B", "S", *shape[1:axis], *shape[axis + 1 :]]
     table = weight_node(graph, name, prober.weights[name])
     sizes: list[Any] = [
-        {"S": size_node(graph, 1), "B": size_node(graph, 0)}.get(n, n) for n in shape
+        {"S": size_node(graph, 1), "B": size_node(graph, 0)}.get(n, n) for n in rows
     ]
     meta = {**leaf.meta, "type": TensorType(type_.dtype, ("B", "S", table.meta["type"].shape[1]))}
     with graph.inserting_before(leaf):
@@ -136,7 +138,11 @@ def _replace(prober: Prober, leaf: fx.Node, name: str, offset: int) -> None:
             where.meta = {**leaf.meta, "type": TensorType(torch.int64, ("B", "S"))}
         node = graph.call_function(aten.embedding.default, (table, where))
         node.meta = meta
-        if tuple(shape) != meta["type"].shape:
+        if tuple(rows) != meta["type"].shape:
             node = graph.call_function(aten.reshape.default, (node, sizes))
+            node.meta = {**leaf.meta, "type": TensorType(type_.dtype, tuple(rows))}
+        if axis != 1:
+            order = [0, *range(2, axis + 1), 1, *range(axis + 1, len(shape))]
+            node = graph.call_function(aten.permute.default, (node, order))
             node.meta = {**leaf.meta, "type": TensorType(type_.dtype, tuple(shape))}
     leaf.replace_all_uses_with(node)
