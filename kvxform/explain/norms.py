@@ -37,10 +37,12 @@ class Lane:
     Attributes:
         norms: Norms on it, nearest to the attention first.
         linear: The linear layer that it ends at, or None.
+        nodes: All nodes before that, nearest to the attention first.
     """
 
     norms: tuple[NormRecord, ...]
     linear: fx.Node | None
+    nodes: tuple[fx.Node, ...]
 
 
 def find_lanes(attention: fx.Node, head_dim: int) -> dict[str, Lane]:
@@ -74,10 +76,12 @@ def find_norms(attention: fx.Node, lanes: dict[str, Lane]) -> tuple[NormRecord, 
 def _walk_back(operand: fx.Node, name: str, head_dim: int) -> Lane:
     norms: list[NormRecord] = []
     ropes: list[int] = []  # how many norms had been seen when a rope was met
+    nodes: list[fx.Node] = []
     node = operand
     for _ in range(_FARTHEST):
         if node.op != "call_function" or node.target in _LINEARS:
             break
+        nodes.append(node)
         if node.target in _NORMS:
             norms.append(_read(node, name))
         if node.target is kvx.ROPE:
@@ -93,7 +97,7 @@ def _walk_back(operand: fx.Node, name: str, head_dim: int) -> Lane:
             place += ", after RoPE" if i < ropes[0] else ", before RoPE"
         placed.append(replace(norm, place=place))
     is_linear = node.op == "call_function" and node.target in _LINEARS
-    return Lane(tuple(placed), node if is_linear else None)
+    return Lane(tuple(placed), node if is_linear else None, tuple(nodes))
 
 
 def linear_input(linear: fx.Node) -> fx.Node:

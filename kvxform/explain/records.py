@@ -132,6 +132,7 @@ class SiteRecord:
         sink_logits: Weight of the sink logits, or None.
         alibi_slopes: Weight of the ALiBi slopes, or None.
         rope: Rotary embedding, or None.
+        keeps_positions: Whether q or k still pass through other code that reads positions.
         norms: Norms before, inside and after.
         q: Where queries come from; None if not from a linear layer. Likewise k, v.
         k: Keys.
@@ -159,6 +160,7 @@ class SiteRecord:
     sink_logits: str | None
     alibi_slopes: str | None
     rope: RopeRecord | None
+    keeps_positions: bool
     norms: tuple[NormRecord, ...]
     q: WeightRecord | None
     k: WeightRecord | None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
+from kvxform.capture.structure import find_content
 from kvxform.explain.norms import Lane, find_lanes, find_norms, linear_input
 from kvxform.explain.records import LatentRecord, RopeRecord, SiteRecord, WeightRecord
 from kvxform.ir.linear import as_linear
@@ -20,10 +21,19 @@ _SERIES_TOLERANCE = 1e-5  # of the logarithm of a frequency, for float32 frequen
 def describe_sites(program: Program) -> tuple[SiteRecord, ...]:
     """Return one record a raised site of a captured program, in the order of layers."""
     nodes = {node.kwargs["layer"]: node for node in program.calls(kvx.ATTENTION)}
-    return tuple(_describe(program, site, nodes[site.layer]) for site in program.sites)
+    positions = _position_values(program)
+    return tuple(_describe(program, s, nodes[s.layer], positions) for s in program.sites)
 
 
-def _describe(program: Program, site: AttentionSite, node: fx.Node) -> SiteRecord:
+def _position_values(program: Program) -> set[fx.Node]:
+    """Return the nodes that are computed from positions and not from tokens."""
+    from_positions = find_content(program.graph, [program.placeholder("position_ids")])
+    return from_positions - find_content(program.graph)
+
+
+def _describe(
+    program: Program, site: AttentionSite, node: fx.Node, positions: set[fx.Node]
+) -> SiteRecord:
     lanes = find_lanes(node, site.head_dim)
     return SiteRecord(
         layer=site.layer,
@@ -43,6 +53,7 @@ def _describe(program: Program, site: AttentionSite, node: fx.Node) -> SiteRecor
         sink_logits=site.sink_logits,
         alibi_slopes=site.alibi_slopes,
         rope=None if site.rope is None else _describe_rope(program, site.rope),
+        keeps_positions=any(_reads(lane, positions) for lane in (lanes["q"], lanes["k"])),
         norms=find_norms(node, lanes),
         q=_source(program, site.q, lanes["q"], site.num_q_heads, site.head_dim),
         k=_source(program, site.k, lanes["k"], site.num_kv_heads, site.head_dim),
@@ -52,6 +63,12 @@ def _describe(program: Program, site: AttentionSite, node: fx.Node) -> SiteRecor
         owner=site.owner,
         notes=site.notes,
     )
+
+
+def _reads(lane: Lane, positions: set[fx.Node]) -> bool:
+    """Return whether anything but `kvx.rope` on a lane reads one of `positions`."""
+    others = (node for node in lane.nodes if node.target is not kvx.ROPE)
+    return any(not positions.isdisjoint(node.all_input_nodes) for node in others)
 
 
 def _source(

@@ -11,7 +11,6 @@ from kvxform.explain.records import (
     Explanation,
     LatentRecord,
     NormRecord,
-    RopeRecord,
     SiteRecord,
     WeightRecord,
 )
@@ -98,10 +97,8 @@ def site_rows(site: SiteRecord, rename: Rename) -> Rows:
         "attention": site.origin,
         "heads": _heads(site),
         "scores": _scores(site, rename),
-        "rope": "none" if site.rope is None else _rope(site.rope, site.head_dim, rename),
+        "rope": _rope(site, rename),
     }
-    if site.rope is None and any("rotary" in note for note in site.notes):
-        rows["rope"] = "left as it is, see note"
     for norm in site.norms:
         label = {"input": "norm", "output": "norm after"}.get(norm.role, f"norm {norm.role}")
         rows[label.replace("norm input of", "norm for")] = _norm(norm, rename)
@@ -144,9 +141,14 @@ def _scores(site: SiteRecord, rename: Rename) -> str:
     return ", ".join(parts)
 
 
-def _rope(rope: RopeRecord, head_dim: int, rename: Rename) -> str:
-    share = "all" if rope.rotary_dim == head_dim else f"{rope.rotary_dim} of"
-    parts = [f"{share} {head_dim} channels", f"{rope.pairs} pairs"]
+def _rope(site: SiteRecord, rename: Rename) -> str:
+    rope = site.rope
+    if rope is None:
+        return (
+            "not raised: positions enter q or k in another way" if site.keeps_positions else "none"
+        )
+    share = "all" if rope.rotary_dim == site.head_dim else f"{rope.rotary_dim} of"
+    parts = [f"{share} {site.head_dim} channels", f"{rope.pairs} pairs"]
     if rope.theta is not None:
         parts.append(f"theta {rope.theta:g}")
         if rope.linear_factor != 1.0:
