@@ -7,20 +7,19 @@ believed yet. `sites` proves it.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from kvxform.capture.arranging import with_heads
 from kvxform.capture.emitting import insert
 from kvxform.capture.masks import Evaluate
 from kvxform.capture.probing import Prober, Setting
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.scores import ScoreFunction
 from kvxform.capture.structure import chain_back, op_name, shape_of, tensor_type
-from kvxform.capture.weights import size_node
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({"matmul", "bmm"})
@@ -30,7 +29,6 @@ _BETWEEN = frozenset(
 
 
 _SQUARES = (("S", "S"), ("S", "S + 1"))  # one more column is that of a sink
-_FOLDED = re.compile(r"^(\d+)\*B$")  # batch and heads in one axis, as bmm wants them
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,13 @@ def _propose_sdpa(prober: Prober, core: fx.Node) -> Proposal:
             "the mask depends on the tokens", node=mask, hint="compute it from positions alone"
         )
     evaluate = None if mask is None else _mask_of_node(prober, mask)
+    lead = shape_of(core)[:-2]
     return Proposal(
         core=core,
         out=core,
-        q=_with_heads(q, core),
-        k=_with_heads(k, core),
-        v=_with_heads(v, core),
+        q=with_heads(prober, q, lead, core),
+        k=with_heads(prober, k, lead, core),
+        v=with_heads(prober, v, lead, core),
         scale=given["scale"] if given["scale"] is not None else 1 / math.sqrt(head_dim),
         mask=evaluate,
         mask_sources=() if mask is None else (mask,),
@@ -138,22 +137,6 @@ def _mask_of_node(prober: Prober, mask: fx.Node) -> Evaluate:
     return evaluate
 
 
-def _with_heads(node: fx.Node, before: fx.Node) -> fx.Node:
-    """Return `node` as `[B, heads, S, channels]`; one head if it has no head axis."""
-    shape = shape_of(node)
-    if len(shape) == 4 and shape[0] == "B" and shape[2] == "S":
-        return node
-    if len(shape) == 3 and shape[:2] == ("B", "S"):
-        return insert(before, aten.unsqueeze.default, (node, 1), ("B", 1, "S", shape[2]))
-    heads = _FOLDED.match(str(shape[0]))
-    if len(shape) == 3 and shape[1] == "S" and heads:
-        batch, length = size_node(node.graph, 0), size_node(node.graph, 1)
-        new = ("B", int(heads[1]), "S", shape[2])
-        return insert(before, aten.reshape.default, (node, [batch, new[1], length, new[3]]), new)
-    reason = f"an operand has the shape {list(shape)} instead of [B, heads, S, D]"
-    raise NotRaisedError(reason, node=node)
-
-
 def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     scores = core.args[0]
     assert isinstance(scores, fx.Node)
@@ -169,6 +152,7 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     k_shape = shape_of(k)
     k = insert(core, aten.transpose.int, (k, -1, -2), (*k_shape[:-2], k_shape[-1], k_shape[-2]))
     prober.content.add(k)
+    lead = shape_of(product.node)[:-2]
     function = ScoreFunction(prober, product.node, scores)
     measured = function.measure()
     dtype, q_type = core.meta["type"].dtype, tensor_type(q)
@@ -176,9 +160,9 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     return Proposal(
         core=core,
         out=out,
-        q=_with_heads(q, core),
-        k=_with_heads(k, core),
-        v=_with_heads(v, core),
+        q=with_heads(prober, q, lead, core),
+        k=with_heads(prober, k, lead, core),
+        v=with_heads(prober, v, shape_of(out)[:-2], out),
         scale=measured.scale,
         mask=function.bias,
         mask_sources=tuple(prober.leaves(product.region)),

@@ -27,6 +27,8 @@ def tidy(graph: fx.Graph) -> None:
             _take_part(node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # strides may differ in other implementations
+        elif node.target is aten.mT.default:
+            node.target, node.args = aten.transpose.int, (source, -2, -1)
     remove_dead(graph)
 
 
