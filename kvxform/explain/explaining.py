@@ -10,8 +10,9 @@ import yaml
 
 from kvxform.errors import CaptureError, RecipeError, nearest_hint
 from kvxform.explain.layers import select_layer
+from kvxform.explain.pass_records import PassFinding
 from kvxform.explain.passes import explain_passes, need_options, required_options
-from kvxform.explain.records import Explanation, PassFinding
+from kvxform.explain.records import Explanation
 from kvxform.explain.sites import describe_sites
 from kvxform.ir.facts import Facts
 from kvxform.ir.program import Program

@@ -6,7 +6,8 @@ import dataclasses
 import re
 
 from kvxform.errors import KvxformError, nearest_hint
-from kvxform.explain.records import Explanation, PlaceRecord
+from kvxform.explain.pass_records import PlaceRecord
+from kvxform.explain.records import Explanation
 
 _BLOCK = re.compile(r"^(?:.*\.)?\d+(?=\.|$)")  # up to the last number of a path
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvxform.explain.folding import fold_names, fold_sentence, layer_words
-from kvxform.explain.records import (
+from kvxform.explain.pass_records import (
     REQUIRED,
     OptionRecord,
     PassFinding,
@@ -47,7 +47,11 @@ def short_value(value: Any) -> str:
 def _verdict(finding: PassFinding) -> str:
     counts = Counter(place.outcome for place in finding.places)
     parts = [f"{counts[o]} {o}" for o in ("match", "no match", "done") if counts[o]]
-    words = {"applies": "applies", "done": "already done", "no match": "applies nowhere"}
+    words = {
+        "done": "already done",
+        "skipped": "applies nowhere, which the recipe allows",
+        "no match": "applies nowhere",
+    }
     verdict = words.get(finding.state, finding.state)
     return f"{verdict} ({', '.join(parts)})" if parts else verdict
 

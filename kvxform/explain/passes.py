@@ -10,7 +10,8 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.errors import KvxformError
-from kvxform.explain.records import (
+from kvxform.explain.pass_records import (
+    FINE,
     REQUIRED,
     OptionRecord,
     Outcome,
@@ -49,7 +50,7 @@ def explain_passes(
             finding = dataclasses.replace(finding, why=stopped)
         else:
             finding, program = _try(program, planned, finding)
-            if finding.state not in ("applies", "done"):
+            if finding.state not in FINE:
                 stopped = f"{planned.name} before it is refused: {finding.why}"
         findings.append(finding)
     return tuple(f for f in findings if name in (None, f.name))
@@ -120,8 +121,15 @@ def _try(
         applies_nowhere = error.code == "KVX210"
         state: State = "no match" if applies_nowhere else "refused"
         return dataclasses.replace(finding, state=state, why=str(error)), program
-    state = "applies" if any(isinstance(f, Match) for f in found) else "done"
-    return dataclasses.replace(finding, state=state), after
+    return dataclasses.replace(finding, state=_state_of(found)), after
+
+
+def _state_of(found: Sequence[Match | NoMatch]) -> State:
+    """Return the state of a pass that may run: not finding anything is allowed here."""
+    if any(isinstance(f, Match) for f in found):
+        return "applies"
+    is_done = bool(found) and all(isinstance(f, NoMatch) and f.done for f in found)
+    return "done" if is_done else "skipped"
 
 
 def _check(requirement: Requirement, program: Program, name: str) -> RequirementRecord:

@@ -10,8 +10,8 @@ from programs import assert_untouched, gpt2_program, llama_program, snapshot
 import kvxform.passes  # noqa: F401  (fills the registry)
 from kvxform.errors import RecipeError
 from kvxform.explain import explain_program, make_question
+from kvxform.explain.pass_records import PassFinding
 from kvxform.explain.passes import contract_of
-from kvxform.explain.records import PassFinding
 from kvxform.ir.program import Program
 from kvxform.pass_base import PASSES
 from kvxform.recipe import Recipe, load_recipe
@@ -85,19 +85,34 @@ def test_a_pass_without_its_options_shows_its_contract():
     assert finding.options[0].value == "required"
 
 
-def test_within_a_recipe_the_passes_before_it_have_run():
-    finding = explain(llama_program(), "page-cache", load_recipe("exact"))
+def test_within_a_recipe_the_passes_before_it_have_run(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("version: 1\nname: mine\npasses:\n  - insert-cache\n  - page-cache\n")
+    finding = explain(llama_program(), "page-cache", load_recipe(path))
     assert finding.state == "applies"
-    assert finding.at == "exact.yaml:8"
+    assert finding.at == "mine.yaml:5"
     assert finding.requires[0].is_met
 
 
 def test_a_recipe_alone_explains_all_its_passes():
-    recipe = load_recipe("exact")
+    recipe = recipe_of("fuse-norms", "insert-cache", "simplify")
     findings = explain_program(llama_program(), make_question(None, recipe)).passes
-    assert [f.name for f in findings] == [s.name for s in recipe.passes]
-    assert {f.name for f in findings if f.state == "done"} == {"simplify"}
-    assert {f.state for f in findings} == {"applies", "done"}
+    assert [(f.name, f.state) for f in findings] == [
+        ("fuse-norms", "applies"),
+        ("insert-cache", "applies"),
+        ("simplify", "done"),
+    ]
+
+
+def test_a_recipe_may_allow_that_a_pass_applies_nowhere():
+    program = llama_program(head_dim=3)
+    allowed = recipe_of({"rotate-v": {"allow_zero": True}})
+    explanation = explain_program(program, make_question(None, allowed))
+    assert [f.state for f in explanation.passes] == ["skipped"]
+    assert explanation.is_fine
+    refused = explain_program(program, make_question(None, recipe_of("rotate-v")))
+    assert [f.state for f in refused.passes] == ["no match"]
+    assert not refused.is_fine
 
 
 def test_a_pass_that_has_been_applied_is_done():

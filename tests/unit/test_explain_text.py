@@ -61,9 +61,12 @@ def test_page_with_exceptions(golden):
 
 
 def test_page_of_a_recipe(golden):
-    question = make_question(None, load_recipe("kivi2"))
+    codec = {"codec": "int", "bits": 4, "axis": "token"}
+    quantize = {"quantize-kv": {"key": codec, "value": codec, "regions": {"recent": 8}}}
+    passes = ["insert-cache", "page-cache", quantize, "simplify"]
+    question = make_question(None, load_recipe({"version": 1, "name": "mine", "passes": passes}))
     explanation = explain_program(llama_program(head_dim=64, kv_heads=1), question)
-    golden("explain/kivi2.txt", explanation.to_text() + "\n")
+    golden("explain/recipe.txt", explanation.to_text() + "\n")
 
 
 def test_json_has_every_layer_and_keeps_its_form(golden):
