@@ -14,7 +14,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,10 +34,10 @@ TABLE = ROOT / "docs" / "coverage.md"
 def main() -> None:
     """Measure families and write the table."""
     options = parse_options()
-    measured = measure_all(options.families or list(ALL), options.timeout, options.jobs)
     rows = read(TABLE.read_text(encoding="utf-8")) if options.families else {}
-    rows |= {row.name: row for row in measured}
-    TABLE.write_text(render(rows), encoding="utf-8")
+    for row in measure_all(options.families or list(ALL), options.timeout, options.jobs):
+        rows[row.name] = row
+        TABLE.write_text(render(rows), encoding="utf-8")
     print(f"wrote {TABLE.relative_to(ROOT)}", file=sys.stderr)
 
 
@@ -54,10 +54,10 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def measure_all(names: Iterable[str], timeout: float, jobs: int) -> list[Row]:
+def measure_all(names: Iterable[str], timeout: float, jobs: int) -> Iterator[Row]:
     """Measure families, each in a process of its own; tell on stderr as they end."""
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda name: run_one(name, timeout), names))
+        yield from pool.map(lambda name: run_one(name, timeout), names)
 
 
 def run_one(name: str, timeout: float) -> Row:
@@ -80,7 +80,9 @@ def run_one(name: str, timeout: float) -> Row:
     if row is None:
         row = Row(name, "0 of 0", dict.fromkeys(COLUMNS, failure))
     seconds = time.monotonic() - start
-    print(f"{name:20} {' | '.join(row.cells):28} {seconds:5.1f} s", file=sys.stderr, flush=True)
+    lines = [f"{name:20} {' | '.join(row.cells):28} {seconds:5.1f} s"]
+    lines += [f"    {column}: {why}" for column, why in row.reasons.items()]
+    print("\n".join(lines), file=sys.stderr, flush=True)
     return row
 
 
