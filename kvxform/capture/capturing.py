@@ -127,6 +127,7 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
             "a model must have attention that can be cached",
             where="capture",
             got="; ".join(reasons) or "no softmax over scores and no SDPA call",
+            hint="kvxform explain shows how far each candidate got",
             rejected=raiser.rejected,
         )
     remove_dead(graph)
