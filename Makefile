@@ -23,7 +23,7 @@ help:
 	@echo "make test     unit, golden and numeric tests (no GPU, at most 12 minutes on 2 cores)"
 	@echo "make demo     SmolLM2-135M through the whole compiler; files go to demo-out/"
 	@echo "make lint     formatting, types, import arrows, spelling, file sizes"
-	@echo "make nightly  every test, slow ones and those for a GPU included"
+	@echo "make nightly  every test, slow ones and those for a GPU included; needs lm_eval, 500 MB"
 	@echo "make coverage-table  measure all decoder families; writes docs/coverage.md (30 minutes)"
 	@echo "make clean    remove .venv, caches and everything that was made"
 
@@ -49,6 +49,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 nightly: $(STAMP)
+	@$(PIP) -c constraints.txt -e '.[lm-eval]'
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 coverage-table: $(STAMP)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from kvxform.codegen.eager.cache import PagedCache
 from kvxform.codegen.eager.flush import FlushRule
@@ -22,32 +20,7 @@ from kvxform.errors import CacheFullError, KvxformError
 from kvxform.ir.plan import CachePlan
 from kvxform.runtime.inputs import refuse
 from kvxform.runtime.pages import PageCopy, PagePool, PageTable
-
-
-@dataclass
-class SequenceState:
-    """Lengths of one row, kept apart because a cache may drop tokens.
-
-    Attributes:
-        logical_length: Tokens seen; the position of the next one.
-        physical_length: Tokens cached.
-    """
-
-    logical_length: int = 0
-    physical_length: int = 0
-
-
-@dataclass(frozen=True)
-class LogicalCache:
-    """What one layer holds, as the source model would: un-paged, decoded, un-rotated.
-
-    Attributes:
-        k: Keys of each live row, `[Hk, T, D]`.
-        v: Values of each live row, `[Hk, T, Dv]`.
-    """
-
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
+from kvxform.runtime.state import LogicalCache, SequenceState, check_sizes, enough_pages
 
 
 class RowStore:
@@ -77,12 +50,12 @@ class RowStore:
         context_length: int | None,
         num_pages: int | None,
     ) -> None:
-        _check_sizes(max_batch_size, max_seq_len, context_length)
+        check_sizes(max_batch_size, max_seq_len, context_length)
         self.plan, self.max_batch_size, self.max_seq_len = plan, max_batch_size, max_seq_len
         self._dtype, self._context_length = dtype, context_length
         self._rules = {FlushRule.of(st) for s in plan.owners for st in s.streams.values()}
         size = plan.page_size(max_seq_len)
-        pages = _enough_pages(max_batch_size, max_seq_len, size) if num_pages is None else num_pages
+        pages = enough_pages(max_batch_size, max_seq_len, size) if num_pages is None else num_pages
         self._pool = PagePool(pages + 1, size)
         self._cache = PagedCache(
             plan, num_pages=pages + 1, page_size=size, num_rows=max_batch_size, device=device
@@ -178,11 +151,11 @@ class RowStore:
         """
         rows = self.max_batch_size if max_batch_size is None else max_batch_size
         longest = self.max_seq_len if max_seq_len is None else max_seq_len
-        _check_sizes(rows, longest, self._context_length)
+        check_sizes(rows, longest, self._context_length)
         if rows < self.max_batch_size or longest < self.max_seq_len:
             refuse("a session can only become larger", [rows, longest])
         size = self.plan.page_size(longest)
-        pages = max(self._pool.num_pages, _enough_pages(rows, longest, size) + 1)
+        pages = max(self._pool.num_pages, enough_pages(rows, longest, size) + 1)
         self._cache = self._cache.copy(num_pages=pages, page_size=size, num_rows=rows)
         self._pool.add_pages(pages)
         self._pool.page_size = size
@@ -318,14 +291,3 @@ class RowStore:
         for row in rows:
             taken += self._pool.shrink(row, self._pages_needed(self._length(row)))
         self._cache.clear([row for row in rows if row not in self._rows], taken)
-
-
-def _enough_pages(max_batch_size: int, max_seq_len: int, page_size: int) -> int:
-    return max_batch_size * -(-max_seq_len // page_size)
-
-
-def _check_sizes(max_batch_size: int, max_seq_len: int, context_length: int | None) -> None:
-    if max_batch_size < 1 or max_seq_len < 1:
-        refuse("a session needs at least one row and one token", [max_batch_size, max_seq_len])
-    if context_length is not None and max_seq_len > context_length:
-        refuse(f"max_seq_len must be within the model's {context_length} tokens", max_seq_len)

@@ -13,8 +13,8 @@ from programs import llama_program
 from kvxform.errors import VerifyError
 from kvxform.ir.program import Program
 from kvxform.runtime.model import OptimizedModel
-from kvxform.runtime.rows import SequenceState
 from kvxform.runtime.session import Session
+from kvxform.runtime.state import SequenceState
 from kvxform.verify.cache_state import check_schedule, is_lossy
 from kvxform.verify.probe import make_probe, run_source
 from kvxform.verify.prober import Prober
