@@ -97,7 +97,8 @@ def explain_failure(error: CaptureError, model: str) -> Explanation:
         error: KVX303 of capture, which carries the candidates.
         model: What the user called it.
     """
-    return Explanation(model=model, rejected=error.rejected, failure=str(error))
+    line = CaptureError(error.code, error.rule, where=error.where, got=error.got)  # no hint
+    return Explanation(model=model, rejected=error.rejected, failure=str(line))
 
 
 def _parse(step: StepLike | None) -> Any:

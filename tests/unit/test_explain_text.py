@@ -80,7 +80,8 @@ def test_json_has_every_layer_and_keeps_its_form(golden):
 
 
 def test_a_model_without_attention_has_its_candidates():
-    error = CaptureError("KVX303", "a model must have attention", rejected=[ODD])
+    rule, hint = "a model must have attention", "kvxform explain"
+    error = CaptureError("KVX303", rule, hint=hint, rejected=[ODD])
     explanation = explain_failure(error, "toy")
     assert not explanation.is_fine
     assert explanation.to_text().splitlines() == [
