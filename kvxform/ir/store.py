@@ -67,6 +67,7 @@ class WeightStore:
         if kept is not tensor:
             self._add(kept)
             self.trim()
+            _trim_heap()  # of what it took to compute the weight before this one
         return kept
 
     def trim(self) -> None:
@@ -82,6 +83,7 @@ class WeightStore:
                 del self._mapped[address]
             else:
                 _give_back(storage)
+        _trim_heap()
         self._floor = resident_file_bytes()
 
     @contextlib.contextmanager
@@ -189,13 +191,17 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def _give_back(storage: UntypedStorage) -> None:
     """Drop the pages of a mapped storage, with the neighbours in its first and last page."""
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if advice is None or madvise is None or not storage.nbytes():
-        return
+    madvise, advice = ctypes.CDLL(None).madvise, mmap.MADV_DONTNEED
     start = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = storage.data_ptr() + storage.nbytes() - start
     madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def _trim_heap() -> None:
+    """Let the C library give freed memory back; glibc keeps blocks of up to 32 MiB otherwise."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 class _AfterCall(TorchFunctionMode):

@@ -31,6 +31,7 @@ from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
 
 LAYER_NORM = torch.ops.aten.layer_norm.default
+SCALED_AT_ONCE = 1 << 22  # elements in float64
 UNTIE = "untie it: give every layer that reads it a weight of its own"
 
 
@@ -83,12 +84,23 @@ class FuseNorms(GraphPass):
             if gain is not None:
                 weight = program.weights[linear.weight]
                 factor = gain if linear.layout == "out_in" else gain[:, None]
-                rewriter.set_weight(linear.weight, (weight.double() * factor).to(weight.dtype))
+                rewriter.set_weight(linear.weight, _scale(weight, factor))
             rewriter.set_args(rewriter.node(linear.node))
         bare = [None, None] if node.target is LAYER_NORM else [None]
         args = list(node.args)
         args[norm.first : norm.first + len(bare)] = bare
         rewriter.set_args(node, tuple(args))
+
+
+def _scale(weight: Tensor, factor: Tensor) -> Tensor:
+    """Return `weight * factor`, computed in float64 some rows at a time: a head can be large."""
+    scaled = torch.empty_like(weight)
+    factor = factor.expand(weight.shape)
+    step = max(1, SCALED_AT_ONCE // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        scaled[rows] = weight[rows].double() * factor[rows]
+    return scaled
 
 
 def _parse(node: fx.Node) -> NormCall:
