@@ -18,6 +18,7 @@ from torch import Tensor, fx
 import kvxform.ir.ops as kvx
 from kvxform.capture.emitting import HeadEmitter, insert
 from kvxform.capture.heads import Axes, find_stride, from_rows, num_features
+from kvxform.capture.latent_rope import join_heads, raise_latent_rope
 from kvxform.capture.probing import Prober, Setting, error, is_close
 from kvxform.capture.projections import LinearNode, read_linear
 from kvxform.capture.refusal import NotRaisedError
@@ -29,9 +30,8 @@ from kvxform.capture.structure import (
     shape_of,
     tensor_type,
 )
-from kvxform.ir.latent import CAT, EXPAND
+from kvxform.ir.latent import EXPAND
 from kvxform.ir.program import AttentionSite, LatentSpec, Projection
-from kvxform.ir.types import TensorType
 
 _SETTING = Setting.first(5, batch=2)
 
@@ -82,7 +82,7 @@ def _raise(prober: Prober, site: AttentionSite, node: fx.Node) -> AttentionSite:
     q, _, *rest = node.args
     node.args = (q, new, *rest)
     prober.refresh()
-    return replace(site, latent=found.spec)
+    return raise_latent_rope(prober, replace(site, latent=found.spec), node)
 
 
 def propose_latent(prober: Prober, site: AttentionSite, node: fx.Node) -> Latent | None:
@@ -245,13 +245,7 @@ def write_keys(prober: Prober, found: Latent) -> fx.Node:
     heads, shape = found.index.shape[0], shape_of(shared)
     wide = (shape[0], heads, *shape[2:])
     spread = insert(node, EXPAND, (shared, [-1, heads, -1, -1]), wide)
-    parts = [spread, own] if spec.shared_first else [own, spread]
-    with node.graph.inserting_before(node):
-        joined = node.graph.call_function(CAT, (parts, -1))
-    old = tensor_type(k)
-    assert old is not None, "operands of attention are tensors"
-    joined.meta = {**k.meta, "type": TensorType(old.dtype, shape_of(k))}
-    return joined
+    return join_heads(node, [spread, own] if spec.shared_first else [own, spread])
 
 
 def prove_latent(prober: Prober, found: Latent, new: fx.Node, site: AttentionSite) -> None:

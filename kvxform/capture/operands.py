@@ -61,7 +61,7 @@ def trace_operands(prober: Prober, proposal: Proposal) -> Operands:
     note = q.note or k.note
     if q.rotary is None and k.rotary is None:
         return Operands(q, k, v, note)
-    reason = note or _difference(prober, q.rotary, k.rotary)
+    reason = note or rotary_difference(prober, q.rotary, k.rotary)
     if reason:
         q = trace(prober, proposal.q, may_scale=True, may_turn=False)
         k = _share(trace(prober, proposal.k, may_scale=False, may_turn=False))
@@ -134,7 +134,7 @@ def _check_groups(q: Operand, k: Operand, v: Operand) -> None:
         )
 
 
-def _difference(prober: Prober, q: Rotary | None, k: Rotary | None) -> str:
+def rotary_difference(prober: Prober, q: Rotary | None, k: Rotary | None) -> str:
     """Return how the rotary embeddings of q and k differ, or an empty text."""
     if q is None or k is None:
         return f"only {'k' if q is None else 'q'} turns with the position"

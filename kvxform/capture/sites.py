@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
+from kvxform.capture.arranging import like_source
 from kvxform.capture.attention import Proposal, propose
-from kvxform.capture.emitting import HeadEmitter, cast, insert, reshape_like
+from kvxform.capture.emitting import HeadEmitter, cast, insert
 from kvxform.capture.heads import from_rows, num_features
 from kvxform.capture.masks import MaskKind, classify
 from kvxform.capture.operands import Operand, Operands, trace_operands
 from kvxform.capture.probing import Prober, Setting, coarsest, error, is_close
 from kvxform.capture.projections import output_projection, source_projection
 from kvxform.capture.refusal import NotRaisedError, Trace
+from kvxform.capture.rope import Rotary
 from kvxform.capture.structure import shape_of
 from kvxform.capture.weights import add_weight, position_ids, weight_node
 from kvxform.ir.program import AttentionSite, RejectedSite, RopeSpec
 from kvxform.ir.types import TensorType
 
 _PROOF = Setting.first(9, batch=2)
+ROPE_NOTE = "rotary embedding left as it is"
 
 
 class SiteRaiser:
@@ -60,10 +63,10 @@ class SiteRaiser:
         trace.note_mask(mask.window, mask.chunk, has_slopes=mask.slopes is not None)
         operands = trace_operands(self.prober, proposal)
         trace.note_operands(operands.q.heads.index.shape, operands.k.heads.index.shape)
-        trace.note_rope(_rope_spec(operands), operands.note)
+        trace.note_rope(rope_spec(operands.k.rotary), operands.note)
         scoring = self._scoring(proposal, mask, operands)
         node = self._emit(proposal, scoring, operands)
-        restored = reshape_like(proposal.out, node)
+        restored = like_source(proposal.out, node)
         rounding = self._prove(proposal, restored, operands)
         proposal.out.replace_all_uses_with(restored)
         self.prober.refresh()
@@ -116,7 +119,7 @@ class SiteRaiser:
         emitter = HeadEmitter(self.prober, proposal.out)
         old = (proposal.q, proposal.k, proposal.v)
         q, k, v = (
-            self._emit_operand(emitter, operand, node.meta["type"].dtype)
+            emit_operand(emitter, operand, node.meta["type"].dtype)
             for operand, node in zip(operands.all(), old, strict=True)
         )
         optional = {**scoring, "softmax_dtype": proposal.softmax_dtype}
@@ -141,24 +144,6 @@ class SiteRaiser:
         if not isinstance(value, str):
             return value
         return weight_node(self.prober.graph, value, self.prober.weights[value])
-
-    def _emit_operand(self, emitter: HeadEmitter, operand: Operand, dtype: torch.dtype) -> fx.Node:
-        """Write one operand; some models turn it in another dtype than they attend in."""
-        node = emitter.emit(operand.heads.anchor, operand.heads.index)
-        rotary, graph = operand.rotary, self.prober.graph
-        if rotary is not None:
-            inv_freq = weight_node(graph, rotary.inv_freq, self.prober.weights[rotary.inv_freq])
-            options: dict[str, Any] = {"rotary_dim": rotary.rotary_dim}
-            if rotary.scaling != 1.0:
-                options["attention_scaling"] = rotary.scaling
-            if rotary.interleaved:
-                options["interleaved"] = True
-            if rotary.compute_dtype is not None:
-                node = cast(emitter.before, node, rotary.compute_dtype)
-            args = (node, position_ids(graph), inv_freq)
-            node = insert(emitter.before, kvx.ROPE, args, shape_of(node), options)
-            node.meta |= {"origin": operand.heads.region[-1].meta["origin"]}
-        return cast(emitter.before, node, dtype)
 
     def _prove(self, proposal: Proposal, new: fx.Node, operands: Operands) -> str:
         """Compare old and new on random anchors; return a note, or an empty text.
@@ -205,19 +190,38 @@ class SiteRaiser:
             k=source_projection(self.prober, k.heads),
             v=source_projection(self.prober, v.heads),
             o=output_projection(self.prober, node, num_q_heads, v_head_dim),
-            rope=_rope_spec(operands),
+            rope=rope_spec(k.rotary),
             **scoring,
             notes=tuple(note for note in (_rope_note(operands), rounding) if note),
         )
 
 
+def emit_operand(emitter: HeadEmitter, operand: Operand, dtype: torch.dtype) -> fx.Node:
+    """Write one operand; some models turn it in another dtype than they attend in."""
+    node = emitter.emit(operand.heads.anchor, operand.heads.index)
+    rotary, prober = operand.rotary, emitter.prober
+    if rotary is not None:
+        inv_freq = weight_node(prober.graph, rotary.inv_freq, prober.weights[rotary.inv_freq])
+        options: dict[str, Any] = {"rotary_dim": rotary.rotary_dim}
+        if rotary.scaling != 1.0:
+            options["attention_scaling"] = rotary.scaling
+        if rotary.interleaved:
+            options["interleaved"] = True
+        if rotary.compute_dtype is not None:
+            node = cast(emitter.before, node, rotary.compute_dtype)
+        args = (node, position_ids(prober.graph), inv_freq)
+        node = insert(emitter.before, kvx.ROPE, args, shape_of(node), options)
+        node.meta |= {"origin": operand.heads.region[-1].meta["origin"]}
+    return cast(emitter.before, node, dtype)
+
+
 def _rope_note(operands: Operands) -> str:
     left = operands.note
-    return f"rotary embedding left as it is: {left}" if left else ""
+    return f"{ROPE_NOTE}: {left}" if left else ""
 
 
-def _rope_spec(operands: Operands) -> RopeSpec | None:
-    rotary = operands.k.rotary
+def rope_spec(rotary: Rotary | None) -> RopeSpec | None:
+    """Return what a site says of its rotary embedding."""
     if rotary is None:
         return None
     return RopeSpec(rotary.inv_freq, rotary.rotary_dim, rotary.scaling, rotary.interleaved)

@@ -57,6 +57,19 @@ def find_latent(program: Program, site: AttentionSite) -> LatentNodes | str:
     return LatentNodes(latent, shared)
 
 
+def joined_part(x: fx.Node, start: int, stop: int) -> fx.Node | None:
+    """Return the node that is channels `start` to `stop` of `x`, if `x` has been joined from it."""
+    parts = x.args[0] if x.target is CAT and x.args[1] == -1 else ()
+    at = 0
+    for part in parts if isinstance(parts, list | tuple) else ():
+        assert isinstance(part, fx.Node), "what is joined are nodes"
+        width = part.meta["type"].shape[-1]
+        if (at, at + width) == (start, stop):
+            return part
+        at += width
+    return None
+
+
 def _shared_part(k: fx.Node, spec: LatentSpec) -> fx.Node | None:
     parts = k.args[0] if k.target is CAT else ()
     if not isinstance(parts, list | tuple) or len(parts) != 2:

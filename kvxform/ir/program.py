@@ -59,7 +59,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding of a site; see `kvx::rope`. `inv_freq` is a key in `Program.weights`."""
+    """Rotary embedding of a site; see `kvx::rope`. `inv_freq` is a key in `Program.weights`.
+
+    At a site with a latent it turns the part of the keys that all heads share, and its match in q.
+    """
 
     inv_freq: str
     rotary_dim: int

@@ -136,6 +136,8 @@ def _absorb_in_output(rewriter: Rewriter, attention: fx.Node, basis: Basis) -> N
     rewriter.set_args(reader)
     if attention.target is kvx.ATTENTION:
         q, k, v, *rest = attention.args
+        assert isinstance(v, fx.Node), "operands of attention are nodes"
+        assert callable(v.target), "cache-latent has cut it from the key"
         first = rewriter.call_before(attention, v.target, (k, *v.args[1:]), type_=v.meta["type"])
         rewriter.set_args(attention, (q, k, first, *rest))
 

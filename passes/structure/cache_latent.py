@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from kvxform.ir.facts import FactValue, Requirement
-from kvxform.ir.latent import CAT, SLICE, find_latent
+from kvxform.ir.latent import CAT, SLICE, find_latent, joined_part
 from kvxform.ir.program import AttentionSite, LatentSpec, Program, Projection
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
@@ -161,16 +161,10 @@ def _stack(
 
 
 def _slice(rewriter: Rewriter, before: fx.Node, x: fx.Node, start: int, stop: int) -> fx.Node:
-    """Return channels `start` to `stop` of `x`: a part of a concatenation if there is one."""
-    parts = x.args[0] if x.target is CAT and x.args[1] == -1 else ()
-    at = 0
-    for part in parts if isinstance(parts, list | tuple) else ():
-        assert isinstance(part, fx.Node), "what is joined are nodes"
-        width = _type(part).shape[-1]
-        assert isinstance(width, int), "channels are static"
-        if (at, at + width) == (start, stop) and _type(part).shape[:3] == _type(x).shape[:3]:
-            return part
-        at += width
+    """Return channels `start` to `stop` of `x`."""
+    part = joined_part(x, start, stop)
+    if part is not None:
+        return part
     shape = (*_type(x).shape[:3], stop - start)
     return _call(rewriter, before, SLICE, (x, -1, start, stop), shape)
 
