@@ -8,9 +8,9 @@ without transformers, `OTHERS` is a sample of what else transformers has.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from models import VOCAB, PlainLlama, RMSNorm, randomise
@@ -91,36 +91,47 @@ class Family:
         if dtype is torch.float64:
             if getattr(config, "_experts_implementation", None):
                 model.set_experts_implementation("eager")  # grouped_mm has no float64
-            model.forward = in_float64(model.forward)
+            in_float64(model)
         model.generation_config.eos_token_id = None  # continuations are as long as asked
         return randomise(model.to(dtype).eval(), self.seed)
 
 
-class WideSoftmax(TorchFunctionMode):
-    """Softmaxes for which the source asks float32 are in float64 if their scores are."""
+class InFloat64(TorchFunctionMode):
+    """Whatever asks for float32 gets float64."""
+
+    WIDER: ClassVar[dict[Any, Any]] = {
+        torch.float32: torch.float64,
+        torch.complex64: torch.complex128,
+        Tensor.float: Tensor.double,
+    }
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        options = dict(kwargs or {})
-        is_softmax = func in (torch.softmax, Tensor.softmax, nn.functional.softmax)
-        if is_softmax and args[0].dtype is torch.float64:
-            options["dtype"] = torch.float64
-        return func(*args, **options)
+        wide = [self.WIDER.get(x, x) if isinstance(x, torch.dtype) else x for x in args]
+        options = {
+            name: self.WIDER.get(x, x) if isinstance(x, torch.dtype) else x
+            for name, x in (kwargs or {}).items()
+        }
+        return self.WIDER.get(func, func)(*wide, **options)
 
 
-def in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward pass whose softmaxes do not fall back to float32.
+def in_float64(model: nn.Module) -> nn.Module:
+    """Let a float64 model compute in float64 throughout; in place.
 
-    Else the sum of a row depends on its length at 1e-7, and a token on how the ones before it came.
+    Many compute norms, angles or softmaxes in float32 whatever their dtype. Then a sum depends at
+    1e-7 on how many terms it has, and a token on how the ones before it came.
     """
+    cls = type(model)
 
-    @functools.wraps(forward)
-    def widened(*args: Any, **kwargs: Any) -> Any:
-        with WideSoftmax():
-            return forward(*args, **kwargs)
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with InFloat64():
+            return cls.forward(self, *args, **kwargs)
 
-    return widened
+    members = {"forward": forward, "__module__": cls.__module__}
+    model.__class__ = type(cls.__name__, (cls,), members)
+    return model
 
 
 @dataclass(frozen=True)
