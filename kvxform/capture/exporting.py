@@ -109,8 +109,18 @@ def export_module(adapter: LogitsOnly) -> ExportedProgram:
             "torch.export must be able to trace the model",
             where="capture",
             got=f"{type(failure).__name__}: {first_line[:300]}",
-            hint="the model must take input_ids [B, S] and treat batch and length as variable",
+            hint=_hint(failure),
         ) from failure
+
+
+def _hint(failure: Exception) -> str:
+    """Return what would have to change in a model that cannot be exported."""
+    if "data-dependent" in str(failure):
+        return (
+            "the model must not branch on values: on token ids, or on positions, as rotary "
+            "embeddings do whose frequencies change with the length (dynamic NTK)"
+        )
+    return "the model must take input_ids [B, S] and treat batch and length as variable"
 
 
 def make_functional(exported: ExportedProgram) -> ExportedProgram:

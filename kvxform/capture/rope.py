@@ -17,13 +17,14 @@ from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
 from kvxform.capture.heads import HeadMap, from_rows, num_features
-from kvxform.capture.probing import TOLERANCE, Prober, Setting, error
+from kvxform.capture.probing import TOLERANCE, Prober, Setting, error, is_close
 from kvxform.capture.structure import ancestors, literals, tensor_type
 from kvxform.capture.weights import add_weight
 
 _ADDED = "inv_freq"  # prefix of weights that capture adds
 _FREE_POSITIONS = (0, 1, 2, 3, 4, 7, 8, 16, 64, 256, 1000, 1024, 4096)
 _LIMITS = (8192, 2048, 1024, 512, 256, 128, 64, 32, 16, 9)  # tried in turn
+_FAR = 1 << 20  # a position that no switch of frequencies lies beyond
 _LONGEST = 512  # tokens, where positions cannot be chosen
 
 
@@ -118,12 +119,26 @@ class RopeProbe:
             return setting
         return None
 
+    def depends_on_length(self) -> bool:
+        """Return whether the first tokens are turned differently in a longer sequence."""
+        first = Setting.first(4)
+        values = []
+        for setting in (first, Setting(1, (*first.positions, _FAR))):
+            try:
+                self.prober.remember(self.heads.region, setting)
+                values.append(self.apply(torch.ones(self.head_dim), setting)[:, :, : first.length])
+            except (RuntimeError, IndexError):
+                return False  # longer than a table of the model, whose rows are what they are
+        return not is_close(values[1], values[0])
+
 
 def find_rope(probe: RopeProbe) -> Rotary | str:
     """Return the rotary embedding that the region computes, or why it is none."""
     setting = probe.find_setting()
     if setting is None:
         return "it cannot be run on nine positions"
+    if probe.depends_on_length():
+        return "its frequencies depend on the length of the sequence"
     pairs = find_pairs(probe, setting)
     if pairs is None:
         return "no channel turns with the position"
@@ -226,20 +241,32 @@ def _error_of(probe: RopeProbe, setting: Setting, guess: Rotary, inv_freq: Tenso
 
 
 def _candidates(probe: RopeProbe, frequencies: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and values: known constants, then weights of the region, then measured ones.
+    """Yield names and values: known constants, then those of the region, then measured ones.
 
     A value that is not yet a weight has an empty name.
     """
     weights = probe.prober.weights
     leaves = ancestors(probe.prober.leaves(probe.heads.region))
     own = [str(n.target) for n in leaves if n.op == "get_attr"]
+    computed = [n for n in leaves if n.op == "call_function" and _is_row(n, frequencies.numel())]
     for name in [*(n for n in weights if n.startswith(_ADDED)), *own]:
         value = weights[name]
         if value.shape == frequencies.shape and value.is_floating_point():
             yield name, value
             yield "", value.float()  # many models compute angles in float32 whatever their dtype
+    for node in computed:
+        yield "", probe.prober.value(node, Setting.first(1)).flatten()
     yield "", frequencies.float()
     yield "", frequencies
+
+
+def _is_row(node: fx.Node, size: int) -> bool:
+    """Return whether a node is `size` floating-point numbers, whatever the sequence."""
+    type_ = tensor_type(node)
+    if type_ is None or not type_.dtype.is_floating_point:
+        return False
+    sizes = [n for n in type_.shape if n != 1]
+    return sizes == [size]
 
 
 def _exact(value: float, probe: RopeProbe) -> float:
