@@ -45,6 +45,7 @@ class _Specialiser:
             kvx.ATTENTION: lambda node: self._same(node, kvx.attention),
             kvx.CACHE_APPEND: lambda node: self._same(node, append),
             kvx.CACHED_ATTENTION: self._cached_attention,
+            torch.ops.aten.matmul.default: self._matmul,
         }
 
     def run(self) -> None:
@@ -73,6 +74,13 @@ class _Specialiser:
     def _cached_attention(self, node: fx.Node) -> fx.Node:
         kwargs = {name: value for name, value in node.kwargs.items() if name != "v_head_dim"}
         return self._call(node, attend, node.args, **kwargs)
+
+    def _matmul(self, node: fx.Node) -> fx.Node | None:
+        stack = node.args[1]
+        is_stack = isinstance(stack, fx.Node) and stack.op == "get_attr"
+        if not is_stack or len(stack.meta["type"].shape) != 3:  # type: ignore[union-attr]
+            return None
+        return self._call(node, multiply_heads, node.args)
 
     def _rms_norm(self, node: fx.Node) -> fx.Node:
         x, weight, eps = node.args
@@ -156,6 +164,19 @@ def rotate_blocks(x: Tensor, matrix: Tensor, signs: Tensor | None) -> Tensor:
         return x @ matrix
     rotated: Tensor = x.unflatten(-1, (-1, matrix.shape[0])) @ matrix
     return rotated.flatten(-2)
+
+
+def multiply_heads(x: Tensor, stack: Tensor) -> Tensor:
+    """`x @ stack` of x `[B, H, S, n]` and one matrix a head `[H, n, m]`.
+
+    The plain product would copy all matrices for every sequence.
+    """
+    batch = x.shape[0]
+    if batch == 1 or x.dim() != 4:
+        return x @ stack
+    rows = x.transpose(0, 1).flatten(1, 2) @ stack  # [H, B * S, m]
+    product: Tensor = rows.unflatten(1, (batch, -1)).transpose(0, 1)
+    return product
 
 
 def append(k: Tensor, v: Tensor | None, cache: CacheState, *, layer: int) -> CacheState:

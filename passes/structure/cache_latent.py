@@ -72,8 +72,8 @@ class CacheLatent(GraphPass):
         query = _absorb_query(rewriter, node, site, spec)
         shape = (*_type(key).shape[:3], spec.rank)
         value = _call(rewriter, node, SLICE, (key, -1, 0, spec.rank), shape)
-        rewriter.set_args(node, (query, key, value, *node.args[3:]))
         _expand_output(rewriter, node, site, spec)
+        rewriter.set_args(node, (query, key, value, *node.args[3:]))
         rewriter.update_site(
             site.layer,
             num_kv_heads=1,

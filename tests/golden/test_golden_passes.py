@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from programs import apply, fired, gpt2_program, llama_program
+from programs import apply, fired, gpt2_program, latent_program, llama_program
 
 from kvxform.ir.text import format_program
 from kvxform.passes.base.insert_cache import InsertCache
@@ -13,6 +13,7 @@ from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_v import RotateV
+from kvxform.passes.structure.cache_latent import CacheLatent
 
 KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "axis": "channel", "zero": "float"},
@@ -30,6 +31,8 @@ CASES = {
     "insert_cache/gpt2": (InsertCache(), (RotateQk(),), gpt2_program),
     "page_cache/llama": (PageCache(64), (InsertCache(),), llama_program),
     "quantize_kv/kivi2": (KIVI, (InsertCache(), PageCache()), llama_program),
+    "cache_latent/stateless": (CacheLatent(), (), latent_program),
+    "cache_latent/cached": (RotateQk(), (CacheLatent(), InsertCache()), latent_program),
     "simplify/kivi2": (Simplify(), (InsertCache(), PageCache(), KIVI), llama_program),
 }
 

@@ -68,8 +68,10 @@ def deepseek(family: str, dtype: torch.dtype) -> Subject:
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("deepseek_v3", torch.float64), ("deepseek_v2", torch.float32)],
-    ids=["v3, yarn, float64", "v2, complex rotary, float32"],
+    [
+        pytest.param("deepseek_v3", torch.float64, id="v3, yarn, float64"),
+        pytest.param("deepseek_v2", torch.float32, id="v2, complex rotary", marks=pytest.mark.slow),
+    ],
 )
 def test_deepseek_is_exact_with_its_latent_in_the_cache(family, dtype):
     subject = deepseek(family, dtype)

@@ -23,6 +23,7 @@ from programs import (
 
 import kvxform.ir.ops as kvx
 from kvxform.codecs.hadamard import Basis
+from kvxform.codegen.eager.specialise import multiply_heads, specialise
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.facts import Facts
@@ -241,6 +242,17 @@ def test_the_verifier_knows_what_a_latent_is():
     cached.plan = cached.plan.replace_site(0, payload="kv")
     with pytest.raises(PassError, match="if and only if a latent is cached"):
         verify_program(cached)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_eager_lowering_multiplies_head_by_head(batch):
+    x, stack = torch.randn(batch, 4, 5, 6).double(), torch.randn(4, 6, 7).double()
+    want = torch.stack([x[:, head] @ stack[head] for head in range(4)], 1)
+    torch.testing.assert_close(multiply_heads(x, stack), want)
+    rewritten, _ = apply(CacheLatent(), latent_program())
+    calls = [n.target for n in specialise(rewritten).graph.nodes if n.op == "call_function"]
+    assert calls.count(multiply_heads) == 4
+    assert torch.ops.aten.matmul.default not in calls
 
 
 def test_parts_that_are_joined_are_not_cut_again():
