@@ -20,6 +20,7 @@ import kvxform
 from kvxform.api import resolve_recipe
 from kvxform.errors import ArtifactError, CodegenError, KvxformError, RecipeError
 from kvxform.recipe import load_recipe
+from kvxform.runtime.model import OptimizedModel
 
 EXACT = {
     "version": 1,
@@ -66,6 +67,21 @@ def test_signatures_are_frozen():
         ("progress", only, True),
     ]
     assert shape(kvxform.load) == [("path", word, inspect.Parameter.empty), ("device", only, None)]
+
+
+def test_methods_of_a_model_are_frozen():
+    methods = {name for name in dir(OptimizedModel) if not name.startswith("_")}
+    assert methods >= {
+        "as_huggingface",
+        "device",
+        "export_onnx",
+        "generate",
+        "new_session",
+        "plan",
+        "save",
+        "tokenizer",
+    }
+    assert list(inspect.signature(OptimizedModel.as_huggingface).parameters) == ["self"]
 
 
 def test_import_is_quick_because_it_leaves_torch_alone():
