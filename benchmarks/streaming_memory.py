@@ -132,7 +132,7 @@ def optimize(checkpoint: Path, out: Path, recipe: str) -> dict[str, object]:
     code = f"import sys; from kvxform.cli.main import main; sys.exit(main({words!r}))"
     environment = {**os.environ, "KVXFORM_CACHE_DIR": str(out.parent / "cache")}
     start = time.perf_counter()
-    # With `vfork` the peak of this process would count as one of the child: it has no shell between.
+    # Linux counts the memory of this process at the start as the child's; it must stay small.
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start

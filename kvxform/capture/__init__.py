@@ -1,6 +1,6 @@
 """Capture: from a source model to a Program in the kvx dialect.
 
-- `sources`, `smollm2`: open what the user names
+- `sources`, `smollm2`, `checkpoints`: open what the user names
 - `exporting`, `normalise`: torch.export, then the graph contract of `ir.program`
 - `structure`, `probing`: walk a graph, run parts of it, compare
 - `norms`, `attention`, `masks`, `heads`, `rope`, `projections`, `positions`: recognise by values

@@ -136,6 +136,7 @@ class WeightStore:
                 storage = UntypedStorage.from_file(place, False, tensor.nbytes)
         except (OSError, RuntimeError):
             return tensor
+        assert isinstance(storage, UntypedStorage)
         flat = torch.empty(0, dtype=tensor.dtype).set_(storage)
         return flat.view(tensor.shape)
 
@@ -153,7 +154,7 @@ def pieces(tensor: Tensor, size: int = 32 << 20) -> Iterator[memoryview]:
     """Yield the bytes of a CPU tensor in C order, at most `size` of them at a time."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), size):
-        yield memoryview(flat[start : start + size].numpy())
+        yield flat[start : start + size].numpy().data
 
 
 def resident_file_bytes() -> int:
