@@ -211,7 +211,7 @@ NAMED = _register(
         "mpt",
         {**_TOKENS, "d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": LIMIT},
     ),
-    Family("stablelm", _GROUPED, seed=1),
+    Family("stablelm", _GROUPED),
     Family(
         "granite",
         {

@@ -32,7 +32,6 @@ from kvxform.verify.tolerances import tolerance_for
 NEW_TOKENS = 48
 PROMPTS = (13, 6, 1)  # tokens of the rows of a ragged batch; the longest wraps the windows
 BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-4}  # logits, as a share of the largest
-MARGIN = 1e-4  # a lead of the best token that rounding in float32 cannot turn, likewise
 aten = torch.ops.aten
 
 
@@ -149,19 +148,19 @@ def check_tokens(
     options: dict[str, Any] = {"max_new_tokens": count, "eos_token_id": ()}
     found = [m.generate(prompts, mask, **options)[:, prompts.shape[1] :] for m in continued]
     for row, real in enumerate(mask.bool()):
-        expected, margin = greedy(subject.model, prompts[row : row + 1, real], count)
-        assert margin >= MARGIN, f"a near tie in row {row} ({margin:.0e}): take another seed"
+        expected, leads = greedy(subject.model, prompts[row : row + 1, real], count)
         for tokens in found:
-            same = (tokens[row] == expected).long().cumprod(0).sum()
-            assert same == count, f"tokens of row {row} part after {int(same)}"
+            same = int((tokens[row] == expected).long().cumprod(0).sum())
+            lead = f"{float(leads[same]):.0e} of the largest logit" if same < count else ""
+            assert same == count, f"tokens of row {row} part after {same}, at a lead of {lead}"
 
 
-def greedy(model: nn.Module, prompt: Tensor, count: int) -> tuple[Tensor, float]:
+def greedy(model: nn.Module, prompt: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Continue one prompt with the source itself.
 
     Returns:
-        The new tokens `[count]`, and by how much the best token led at least, as a share of the
-        largest logit.
+        The new tokens `[count]`, and by how much each led, `[count]`, as a share of the largest
+        logit: where that is no more than rounding, another seed is due.
     """
     if isinstance(model, PreTrainedModel):
         logits = generate_cached(model, prompt, count)
@@ -172,7 +171,7 @@ def greedy(model: nn.Module, prompt: Tensor, count: int) -> tuple[Tensor, float]
             ids = torch.cat([ids, steps[-1].argmax()[None, None]], 1)
         logits = torch.stack(steps)
     best = logits.topk(2, -1).values
-    return logits.argmax(-1), float((best[:, 0] - best[:, 1]).min() / logits.abs().max())
+    return logits.argmax(-1), (best[:, 0] - best[:, 1]) / logits.abs().max()
 
 
 def generate_cached(model: PreTrainedModel, prompt: Tensor, count: int) -> Tensor:
