@@ -22,6 +22,7 @@ from programs import (
 )
 
 import kvxform.ir.ops as kvx
+from kvxform.cli.plan import plan_data, plan_text
 from kvxform.codecs.hadamard import Basis
 from kvxform.codegen.eager.specialise import multiply_heads, specialise
 from kvxform.errors import PassError, RecipeError
@@ -41,7 +42,8 @@ from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.structure.cache_latent import CacheLatent
-from kvxform.recipe import PassStep
+from kvxform.pipeline import plan_pipeline
+from kvxform.recipe import PassStep, load_recipe
 
 INT4 = {"codec": "int", "bits": 4}
 
@@ -242,6 +244,17 @@ def test_the_verifier_knows_what_a_latent_is():
     cached.plan = cached.plan.replace_site(0, payload="kv")
     with pytest.raises(PassError, match="if and only if a latent is cached"):
         verify_program(cached)
+
+
+def test_plan_and_report_say_what_is_cached():
+    program, report = plan_pipeline(latent_program(), load_recipe("kv4"))
+    text = plan_text(plan_data(program, report, 8, 8192))
+    assert "4 q heads / one latent of 16 + 8" in text
+    assert "added per step: one hadamard(8) on q and on new k" in text
+    assert "exact: cache-latent fuse-norms insert-cache page-cache rotate-qk simplify" in text
+    layer = report.layers[0]
+    assert layer.value_codec == "first 16 channels of the key"
+    assert (layer.key_bytes, layer.value_bytes) == (16.0, 0)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
