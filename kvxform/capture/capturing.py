@@ -21,6 +21,7 @@ from kvxform.capture.exporting import (
     prepare,
 )
 from kvxform.capture.latents import raise_latents
+from kvxform.capture.layer_norms import raise_layer_norms
 from kvxform.capture.mixers import find_mixers
 from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
@@ -117,6 +118,9 @@ def raise_graph(graph: fx.Graph, weights: dict[str, Tensor], info: ModelInfo) ->
     raise_norms(prober)
     remove_dead(graph)
     prober.refresh()
+    if raise_layer_norms(prober):
+        remove_dead(graph)
+        prober.refresh()
     raiser = SiteRaiser(prober)
     for core in find_cores(graph, prober.content):
         raiser.raise_core(core)

@@ -6,7 +6,7 @@ casts and the gain as long as `kvx::rms_norm` equals it on random input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,8 @@ _INSIDE = _ROOTS | frozenset(
         *("to", "_to_copy", "type_as"),
     }
 )
-_LONGEST = 12  # nodes of a norm
-_LARGEST_EPS = 1e-2
+LONGEST = 12  # nodes of a norm
+LARGEST_EPS = 1e-2
 _SETTING = Setting.first(3, batch=2)
 _SIZES = (1.0, 1e-3, 30.0)  # of the inputs; the small one makes eps count
 
@@ -65,20 +65,20 @@ def raise_norms(prober: Prober) -> int:
 def find_norm(prober: Prober, root: fx.Node) -> Norm | None:
     """Return the longest RMSNorm around `root`, or None."""
     best = None
-    for out in _forward(prober, root):
+    for out in forward_chain(prober, root, _INSIDE):
         for stop in chain_back(out, prober.content, lambda n: op_name(n) in _INSIDE):
-            if root in stop.region and len(stop.region) <= _LONGEST:
+            if root in stop.region and len(stop.region) <= LONGEST:
                 best = _explain(prober, stop, out) or best
     return best
 
 
-def _forward(prober: Prober, root: fx.Node) -> Iterator[fx.Node]:
-    """Yield what may be the last node of the norm: products and casts after `root`."""
+def forward_chain(prober: Prober, root: fx.Node, inside: Container[str]) -> Iterator[fx.Node]:
+    """Yield what may be the last node of a norm: products and casts after `root`."""
     node = root
-    for _ in range(_LONGEST):
+    for _ in range(LONGEST):
         yield node
         users = [u for u in node.users if u in prober.content]
-        if len(users) != 1 or op_name(users[0]) not in _INSIDE:
+        if len(users) != 1 or op_name(users[0]) not in inside:
             return
         node = users[0]
 
@@ -104,7 +104,7 @@ def _hypotheses(prober: Prober, stop: Stop, out: fx.Node) -> Iterator[Norm]:
     """Yield norms worth a trial: numbers, weights and dtypes that the region contains."""
     own = stop.node.meta["type"].dtype
     inner = {n.meta["type"].dtype for n in stop.region if tensor_type(n) is not None}
-    found = sorted({n for _, n in literals(stop.region, float) if 0 < n < _LARGEST_EPS})
+    found = sorted({n for _, n in literals(stop.region, float) if 0 < n < LARGEST_EPS})
     gains = list(_gains(prober, stop))
     for dtype in (None, *sorted(inner - {own}, key=str)):
         for eps in found or [float(torch.finfo(own).eps)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,22 +55,26 @@ def trace_operands(prober: Prober, proposal: Proposal) -> Operands:
     Raises:
         NotRaisedError: If KV heads are repeated in another order than `kvx::attention` reads them.
     """
-    v = _share(trace(prober, proposal.v, may_scale=False, may_turn=False))
+    every_v = trace(prober, proposal.v, may_scale=False, may_turn=False)
     q = trace(prober, proposal.q, may_scale=True)
-    k = _share(trace(prober, proposal.k, may_scale=False))
+    k, v = _share(trace(prober, proposal.k, may_scale=True), every_v)
     _check_groups(q, k, v)
     note = q.note or k.note
     if q.rotary is None and k.rotary is None:
-        return Operands(q, k, v, note)
+        return Operands(_scaled(q, k.factor), k, v, note)
     reason = note or rotary_difference(prober, q.rotary, k.rotary)
     if reason:
         q = trace(prober, proposal.q, may_scale=True, may_turn=False)
-        k = _share(trace(prober, proposal.k, may_scale=False, may_turn=False))
+        k, v = _share(trace(prober, proposal.k, may_scale=True, may_turn=False), every_v)
         return Operands(q, k, v, reason)
     assert q.rotary is not None
     assert k.rotary is not None
-    factor = q.factor * q.rotary.scaling / k.rotary.scaling
+    factor = q.factor * k.factor * q.rotary.scaling / k.rotary.scaling
     return Operands(replace(q, rotary=k.rotary, factor=factor), k, v)
+
+
+def _scaled(operand: Operand, factor: float) -> Operand:
+    return replace(operand, factor=operand.factor * factor)
 
 
 def trace(prober: Prober, node: fx.Node, *, may_scale: bool, may_turn: bool = True) -> Operand:
@@ -105,17 +110,23 @@ def _explain(prober: Prober, node: fx.Node, heads: HeadMap, may_turn: bool) -> O
     return rotary if isinstance(rotary, str) else Operand(heads, rotary, rotary.factor)
 
 
-def _share(operand: Operand) -> Operand:
-    """Return k or v with every KV head once."""
-    index = operand.heads.index
-    group = group_size(index)
+def _share(k: Operand, v: Operand) -> tuple[Operand, Operand]:
+    """Return k and v with every KV head once; if one has fewer, it repeats those."""
+    step = math.gcd(_group_size(k), _group_size(v))
+    k, v = (replace(o, heads=replace(o.heads, index=o.heads.index[::step])) for o in (k, v))
+    return k, v
+
+
+def _group_size(operand: Operand) -> int:
+    """Return how many query heads share each head of k or v."""
+    group = group_size(operand.heads.index)
     if group is None:
         raise NotRaisedError(
             "KV heads are not repeated in groups of neighbours",
             node=_repeats(operand),
             hint="repeat them as 0 0 1 1 (repeat_interleave), not as 0 1 0 1 (repeat, tile)",
         )
-    return replace(operand, heads=replace(operand.heads, index=index[::group]))
+    return group
 
 
 def _repeats(operand: Operand) -> fx.Node | None:

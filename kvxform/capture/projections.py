@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from kvxform.capture.heads import HeadMap, find_stride, from_rows, to_rows
-from kvxform.capture.probing import Prober, Setting, is_close
+from kvxform.capture.probing import Prober, Setting, coarsest, is_close
 from kvxform.capture.structure import TRANSPARENT, ancestors, chain_back, op_name, tensor_type
 from kvxform.ir.program import Projection
 
+_NORMS = frozenset({"rms_norm", "layer_norm"})
 LINEAR = frozenset({"linear", "addmm", "mm", "matmul"})
 
 
@@ -94,6 +95,16 @@ def source_projection(prober: Prober, heads: HeadMap) -> Projection | None:
     return projection if _makes_heads(prober, linear, heads) else None
 
 
+def why_unnamed(prober: Prober, heads: HeadMap) -> str:
+    """Return why heads have no `source_projection`, if one can say, or an empty text."""
+    stop = chain_back(heads.anchor, prober.content, lambda n: op_name(n) in TRANSPARENT)[-1]
+    if op_name(stop.node) in _NORMS:
+        return "a norm lies between the projection and the heads"
+    if read_linear(prober, stop.node) is not None and find_stride(heads.index) is None:
+        return "heads are not evenly spaced in the projection"
+    return ""
+
+
 def _makes_heads(prober: Prober, linear: LinearNode, heads: HeadMap) -> bool:
     """Compare the anchor with the rows of the weight on random input."""
     index = heads.index.flatten()
@@ -103,7 +114,8 @@ def _makes_heads(prober: Prober, linear: LinearNode, heads: HeadMap) -> bool:
     x = prober.random(*(int(n) for n in shape), dtype=x_type.dtype)
     (value,) = prober.run([heads.anchor], Setting.first(3), {linear.x: x})
     got = to_rows(heads.anchor, value)[0][:, index]
-    return is_close(got, linear.apply(prober, x.reshape(3, -1), index))
+    want = linear.apply(prober, x.reshape(3, -1), index)
+    return is_close(got, want, coarsest(got.dtype, want.dtype))
 
 
 def output_projection(prober: Prober, out: fx.Node, heads: int, channels: int) -> Projection | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +17,12 @@ from kvxform.capture.heads import from_rows, num_features
 from kvxform.capture.masks import MaskKind, classify
 from kvxform.capture.operands import Operand, Operands, trace_operands
 from kvxform.capture.probing import Prober, Setting, coarsest, error, is_close
-from kvxform.capture.projections import output_projection, source_projection
+from kvxform.capture.projections import output_projection, source_projection, why_unnamed
 from kvxform.capture.refusal import NotRaisedError, Trace
 from kvxform.capture.rope import Rotary
 from kvxform.capture.structure import shape_of
 from kvxform.capture.weights import add_weight, position_ids, weight_node
-from kvxform.ir.program import AttentionSite, RejectedSite, RopeSpec
+from kvxform.ir.program import AttentionSite, Projection, RejectedSite, RopeSpec
 from kvxform.ir.types import TensorType
 
 _PROOF = Setting.first(9, batch=2)
@@ -179,6 +180,11 @@ class SiteRaiser:
         q, k, v = operands.all()
         num_q_heads, head_dim = q.heads.index.shape
         num_kv_heads, v_head_dim = v.heads.index.shape
+        projections = {
+            name: source_projection(self.prober, operand.heads)
+            for name, operand in zip("qkv", operands.all(), strict=True)
+        }
+        notes = (_rope_note(operands), rounding, *self._unnamed(projections, operands))
         return AttentionSite(
             layer=len(self.sites),
             module=proposal.core.meta["module"],
@@ -186,14 +192,22 @@ class SiteRaiser:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             v_head_dim=v_head_dim,
-            q=source_projection(self.prober, q.heads),
-            k=source_projection(self.prober, k.heads),
-            v=source_projection(self.prober, v.heads),
+            **projections,
             o=output_projection(self.prober, node, num_q_heads, v_head_dim),
             rope=rope_spec(k.rotary),
             **scoring,
-            notes=tuple(note for note in (_rope_note(operands), rounding) if note),
+            notes=tuple(note for note in notes if note),
         )
+
+    def _unnamed(
+        self, projections: Mapping[str, Projection | None], operands: Operands
+    ) -> Iterator[str]:
+        """Yield a note for every reason why projections have no name: `q, k: a norm lies ...`."""
+        names: dict[str, list[str]] = {}
+        for (name, found), operand in zip(projections.items(), operands.all(), strict=True):
+            reason = "" if found is not None else why_unnamed(self.prober, operand.heads)
+            names.setdefault(reason, []).append(name)
+        yield from (f"{', '.join(who)}: {why}" for why, who in names.items() if why)
 
 
 def emit_operand(emitter: HeadEmitter, operand: Operand, dtype: torch.dtype) -> fx.Node:
