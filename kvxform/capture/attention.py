@@ -24,9 +24,11 @@ from kvxform.capture.structure import chain_back, op_name, shape_of, tensor_type
 aten = torch.ops.aten
 _PRODUCTS = frozenset({"matmul", "bmm"})
 _BETWEEN = frozenset(
-    {"reshape", "to", "_to_copy", "type_as", "dropout", "contiguous", "clone", "nan_to_num"}
+    {
+        *("reshape", "unsqueeze", "squeeze", "permute", "transpose", "expand"),
+        *("to", "_to_copy", "type_as", "dropout", "contiguous", "clone", "nan_to_num"),
+    }
 )
-
 
 _SQUARES = (("S", "S"), ("S", "S + 1"))  # one more column is that of a sink
 

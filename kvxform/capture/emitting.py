@@ -42,16 +42,6 @@ def cast(before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return new
 
 
-def reshape_like(old: fx.Node, new: fx.Node) -> fx.Node:
-    """Return `new` in the shape of `old`, before which it is written."""
-    shape = shape_of(old)
-    if shape == shape_of(new):
-        return new
-    symbols = {"B": size_node(old.graph, 0), "S": size_node(old.graph, 1)}
-    sizes = [n if isinstance(n, int) else symbols.get(n, -1) for n in shape]
-    return insert(old, aten.reshape.default, (new, sizes), shape)
-
-
 class HeadEmitter:
     """Writes the shortest nodes that compute an operand from its anchor."""
 

@@ -204,6 +204,8 @@ class _Builder:
         text = str(size)
         for symbol, name in self.symbols.items():
             text = re.sub(rf"\b{symbol}\b", name, text)
+        if re.fullmatch(r"[\w*]+", text):
+            text = "*".join(sorted(text.split("*")))  # B*S, however it was multiplied
         return int(text) if text.lstrip("-").isdigit() else text
 
 

@@ -66,7 +66,7 @@ def trace_operands(prober: Prober, proposal: Proposal) -> Operands:
     if reason:
         q = trace(prober, proposal.q, may_scale=True, may_turn=False)
         k, v = _share(trace(prober, proposal.k, may_scale=True, may_turn=False), every_v)
-        return Operands(q, k, v, reason)
+        return Operands(_scaled(q, k.factor), k, v, reason)
     assert q.rotary is not None
     assert k.rotary is not None
     factor = q.factor * k.factor * q.rotary.scaling / k.rotary.scaling
