@@ -73,7 +73,8 @@ class ScoreFunction:
         zero = self._relative(0.0)
         noise = self.prober.random(_SETTING.length, _SETTING.length, dtype=torch.float64)
         noise.fill_diagonal_(0.0)
-        seen = (zero[..., : _SETTING.length] > MASKED) & (noise != 0)
+        # If the diagonal is masked, what is seen is as far above it as a mask is below.
+        seen = (zero[..., : _SETTING.length].abs() < -MASKED) & (noise != 0)
         if not bool(seen.any()):
             raise NotRaisedError(
                 "the mask is neither causal nor a sliding window nor chunks: "
@@ -126,18 +127,21 @@ class ScoreFunction:
         column = zero[..., -1].unflatten(0, (_SETTING.batch, -1))  # [B, ..., S]
         column = column.flatten(1, -2)
         sinks = column[0, :, 0]
-        same = is_close(column, sinks[:, None].expand_as(column))
-        if extra != 1 or not same or not is_close(noise[..., -1], zero[..., -1]):
+        dtype = self._narrowest()  # a model may take the largest score off all columns
+        same = is_close(column, sinks[:, None].expand_as(column), dtype)
+        if extra != 1 or not same or not is_close(noise[..., -1], zero[..., -1], dtype):
             raise NotRaisedError(
                 f"the softmax has {extra} more columns, and not one constant per head",
                 node=self.scores,
             )
         for node in ancestors([self.scores], {self.product}):
             held = self.prober.weights.get(str(node.target)) if node.op == "get_attr" else None
-            if held is not None and held.shape == sinks.shape and is_close(held.double(), sinks):
+            if held is None or held.shape != sinks.shape:
+                continue
+            if is_close(held.double(), sinks, dtype):
                 return str(node.target)
-        dtype = self.scores.meta["type"].dtype
-        return add_weight(self.prober.weights, "sink_logits", sinks.to(dtype))
+        stored = self.scores.meta["type"].dtype
+        return add_weight(self.prober.weights, "sink_logits", sinks.to(stored))
 
     def _exact(self, value: float) -> float:
         """Return the number in the graph, or one over it, that `value` was measured from."""

@@ -70,7 +70,7 @@ class SiteRaiser:
         restored = like_source(proposal.out, node)
         rounding = self._prove(proposal, restored, operands)
         proposal.out.replace_all_uses_with(restored)
-        self.prober.refresh()
+        self.prober.learn(restored)
         self.sites.append(self._describe(proposal, node, scoring, operands, rounding))
 
     def _classify(self, proposal: Proposal) -> MaskKind:
@@ -192,7 +192,9 @@ class SiteRaiser:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             v_head_dim=v_head_dim,
-            **projections,
+            q=projections["q"],
+            k=projections["k"],
+            v=projections["v"],
             o=output_projection(self.prober, node, num_q_heads, v_head_dim),
             rope=rope_spec(k.rotary),
             **scoring,

@@ -314,15 +314,15 @@ class Bidirectional(PlainGPT):
         return block["proj"](out.transpose(1, 2).reshape(batch, length, width))
 
 
-class Alibi(PlainGPT):
-    """Scores get a bias that grows with the distance."""
+class SquareBias(PlainGPT):
+    """Scores get a bias that grows with the square of the distance, unlike ALiBi."""
 
     def _attend(self, block: nn.ModuleDict, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = block["qkv"](x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         where = torch.arange(length)
-        bias = (where[None] - where[:, None]) * 0.1
-        bias = bias.masked_fill(bias > 0, float("-inf"))
+        distance = where[:, None] - where[None]
+        bias = (distance**2 * -0.1).masked_fill(distance < 0, float("-inf"))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return block["proj"](out.transpose(1, 2).reshape(batch, length, width))
 
@@ -350,7 +350,7 @@ class DataDependent(PlainGPT):
 
 FAULTY = [
     (Bidirectional, "KVX303", "bidirectional"),
-    (Alibi, "KVX303", "bias besides the mask"),
+    (SquareBias, "KVX303", "bias besides the mask"),
     (NoAttention, "KVX303", "no softmax over scores"),
     (LastOnly, "KVX304", "logits .B, S, vocab. of all positions"),
     (DataDependent, "KVX302", "torch.export must be able to trace"),
