@@ -33,9 +33,10 @@ def expand_einsums(graph: fx.Graph) -> int:
 
 def _read_einsum(node: fx.Node) -> tuple[fx.Node, str, fx.Node, str, str] | None:
     """Return operands and letters of an einsum that is one contraction, or None."""
-    if op_name(node) != "einsum" or len(node.args[1]) != 2:  # type: ignore[arg-type]
+    operands: Any = node.args[1] if op_name(node) == "einsum" else ()
+    if len(operands) != 2:
         return None
-    a, b = node.args[1]  # type: ignore[misc]
+    a, b = operands
     inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
     first, _, second = inputs.partition(",")
     if not out or out.count(".") > 3:
@@ -72,7 +73,7 @@ def _read_sum(node: fx.Node) -> tuple[fx.Node, str, fx.Node, str, str] | None:
     assert isinstance(b, fx.Node)
     if not len(shape_of(a)) == len(shape_of(b)) == rank:
         return None
-    axis = int(axes[0]) % rank  # type: ignore[arg-type]
+    axis = int(axes[0]) % rank
     if 1 in (shape_of(a)[axis], shape_of(b)[axis]):
         return None
     squeezed = [_squeeze(x, letters, type_.shape, product) for x in (a, b)]

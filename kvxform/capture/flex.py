@@ -117,12 +117,12 @@ class _Writer:
         return self.constant(f"flex_{node.target}", value)
 
     def _apply(self, node: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        args: Any = fx.node.map_arg(node.args, lambda n: env[n])
         target, value = node.target, node.meta.get("val")
         if op_name(node) == "flat_apply":  # indexing by tensors, as torch traces it here
             target, args = aten.index.Tensor, (args[2], list(args[3:]))
-        is_number = isinstance(value, Tensor) and value.dim() == 0
-        if not is_number or not isinstance(target, torch._ops.OpOverload):
+        is_aten = isinstance(target, torch._ops.OpOverload)
+        if not isinstance(value, Tensor) or value.dim() or not is_aten:
             raise CaptureError(
                 "KVX302",
                 "functions of FlexAttention may only do arithmetic on numbers",
@@ -132,7 +132,7 @@ class _Writer:
         operands = args[1] if target is aten.index.Tensor else args
         shapes = [shape_of(a) for a in operands if isinstance(a, fx.Node)]
         new = self.call(target, args, TensorType(value.dtype, _broadcast(shapes)))
-        new.kwargs = kwargs
+        new.kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
         return new
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from kvxform.capture.structure import ancestors, find_content
+from kvxform.capture.structure import ancestors, find_content, reads_content
 
 # Largest error of a replacement, relative to the largest value of what it replaces.
 TOLERANCE = {
@@ -61,6 +61,18 @@ class Prober:
     def refresh(self) -> None:
         """Find content anew after the graph has changed."""
         self.content = find_content(self.graph)
+
+    def learn(self, node: fx.Node) -> None:
+        """Find content among nodes that were written for `node`, without reading the graph."""
+        stack, unknown = [node], set[fx.Node]()
+        while stack:
+            new = stack.pop()
+            if new not in self.content and new not in unknown and new.op == "call_function":
+                unknown.add(new)
+                stack.extend(new.all_input_nodes)
+        for new in sorted(unknown):
+            if reads_content(new, self.content):
+                self.content.add(new)
 
     def random(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return normal random values of any dtype; the sequence of calls is reproducible."""

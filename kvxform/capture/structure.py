@@ -74,9 +74,14 @@ def find_content(graph: fx.Graph, sources: Iterable[fx.Node] | None = None) -> s
         sources = [n for n in graph.nodes if n.op == "placeholder" and n.target == "input_ids"]
     content = set(sources)
     for node in graph.nodes:
-        if op_name(node) not in _SHAPE_ONLY and content_inputs(node, content):
+        if reads_content(node, content):
             content.add(node)
     return content
+
+
+def reads_content(node: fx.Node, content: set[fx.Node]) -> bool:
+    """Return whether the value of a node depends on one of its inputs that is content."""
+    return op_name(node) not in _SHAPE_ONLY and bool(content_inputs(node, content))
 
 
 def ancestors(
