@@ -27,11 +27,12 @@ class SourceSummary:
         family: Model family.
         dtype: Compute dtype by torch name.
         sites_raised: Attention sites in the dialect.
-        sites_rejected: Module and reason of every candidate that was left alone.
+        sites_rejected: Module and reason of every attention that was left alone.
         num_q_heads: Query heads of the first site.
         num_kv_heads: KV heads of the first site.
         head_dim: Channels of one head of the first site.
         capture_error: Largest difference of a logit of the captured program and the source.
+        mixers: Module and reason of everything else that mixes tokens, state-space layers for one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class SourceSummary:
     num_kv_heads: int
     head_dim: int
     capture_error: float | None = None
+    mixers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,17 @@ def source_summary(program: Program) -> SourceSummary:
         family=program.info.family,
         dtype=program.info.dtype,
         sites_raised=len(program.sites),
-        sites_rejected=tuple((r.module, r.reason) for r in program.rejected),
+        sites_rejected=_places(program, "attention"),
         num_q_heads=site.num_q_heads,
         num_kv_heads=site.num_kv_heads,
         head_dim=site.head_dim,
+        mixers=_places(program, "mixer"),
     )
+
+
+def _places(program: Program, kind: str) -> tuple[tuple[str, str], ...]:
+    """Return module and reason of what was left alone and is of one kind."""
+    return tuple((r.module, r.reason) for r in program.rejected if r.kind == kind)
 
 
 def pass_record(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> PassRecord:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-import kvxform.ir.ops as kvx
 from kvxform.capture.attention import find_cores
+from kvxform.capture.comparing import compare, longest_trial
 from kvxform.capture.decompose import decompose
 from kvxform.capture.einsum import expand_einsums
 from kvxform.capture.exporting import (
@@ -27,19 +27,17 @@ from kvxform.capture.normalise import normalise
 from kvxform.capture.norms import raise_norms
 from kvxform.capture.orient import orient
 from kvxform.capture.positions import read_positions
-from kvxform.capture.probing import TOLERANCE, Prober, coarsest, error, one_thread
+from kvxform.capture.probing import Prober, one_thread
 from kvxform.capture.sharing import mark_owners, merge_equal_calls
 from kvxform.capture.sites import SiteRaiser
 from kvxform.capture.softmaxes import raise_softmaxes
 from kvxform.capture.sources import AnySource, Source, open_source
-from kvxform.capture.structure import op_name
 from kvxform.capture.tidy import remove_dead
 from kvxform.errors import CaptureError
-from kvxform.ir.program import ModelInfo, Program, default_positions
+from kvxform.ir.program import ModelInfo, Program
 from kvxform.ir.store import watching
 
 Progress = Callable[[str], None]
-_TRIALS = ((2, 7, 0), (1, 1, 0), (3, 11, 5))  # batch, length and first position
 
 
 @dataclass(frozen=True)
@@ -86,21 +84,40 @@ def capture(
 def capture_opened(opened: Source, *, dtype: torch.dtype | None, tell: Progress) -> Captured:
     """Capture a source that has been opened; see `capture`."""
     model = opened.model
-    reference: LogitsOnly | ExportedReference
     if isinstance(model, ExportedProgram):
-        exported, reference = model, ExportedReference(model)
-    else:
-        adapter = prepare(model, dtype)
-        tell("exporting")
-        exported, reference = export_module(adapter), adapter
+        return _prove(opened, _raise(opened, model, tell), ExportedReference(model), tell)
+    adapter = prepare(model, dtype)
+    tell("exporting")
+    program = _raise(opened, export_module(adapter), tell)
+    try:
+        return _prove(opened, program, adapter, tell)
+    except CaptureError:
+        length = longest_trial(program)
+        if length is None:
+            raise
+    tell("exporting again, with a longer sample")
+    program = _raise(opened, export_module(adapter, length), tell)
+    return _prove(opened, program, adapter, tell)
+
+
+def _raise(opened: Source, exported: ExportedProgram, tell: Progress) -> Program:
+    """Return the raised program of an export."""
     tell("raising to the dialect")
     graph, weights = normalise(make_functional(exported))
-    with watching(opened.store):  # not around the export: its frames would be taken for the source
-        with one_thread():
-            program = raise_graph(graph, weights, opened.info)
-        tell("comparing with the source")
-        worst = compare(program, reference)
+    # not around the export: frames of the watch would be taken for the source
+    with watching(opened.store), one_thread():
+        program = raise_graph(graph, weights, opened.info)
     program.store = opened.store
+    return program
+
+
+def _prove(
+    opened: Source, program: Program, reference: LogitsOnly | ExportedReference, tell: Progress
+) -> Captured:
+    """Compare a raised program with its source."""
+    tell("comparing with the source")
+    with watching(opened.store):
+        worst = compare(program, reference)
     return Captured(program, opened.info.tokenizer_path, worst)
 
 
@@ -162,51 +179,3 @@ def complete_info(info: ModelInfo, graph: fx.Graph, context_length: int | None) 
         dtype=str(type_.dtype).removeprefix("torch."),
         context_length=context_length,
     )
-
-
-def compare(program: Program, reference: LogitsOnly | ExportedReference) -> float:
-    """Return the largest absolute difference of logits between a program and its source.
-
-    Raises:
-        CaptureError: KVX304 if it is more than the dtype explains.
-    """
-    module, rows = program.to_module(), embedding_rows(program)
-    coarse = _score_dtype(program)
-    generator, worst = torch.Generator().manual_seed(0), 0.0
-    device = next((w.device for w in program.weights.values()), torch.device("cpu"))
-    for *shape, start in _TRIALS:
-        input_ids = torch.randint(0, rows, shape, generator=generator).to(device)
-        positions = default_positions(input_ids) + (start if reference.takes_positions else 0)
-        with torch.no_grad():
-            want = reference(input_ids, positions)
-            got = module(input_ids, positions)
-        relative = error(got, want)
-        if relative > 10 * TOLERANCE.get(coarse, TOLERANCE[torch.float32]):
-            raise CaptureError(
-                "KVX304",
-                "the captured program must give the logits of the source",
-                where="capture",
-                got=f"a relative difference of {relative:.1e} at batch and length {shape}",
-            )
-        worst = max(worst, float((got - want).abs().max()))
-    return worst
-
-
-def _score_dtype(program: Program) -> torch.dtype:
-    """Return the coarsest dtype of the logits and of the scores of any attention."""
-    found = [program.dtype]
-    for node in program.calls(kvx.ATTENTION):
-        q, softmax = node.args[0], node.kwargs.get("softmax_dtype")
-        assert isinstance(q, fx.Node)
-        found.append(q.meta["type"].dtype)
-        if isinstance(softmax, torch.dtype):
-            found.append(softmax)
-    return coarsest(*found)
-
-
-def embedding_rows(program: Program) -> int:
-    """Return how many token ids the model knows."""
-    for node in program.graph.nodes:
-        if op_name(node) == "embedding" and node.args[1] is not program.placeholder("position_ids"):
-            return int(program.weights[str(node.args[0].target)].shape[0])
-    return program.info.vocab_size

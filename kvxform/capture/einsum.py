@@ -19,16 +19,22 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def expand_einsums(graph: fx.Graph) -> int:
     """Replace einsums of two operands, and sums of a product over one axis; return how many.
 
-    Only contractions are replaced; an einsum that repeats a letter within an operand, or sums a
-    letter of one operand alone, stays as it is.
+    Only contractions are replaced; an einsum that repeats a letter within an operand, sums a letter
+    of one operand alone, or has an axis of another length, stays as it is.
     """
     count = 0
     for node in list(graph.nodes):
         found = _read_einsum(node) or _read_sum(node)
-        if found is not None:
+        if found is not None and _has_known_sizes(found[0], found[2]):
             _Contraction(node, *found).replace()
             count += 1
     return count
+
+
+def _has_known_sizes(*operands: fx.Node) -> bool:
+    """Whether all sizes are numbers, batch or tokens; chunks of a state-space layer are not."""
+    sizes = {n for operand in operands for n in shape_of(operand)}
+    return all(isinstance(n, int) or n in ("B", "S") for n in sizes)
 
 
 def _read_einsum(node: fx.Node) -> tuple[fx.Node, str, fx.Node, str, str] | None:

@@ -85,15 +85,20 @@ def choose_implementations(model: nn.Module) -> None:
         set_experts("batched_mm")
 
 
-def export_module(adapter: LogitsOnly) -> ExportedProgram:
+def export_module(adapter: LogitsOnly, length: int = _SAMPLE[1]) -> ExportedProgram:
     """Export with dynamic batch and sequence.
+
+    Args:
+        adapter: The model.
+        length: Tokens of the sample that is traced.
 
     Raises:
         CaptureError: KVX302 with the reason that torch.export gives.
     """
     device = next((p.device for p in adapter.parameters()), torch.device("cpu"))
-    input_ids = torch.zeros(_SAMPLE, dtype=torch.int64, device=device)
-    positions = torch.arange(_SAMPLE[1], device=device).expand(_SAMPLE).contiguous()
+    shape = (_SAMPLE[0], length)
+    input_ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    positions = torch.arange(length, device=device).expand(shape).contiguous()
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         with torch.no_grad():

@@ -125,7 +125,7 @@ class _Repaired(_Alone):
             return value
         want = _slice(self.want[n.name], axis, _PART)
         got = value if self.part else _slice(value, axis, _PART)
-        if not is_close(got, want):
+        if not _is_same(got, want):
             self.repaired.append(node)
         if not self.part:
             fixed = value.clone()

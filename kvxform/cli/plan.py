@@ -88,6 +88,7 @@ def plan_data(program: Program, report: Report, batch: int, tokens: int) -> dict
         "model": source.name,
         "sites_raised": source.sites_raised,
         "sites_rejected": [{"module": m, "reason": r} for m, r in source.sites_rejected],
+        "mixers": [{"module": m, "reason": r} for m, r in source.mixers],
         "geometries": _geometries(program),
         "passes": passes,
         "cache": None,
@@ -121,6 +122,7 @@ def plan_text(data: dict[str, Any]) -> str:
     heads = "; ".join(data["geometries"])
     lines = [f"{data['sites_raised']} attention sites raised, {len(rejected)} rejected    {heads}"]
     lines += [f"  rejected: {site['module']}: {site['reason']}" for site in rejected]
+    lines += [f"  not attention: {place['module']}: {place['reason']}" for place in data["mixers"]]
     cache = data["cache"]
     if cache is None:
         lines.append("no cache: the recipe has no insert-cache")

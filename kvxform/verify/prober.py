@@ -11,7 +11,7 @@ from torch import Tensor
 from kvxform.errors import VerifyError
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
-from kvxform.ir.types import TensorType
+from kvxform.ir.rounding import rounding_dtype
 from kvxform.verify.cache_state import StateCheck, check_schedule, is_lossy
 from kvxform.verify.probe import (
     Difference,
@@ -174,17 +174,6 @@ class Prober:
         """Return the logits of a schedule in the order of `pick`, `[positions, vocab]`."""
         places = self.probe.real.nonzero().tolist()
         return torch.stack([state.logits[sequence, position] for sequence, position in places])
-
-
-def rounding_dtype(program: Program) -> torch.dtype:
-    """Return the dtype whose rounding a program shows however its tokens arrive.
-
-    Complex products round differently at the end of a run of memory. So a rotary embedding in
-    complex64, as DeepSeek-V2 has it, is reproducible to float32 alone, whatever the model's dtype.
-    """
-    types = [node.meta["type"] for node in program.graph.nodes if node.op != "output"]
-    has_complex = any(isinstance(t, TensorType) and t.dtype is torch.complex64 for t in types)
-    return torch.float32 if has_complex and program.dtype.itemsize > 4 else program.dtype
 
 
 def first_encoded_length(plan: CachePlan | None) -> int:

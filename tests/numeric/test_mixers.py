@@ -23,7 +23,7 @@ def tokens(batch: int, length: int) -> Tensor:
 def captured(model: nn.Module, bound: float = 1e-12) -> Program:
     """Return the program of a float64 model after comparing it with the model."""
     program = capture(model).program
-    ids = tokens(2, 13)
+    ids = tokens(2, 29)  # four chunks
     with torch.no_grad():
         want = getattr(want := model(ids), "logits", want)
         got = program.to_module()(ids, default_positions(ids))
@@ -139,9 +139,9 @@ def test_the_attention_of_a_state_space_hybrid_is_raised() -> None:
     torch.manual_seed(0)
     model = double(AutoModelForCausalLM.from_config(config))
     with torch.no_grad():
-        want = model(tokens(2, 13), use_cache=False).logits
+        want = model(tokens(2, 29), use_cache=False).logits
     program = capture(model).program
-    ids = tokens(2, 13)
+    ids = tokens(2, 29)  # four chunks
     with torch.no_grad():
         got = program.to_module()(ids, default_positions(ids))
     assert float((got - want).abs().max()) <= 1e-10

@@ -79,9 +79,8 @@ def test_exact_recipe_keeps_logits_and_cache_to_rounding(make_program):
     ids = token_ids(program, 2, 40)
     error = (OptimizedModel(optimised)(ids) - run(program, ids)).abs().max()
     assert error <= 1e-8
-    assert {p.name: p.matched > 0 for p in report.passes if p.name != "simplify"} == dict.fromkeys(
-        ["fuse-norms", "rotate-v", "insert-cache", "page-cache", "rotate-qk"], True
-    )
+    applied = [p.name for p in report.passes if p.matched]
+    assert applied == ["fuse-norms", "rotate-v", "insert-cache", "page-cache", "rotate-qk"]
     for record in report.passes:
         assert record.vs_before is not None
         assert record.vs_before.relative <= 1e-9 == record.tolerance
@@ -105,7 +104,8 @@ def test_lossy_recipes_hold_what_their_equations_say(name, dtype):
     assert all(0 < layer.key_error < 0.5 for layer in report.layers)
     lossy = [p.name for p in report.passes if p.exactness != "exact"]
     assert lossy == ["quantize-kv"]
-    assert optimised.passes == tuple(s.name for s in load_recipe(name).passes)
+    steps = [s.name for s in load_recipe(name).passes]
+    assert optimised.passes == tuple(s for s in steps if s != "cache-latent")  # nothing is latent
 
 
 def test_probes_are_long_enough_for_tokens_to_be_encoded():
