@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from kvxform.capture.arranging import with_heads
 from kvxform.capture.emitting import insert
 from kvxform.capture.masks import Evaluate
-from kvxform.capture.probing import Prober, Setting
+from kvxform.capture.probing import Prober, Setting, coarsest
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.scores import ScoreFunction
 from kvxform.capture.structure import chain_back, op_name, shape_of, tensor_type
@@ -159,6 +159,9 @@ def _propose_softmax(prober: Prober, core: fx.Node) -> Proposal:
     measured = function.measure()
     dtype, q_type = core.meta["type"].dtype, tensor_type(q)
     assert q_type is not None
+    rounded = scores.meta["type"].dtype
+    if coarsest(rounded, q_type.dtype) != q_type.dtype:  # scores are rounded before the softmax
+        dtype = rounded
     return Proposal(
         core=core,
         out=out,

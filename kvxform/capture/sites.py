@@ -20,7 +20,7 @@ from kvxform.capture.probing import Prober, Setting, coarsest, error, is_close
 from kvxform.capture.projections import output_projection, source_projection, why_unnamed
 from kvxform.capture.refusal import NotRaisedError, Trace
 from kvxform.capture.rope import Rotary
-from kvxform.capture.structure import shape_of
+from kvxform.capture.structure import shape_of, tensor_type
 from kvxform.capture.weights import add_weight, position_ids, weight_node
 from kvxform.ir.program import AttentionSite, Projection, RejectedSite, RopeSpec
 from kvxform.ir.types import TensorType
@@ -160,9 +160,9 @@ class SiteRaiser:
         want, got = self.prober.run([proposal.out, new], _PROOF, bound)
         if is_close(got, want):
             return ""
-        dtype = coarsest(
-            want.dtype, proposal.q.meta["type"].dtype, proposal.core.meta["type"].dtype
-        )
+        nodes = (proposal.q, proposal.core, *proposal.mask_sources)
+        types = [t for t in map(tensor_type, nodes) if t is not None]
+        dtype = coarsest(want.dtype, *(t.dtype for t in types if t.dtype.is_floating_point))
         if is_close(got, want, dtype):
             return f"the model rounds scores to {dtype}; results agree to that".replace(
                 "torch.", ""
