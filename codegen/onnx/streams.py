@@ -58,8 +58,9 @@ def append_both(
 ) -> tuple[StreamView, StreamView]:
     """Emit the append of new keys and values, each `[B, Hk, S, D]`; return what attention reads.
 
-    Without values, they are a view of the keys, and attention reads these twice. Streams that are encoded alike are encoded together, for in a decode step a node costs more than
-    the few values it works on.
+    Without values, they are a view of the keys, and attention reads these twice. Streams that are
+    encoded alike are encoded together, for in a decode step a node costs more than the few values
+    it works on.
     """
     key, value = site.key, site.value
     if v is None or isinstance(value, KeyView):

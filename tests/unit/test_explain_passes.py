@@ -150,7 +150,7 @@ def test_a_pass_that_applies_nowhere():
     ("step", "recipe", "code", "hint"),
     [
         ("rotate-kv", None, "KVX104", "rotate-"),
-        ("rotate-v: {blok: 8}", None, "KVX102", "did you mean 'block'"),
+        ("rotate-v: {blockk: 8}", None, "KVX102", "did you mean 'block'"),
         ({"rotate-v": {"block": 7}}, None, "KVX107", "power of two"),
         ("rotate-v: {block: [}", None, "KVX107", "a name"),
         (["rotate-v"], None, "KVX107", "step"),
