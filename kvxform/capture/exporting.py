@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -101,7 +105,7 @@ def export_module(adapter: LogitsOnly, length: int = _SAMPLE[1]) -> ExportedProg
     positions = torch.arange(length, device=device).expand(shape).contiguous()
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             return torch.export.export(
                 adapter, (input_ids, positions), dynamic_shapes=(dynamic, dynamic)
             )
@@ -116,6 +120,18 @@ def export_module(adapter: LogitsOnly, length: int = _SAMPLE[1]) -> ExportedProg
             got=f"{type(failure).__name__}: {first_line[:300]}",
             hint=_hint(failure),
         ) from failure
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop what torch prints: a trace that fails prints its whole graph, and the error says why."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _hint(failure: Exception) -> str:

@@ -78,6 +78,8 @@ def _load(
     is_gguf = path.suffix == ".gguf"
     if is_gguf and not path.is_file():
         raise _unknown(text, "no such GGUF file")
+    if path.suffix == ".pt2":
+        raise _unknown(text, "reading .pt2 can run code; open it yourself and pass the program")
     if path.is_dir() and not (path / "config.json").is_file():
         raise _unknown(text, "the folder has no config.json")
     try:
