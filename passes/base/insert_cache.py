@@ -54,7 +54,7 @@ class InsertCache(GraphPass):
         raw = [_left_alone(site) for site in program.rejected]
         if not blocked and not raw:
             return found
-        because = f"another attention cannot be cached ({(blocked + raw)[0]})"
+        because = "all layers are cached or none"
         left: list[Match | NoMatch] = [
             NoMatch(because, f.layer, f.node) if isinstance(f, Match) else f for f in found
         ]
