@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ class Row:
         try:
             return check(*args, **options)
         except Exception as error:  # a table must be able to quote any failure
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            text = re.sub(r"/tmp/\S*/", "", str(error).strip())  # a folder of this run alone
+            lines = text.splitlines() or [type(error).__name__]
             self.reasons.setdefault(column, lines[0])
             return None
 
