@@ -21,9 +21,9 @@ model. Written by `make coverage-table`; do not edit. {versions}
 """
 MEANING = {
     "sites": "attentions raised, of those that the unrewritten model runs",
-    "exact": "recipe `exact`: logits within 1e-8 of the largest in float64 and 1e-4 in float32;"
-    " all schedules of the cache-state checker; 48 greedy tokens of a ragged batch equal"
-    " `transformers` with its own cache",
+    "exact": "recipe `exact`: logits within 1e-8 of the largest in float64, where whatever asks for"
+    " float32 gets float64, and 1e-4 in float32; all schedules of the cache-state checker; 48"
+    " greedy tokens of a ragged batch equal `transformers` with its own cache",
     "kv4": "recipe `kv4` without bounds: every pass keeps its contract, and all schedules of the"
     " cache-state checker",
     "ONNX": "packages of `exact` and `kv4` give the logits of the eager lowering, padded rows too;"
