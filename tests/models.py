@@ -165,14 +165,19 @@ class PlainAttention(nn.Module):
             return x.repeat(1, groups, 1, 1)
         return x.repeat_interleave(groups, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v, one head each for every query head, `[B, H, S, D]`."""
         batch, length, _ = x.shape
         q, k, v = (
             w(x).view(batch, length, n, self.head_dim)
             for w, n in ((self.wq, self.heads), (self.wk, self.kv_heads), (self.wv, self.kv_heads))
         )
         q, k = self._turn(q, "q").transpose(1, 2), self._turn(k, "k").transpose(1, 2)
-        k, v = self._expand(k), self._expand(v.transpose(1, 2))
+        return q, self._expand(k), self._expand(v.transpose(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.operands(x)
         if self.by_hand:
             scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
             scores = scores.masked_fill(~self.mask[:, :, :length, :length], float("-inf"))

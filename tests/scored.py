@@ -30,12 +30,7 @@ class ScoredAttention(PlainAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = (
-            w(x).view(batch, length, n, self.head_dim)
-            for w, n in ((self.wq, self.heads), (self.wk, self.kv_heads), (self.wv, self.kv_heads))
-        )
-        q, k = self._turn(q, "q").transpose(1, 2), self._turn(k, "k").transpose(1, 2)
-        k, v = self._expand(k), self._expand(v.transpose(1, 2))
+        q, k, v = self.operands(x)
         out = self.weigh(self, q @ k.transpose(-2, -1)) @ v
         return self.wo(out.transpose(1, 2).reshape(batch, length, -1))
 

@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from kvxform.capture.arranging import with_heads
 from kvxform.capture.emitting import insert
 from kvxform.capture.masks import Evaluate
-from kvxform.capture.probing import Prober, Setting, coarsest
+from kvxform.capture.probing import Prober, Setting
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.scores import ScoreFunction
 from kvxform.capture.structure import chain_back, op_name, shape_of, tensor_type
+from kvxform.ir.rounding import coarsest
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({"matmul", "bmm"})

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from kvxform.capture.probing import Prober, Setting, coarsest, is_close
+from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import Stop, shape_of, tensor_type
+from kvxform.ir.rounding import coarsest
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,15 @@ from torch import Tensor, fx
 
 from kvxform.capture.emitting import insert
 from kvxform.capture.heads import Axes, from_rows, num_features
-from kvxform.capture.norms import LARGEST_EPS, LONGEST, forward_chain
-from kvxform.capture.probing import Prober, Setting, coarsest, is_close
+from kvxform.capture.norms import LARGEST_EPS, find_longest, raise_each
+from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import (
     Stop,
-    chain_back,
     literals,
-    op_name,
     shape_of,
     tensor_type,
 )
+from kvxform.ir.rounding import coarsest
 
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow", "std"})
 _INSIDE = _ROOTS | frozenset(
@@ -50,24 +49,12 @@ class LayerNorm:
 
 def raise_layer_norms(prober: Prober) -> int:
     """Replace every LayerNorm that is written out; return how many there were."""
-    count, done = 0, set[fx.Node]()
-    for root in [n for n in prober.graph.nodes if n in prober.content and op_name(n) in _ROOTS]:
-        norm = None if root in done else find_layer_norm(prober, root)
-        if norm is not None:
-            _replace(prober, norm)
-            done.update(norm.region)
-            count += 1
-    return count
+    return raise_each(prober, _ROOTS, find_layer_norm, _replace)
 
 
 def find_layer_norm(prober: Prober, root: fx.Node) -> LayerNorm | None:
     """Return the longest LayerNorm around `root`, or None. Source: arXiv 1607.06450."""
-    best = None
-    for out in forward_chain(prober, root, _INSIDE):
-        for stop in chain_back(out, prober.content, lambda n: op_name(n) in _INSIDE):
-            if root in stop.region and len(stop.region) <= LONGEST:
-                best = _explain(prober, stop, out) or best
-    return best
+    return find_longest(prober, root, _INSIDE, _explain)
 
 
 def _explain(prober: Prober, stop: Stop, out: fx.Node) -> LayerNorm | None:

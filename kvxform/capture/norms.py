@@ -6,8 +6,9 @@ casts and the gain as long as `kvx::rms_norm` equals it on random input.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -52,23 +53,57 @@ class Norm:
 
 def raise_norms(prober: Prober) -> int:
     """Replace every RMSNorm of the graph; return how many there were."""
+    return raise_each(prober, _ROOTS, find_norm, _replace)
+
+
+def find_norm(prober: Prober, root: fx.Node) -> Norm | None:
+    """Return the longest RMSNorm around `root`, or None."""
+    return find_longest(prober, root, _INSIDE, _explain)
+
+
+class Found(Protocol):
+    """A proven norm."""
+
+    @property
+    def region(self) -> tuple[fx.Node, ...]:
+        """The nodes that compute it."""
+
+
+F = TypeVar("F", bound=Found)
+
+
+def raise_each(
+    prober: Prober,
+    roots: Container[str],
+    find: Callable[[Prober, fx.Node], F | None],
+    replace: Callable[[Prober, F], None],
+) -> int:
+    """Replace what `find` returns for every node called one of `roots`; return how many.
+
+    A root inside the region of a norm that was found before is passed over.
+    """
     count, done = 0, set[fx.Node]()
-    for root in [n for n in prober.graph.nodes if n in prober.content and op_name(n) in _ROOTS]:
-        norm = None if root in done else find_norm(prober, root)
+    for root in [n for n in prober.graph.nodes if n in prober.content and op_name(n) in roots]:
+        norm = None if root in done else find(prober, root)
         if norm is not None:
-            _replace(prober, norm)
+            replace(prober, norm)
             done.update(norm.region)
             count += 1
     return count
 
 
-def find_norm(prober: Prober, root: fx.Node) -> Norm | None:
-    """Return the longest RMSNorm around `root`, or None."""
+def find_longest(
+    prober: Prober,
+    root: fx.Node,
+    inside: Container[str],
+    explain: Callable[[Prober, Stop, fx.Node], F | None],
+) -> F | None:
+    """Return the longest region of ops `inside` around `root` that `explain` knows, or None."""
     best = None
-    for out in forward_chain(prober, root, _INSIDE):
-        for stop in chain_back(out, prober.content, lambda n: op_name(n) in _INSIDE):
+    for out in forward_chain(prober, root, inside):
+        for stop in chain_back(out, prober.content, lambda n: op_name(n) in inside):
             if root in stop.region and len(stop.region) <= LONGEST:
-                best = _explain(prober, stop, out) or best
+                best = explain(prober, stop, out) or best
     return best
 
 

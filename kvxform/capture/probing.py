@@ -163,11 +163,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def coarsest(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the floating-point dtype with the largest rounding error."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
 def error(got: Tensor, want: Tensor) -> float:
     """Return the largest difference, relative to the largest value of `want`.
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from kvxform.capture.heads import HeadMap, find_stride, from_rows, to_rows
-from kvxform.capture.probing import Prober, Setting, coarsest, is_close
+from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import TRANSPARENT, ancestors, chain_back, op_name, tensor_type
 from kvxform.ir.program import Projection
+from kvxform.ir.rounding import coarsest
 
 _NORMS = frozenset({"rms_norm", "layer_norm"})
 LINEAR = frozenset({"linear", "addmm", "mm", "matmul"})

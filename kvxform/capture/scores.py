@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from kvxform.capture.masks import MASKED
-from kvxform.capture.probing import Prober, Setting, coarsest, is_close
+from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.refusal import NotRaisedError
 from kvxform.capture.structure import ancestors, literals, shape_of
 from kvxform.capture.weights import add_weight
+from kvxform.ir.rounding import coarsest
 
 _SETTING = Setting.first(4, batch=2)
 

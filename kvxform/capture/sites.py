@@ -16,13 +16,14 @@ from kvxform.capture.emitting import HeadEmitter, cast, insert
 from kvxform.capture.heads import from_rows, num_features
 from kvxform.capture.masks import MaskKind, classify
 from kvxform.capture.operands import Operand, Operands, trace_operands
-from kvxform.capture.probing import Prober, Setting, coarsest, error, is_close
+from kvxform.capture.probing import Prober, Setting, error, is_close
 from kvxform.capture.projections import output_projection, source_projection, why_unnamed
 from kvxform.capture.refusal import NotRaisedError, Trace
 from kvxform.capture.rope import Rotary
 from kvxform.capture.structure import shape_of, tensor_type
 from kvxform.capture.weights import add_weight, position_ids, weight_node
 from kvxform.ir.program import AttentionSite, Projection, RejectedSite, RopeSpec
+from kvxform.ir.rounding import coarsest
 from kvxform.ir.types import TensorType
 
 _PROOF = Setting.first(9, batch=2)

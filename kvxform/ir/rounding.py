@@ -10,6 +10,11 @@ from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
 
 
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the floating-point dtype with the largest rounding error."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def rounding_dtype(program: Program) -> torch.dtype:
     """Return the dtype whose rounding a program shows however its tokens arrive.
 
@@ -31,4 +36,4 @@ def rounding_dtype(program: Program) -> torch.dtype:
         found.append(q.meta["type"].dtype)
         if isinstance(softmax, torch.dtype):
             found.append(softmax)
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps)
+    return coarsest(*found)
