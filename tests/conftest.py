@@ -16,6 +16,10 @@ GOLDEN = Path(__file__).parent / "golden"
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # not the number of cores; child processes inherit it
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# Triton reads it when it is first imported. Without a GPU, kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

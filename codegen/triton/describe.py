@@ -1,0 +1,112 @@
+"""Say in words what a kernel was generated from: the first lines of every emitted file."""
+
+from __future__ import annotations
+
+from kvxform.codecs.base import dtype_from_name
+from kvxform.codegen.triton.spec import (
+    AppendSpec,
+    ColumnScoresSpec,
+    DecodeSpec,
+    GatherSpec,
+    KernelSpec,
+    PrefillSpec,
+    SiteSpec,
+    StreamSpec,
+)
+
+TITLES = {
+    "append": "Write new K and V into the cache",
+    "decode": "Attention of one new query a sequence over the cache",
+    "gather": "Copy the cache to dense K and V",
+    "prefill": "Causal attention of many new queries over dense K and V",
+    "column_scores": "Attention that each cached token got, summed over queries",
+}
+
+
+def title(spec: KernelSpec) -> str:
+    """Return what the kernel does, without a full stop."""
+    return TITLES.get(spec.kind, spec.kind)
+
+
+def plan_lines(spec: KernelSpec) -> list[str]:
+    """Return one line for each thing that the text of the kernel depends on."""
+    site = getattr(spec, "site", None)
+    lines = _site_lines(site) if isinstance(site, SiteSpec) else _dense_lines(spec)
+    return lines + _option_lines(spec)
+
+
+def bytes_per_token(spec: KernelSpec) -> float:
+    """Return the cache bytes of one token, all heads: what a kernel must read or write of it."""
+    if isinstance(spec, AppendSpec | DecodeSpec | GatherSpec):
+        return spec.site.bytes_per_token
+    if isinstance(spec, PrefillSpec):
+        width = spec.key_dim + spec.value_dim
+    else:
+        assert isinstance(spec, ColumnScoresSpec), "all other kinds are above"
+        width = spec.head_dim
+    return spec.num_kv_heads * width * dtype_from_name(spec.dtype).itemsize
+
+
+def _site_lines(site: SiteSpec) -> list[str]:
+    return [
+        f"{site.num_q_heads} query heads, {site.num_kv_heads} KV heads, {site.dtype}",
+        f"pages of {site.page_size} tokens, layout {site.layout}",
+        f"K: {_stream_words(site.key)}",
+        f"V: {_stream_words(site.value)}",
+    ]
+
+
+def _stream_words(stream: StreamSpec) -> str:
+    words = [f"head_dim {stream.head_dim}"]
+    if stream.is_coded:
+        per = "tokens" if stream.axis == "channel" else "channels"
+        words.append(f"int{stream.bits}, one scale for {stream.group} {per}")
+        words.append(f"zero point as {stream.zero}" if stream.has_zero else "no zero point")
+        words += ["token norms"] if stream.token_norm else []
+        words += [f"table of {len(stream.table)} values"] if stream.table else []
+        words.append(f"{stream.bytes_per_token * 8 / stream.head_dim:g} bits a value")
+    else:
+        words.append(stream.dtype)
+    if stream.sink:
+        words.append(f"first {stream.sink} tokens exact")
+    if stream.capacity:
+        words.append(f"newest {stream.keep} to {stream.capacity} tokens exact")
+    return ", ".join(words)
+
+
+def _dense_lines(spec: KernelSpec) -> list[str]:
+    if not isinstance(spec, PrefillSpec | ColumnScoresSpec):
+        return []
+    lines = [f"{spec.num_q_heads} query heads, {spec.num_kv_heads} KV heads, {spec.dtype}"]
+    if isinstance(spec, PrefillSpec):
+        lines.append(f"head_dim {spec.key_dim} of K, {spec.value_dim} of V")
+        for name, sink, keep, chunk in (
+            ("K", spec.key_sink, spec.key_keep, spec.key_chunk),
+            ("V", spec.value_sink, spec.value_keep, spec.value_chunk),
+        ):
+            if (sink, keep, chunk) != (0, 0, 1):
+                lines.append(f"{name}: {sink} tokens of sink, {keep} kept exact, chunks of {chunk}")
+    else:
+        lines.append(f"head_dim {spec.head_dim}")
+    return lines
+
+
+def _option_lines(spec: KernelSpec) -> list[str]:
+    """Return a line for each option that is not at its default."""
+    data = spec.to_json()
+    words = {
+        "key_block": "new keys: Hadamard of blocks of {} channels",
+        "query_block": "queries: Hadamard of blocks of {} channels",
+        "has_signs": "random signs before the Hadamard",
+        "window": "sliding window of {} tokens",
+        "chunk": "chunks of {} tokens see only themselves",
+        "softcap": "scores capped at {}",
+        "has_sink_logits": "sink logits",
+        "has_alibi": "ALiBi",
+        "has_slot_bias": "a bias for each cached token",
+        "has_lse": "log-sum-exp is written",
+    }
+    lines = [text.format(data[name]) for name, text in words.items() if data.get(name)]
+    if data.get("rope"):
+        lines.append(f"new keys: RoPE of {data['rope']['rotary_dim']} channels")
+    return lines
