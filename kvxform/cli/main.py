@@ -15,7 +15,18 @@ from typing import Annotated
 
 import typer
 
-from kvxform.cli import demo, evaluate, explain, export, generate, optimize, passes, plan, recipes
+from kvxform.cli import (
+    codegen,
+    demo,
+    evaluate,
+    explain,
+    export,
+    generate,
+    optimize,
+    passes,
+    plan,
+    recipes,
+)
 from kvxform.cli.output import print_data, talk
 from kvxform.errors import KvxformError
 
@@ -31,6 +42,7 @@ app = typer.Typer(
 )
 app.command("optimize")(optimize.run)
 app.command("export")(export.run)
+app.command("codegen")(codegen.run)
 app.command("generate")(generate.run)
 app.command("plan")(plan.run)
 app.command("explain")(explain.run)

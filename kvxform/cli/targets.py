@@ -35,6 +35,11 @@ def open_model(
     if is_artifact(target):
         refuse_recipe(target, recipe)
         return kvxform.load(target)
+    return kvxform.optimize(target, need_recipe(target, recipe), verify=verify)
+
+
+def need_recipe(target: str, recipe: str | None) -> str:
+    """Return `recipe`; raise KVX801 if there is none."""
     if recipe is None:
         raise KvxformError(
             "KVX801",
@@ -42,7 +47,7 @@ def open_model(
             got=repr(target),
             hint="add --recipe, for instance -r kv4",
         )
-    return kvxform.optimize(target, recipe, verify=verify)
+    return recipe
 
 
 def refuse_recipe(target: str, recipe: str | None) -> None:
