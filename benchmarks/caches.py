@@ -1,0 +1,205 @@
+"""Our kernels on benchmark problems: emitted for a format, pages filled by the append kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from problems import HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS, SCALE, Problem, make_block_table
+from torch import Tensor
+
+from kvxform.codecs import make_codec
+from kvxform.codecs.hadamard import Basis
+from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.loading import load
+from kvxform.codegen.triton.spec import AppendSpec, DecodeSpec, KernelSpec, SiteSpec, StreamSpec
+
+ROTATION = Basis("hadamard", HEAD_DIM)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A cache format of ours.
+
+    Attributes:
+        bits: Bits of a code; 16 for bfloat16 values.
+        symmetric: Whether there is no zero point.
+        is_rotated: Whether q and K are rotated by a Hadamard of all channels in the kernels.
+    """
+
+    bits: int
+    symmetric: bool = False
+    is_rotated: bool = True
+
+    @property
+    def stream(self) -> StreamSpec:
+        """The spec of K, and of V."""
+        if self.bits == 16:
+            return StreamSpec(HEAD_DIM, 16, dtype="bfloat16", group=HEAD_DIM)
+        return StreamSpec(HEAD_DIM, self.bits, group=HEAD_DIM, symmetric=self.symmetric)
+
+    def site(self, page_size: int, dtype: torch.dtype) -> SiteSpec:
+        """Return the spec of a site, in fragment order if that layout can have it."""
+        name = str(dtype).removeprefix("torch.")
+        sizes = (NUM_Q_HEADS, NUM_KV_HEADS, self.stream, self.stream, page_size)
+        site = SiteSpec(*sizes, "fragment", name)
+        if fragment.reason_against(site) is None:
+            return site
+        return SiteSpec(*sizes, "rows", name)
+
+
+FORMATS = {
+    "bf16": Format(16, is_rotated=False),
+    "int8": Format(8, symmetric=True),
+    "int8-zero": Format(8),
+    "int4": Format(4),
+    "int2": Format(2),
+}
+
+
+def module_of(spec: KernelSpec) -> ModuleType:
+    """Return the emitted module of a kernel."""
+    return load(emit(spec))
+
+
+def make_tensors(site: SiteSpec, num_pages: int) -> dict[str, Tensor]:
+    """Return empty pages of a site, by the names that its kernels use."""
+    if site.layout == "fragment":
+        size = (num_pages, site.num_kv_heads, fragment.chunk_words(site))
+        return {"pool": torch.zeros(size, dtype=torch.int32, device="cuda")}
+    tensors = {}
+    for half, stream in site.streams.items():
+        for plane in stream.planes:
+            rows = site.page_size // plane.tokens_per_row
+            size = (num_pages, site.num_kv_heads, rows, plane.width)
+            kind = plane.torch_dtype
+            tensors[f"{half}_{plane.name}"] = torch.zeros(size, dtype=kind, device="cuda")
+    return tensors
+
+
+def make_cache(module: ModuleType, tensors: dict[str, Tensor]) -> Any:
+    """Return the Cache of a module."""
+    return module.Cache(**{name: tensors[name] for name in module.Cache._fields})
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """Pages that hold the K and V of a problem, stored in one format.
+
+    Attributes:
+        format: The format.
+        site: The spec of the site.
+        tensors: Pages by name.
+        table: Block table on the CPU; page 0 is nobody's.
+        lengths: int32 `[B]` on the GPU.
+    """
+
+    format: Format
+    site: SiteSpec
+    tensors: dict[str, Tensor]
+    table: Tensor
+    lengths: Tensor
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes of all cached tokens, metadata included."""
+        return self.site.bytes_per_token * float(self.lengths.sum())
+
+    def copy(self) -> dict[str, Tensor]:
+        """Return other tensors with the same content."""
+        return {name: tensor.clone() for name, tensor in self.tensors.items()}
+
+    def read_back(self, row: int, dim_heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Return K and V of a sequence as stored, float64 `[Hk, T, D]`, K still rotated.
+
+        Decoded by the codec, independently of the kernels.
+        """
+        pages = self.table[row, : -(-int(self.lengths[row]) // self.site.page_size)].long().cuda()
+        some = {name: tensor[pages][:, dim_heads] for name, tensor in self.tensors.items()}
+        if self.site.layout == "fragment":
+            planes = fragment.to_planes(self.site, some["pool"])
+        else:
+            planes = {half: self._planes(some, half) for half in ("key", "value")}
+        k, v = (self._decode(planes[half]) for half in ("key", "value"))
+        return k, v
+
+    def _planes(self, tensors: dict[str, Tensor], half: str) -> dict[str, Tensor]:
+        names = [plane.name for plane in self.format.stream.planes]
+        return {name: tensors[f"{half}_{name}"] for name in names}
+
+    def _decode(self, planes: dict[str, Tensor]) -> Tensor:
+        """Return values `[Hk, T, D]` of planes `[pages, Hk, rows, width]`."""
+        if self.format.bits == 16:
+            values = planes["value"].double()
+        else:
+            options = {"bits": self.format.bits, "symmetric": self.format.symmetric}
+            values = make_codec({"codec": "int", **options}).decode(planes, torch.float64)
+        return values.transpose(0, 1).flatten(1, 2)
+
+
+def fill(name: str, problem: Problem, page_size: int) -> Filled:
+    """Store K and V of a problem in format `name`, by the append kernel."""
+    chosen = FORMATS[name]
+    site = chosen.site(page_size, problem.q.dtype)
+    module = module_of(AppendSpec(site, key_block=HEAD_DIM if chosen.is_rotated else 0))
+    table = make_block_table(problem.lengths, page_size, first_page=1)
+    tensors = make_tensors(site, int(table.max()) + 1)
+    lengths = torch.tensor(problem.lengths, dtype=torch.int32, device="cuda")
+    cache = make_cache(module, tensors)
+    starts = torch.zeros_like(lengths)
+    module.append(problem.k, problem.v, cache, table.cuda(), starts, lengths)
+    return Filled(chosen, site, tensors, table, lengths)
+
+
+def attend_stored(filled: Filled, problem: Problem) -> Tensor:
+    """Return attention in float64 over what is stored; see `problems.attend_exactly`."""
+    from problems import CHECKED_HEADS
+
+    outputs = []
+    for row in problem.checked_rows:
+        queries = problem.q[row].double().cpu()
+        if filled.format.is_rotated:
+            queries = ROTATION.rotate(queries)
+        queries = queries.unflatten(0, (NUM_KV_HEADS, -1)).cuda()  # [H, D] -> [Hk, G, D]
+        k, v = filled.read_back(row)
+        for head in CHECKED_HEADS:
+            keys, values = (x[head, : problem.lengths[row]] for x in (k, v))
+            outputs.append(torch.softmax(queries[head] @ keys.T * SCALE, -1) @ values)
+    return torch.stack(outputs).unflatten(0, (len(problem.checked_rows), -1))
+
+
+class Decoder:
+    """The decode kernel of a filled cache.
+
+    Args:
+        filled: The cache.
+        problem: Its queries.
+    """
+
+    def __init__(self, filled: Filled, problem: Problem) -> None:
+        block = HEAD_DIM if filled.format.is_rotated else 0
+        self.module = module_of(DecodeSpec(filled.site, query_block=block))
+        self.filled, self.problem = filled, problem
+        self.table = filled.table.cuda()
+        self.out = torch.empty_like(problem.q)
+        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self._sizes = (len(problem.lengths), problem.max_length, num_sms, torch.device("cuda"))
+
+    def calls(self, copies: list[dict[str, Tensor]], config: Any) -> list[Callable[[], Tensor]]:
+        """Return one launch for each copy of the cache, with launch parameters `config`."""
+        module = self.module
+        work = module.make_workspace(*self._sizes)
+        if hasattr(module, "prepare"):
+            module.prepare(work, self.problem.lengths, self.filled.table)
+
+        def attend(cache: Any) -> Tensor:
+            arguments = (self.problem.q, cache, self.table, self.filled.lengths, work, self.out)
+            module.decode(*arguments, scale=SCALE, config=config)
+            return self.out
+
+        return [functools.partial(attend, make_cache(module, copy)) for copy in copies]

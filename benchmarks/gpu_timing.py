@@ -1,0 +1,126 @@
+"""Times on a GPU: replayed CUDA graphs over caches in rotation, and the rate of a read-only stream.
+
+A turn calls every function of a list once. The functions do the same work on different copies of a
+cache, together so large that nothing of a copy is left in L2 when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+TURN_BYTES = 400_000_000  # read in one turn; an H100 has 50 MB of L2
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one call.
+
+    Attributes:
+        median_us: Median over turns.
+        low_us: The time that a tenth of the turns beat.
+        high_us: The time that a tenth of the turns exceed.
+        turns: Turns that were timed.
+        captured: Whether a CUDA graph was replayed; if not, launches by the host are included.
+    """
+
+    median_us: float
+    low_us: float
+    high_us: float
+    turns: int
+    captured: bool
+
+    @classmethod
+    def of(cls, times_us: Sequence[float], *, captured: bool) -> Timing:
+        """Return the summary of times of single calls."""
+        tenths = statistics.quantiles(times_us, n=10, method="inclusive")
+        middle = statistics.median(times_us)
+        return cls(middle, tenths[0], tenths[-1], len(times_us), captured)
+
+
+def copies_for(cache_bytes: float) -> int:
+    """Return how many copies of a cache must take turns, at least two."""
+    return max(2, math.ceil(TURN_BYTES / cache_bytes))
+
+
+def time_calls(calls: Sequence[Call], *, turns: int = 60, warm_turns: int = 3) -> Timing:
+    """Time one turn of `calls`, divided by their number.
+
+    They are captured into one CUDA graph; where that fails they are launched one by one.
+    """
+    turn = capture(calls)
+    captured = turn is not None
+    if turn is None:
+        turn = _one_by_one(calls)
+    for _ in range(warm_turns):
+        turn()
+    torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(turns)]
+    for start, end in events:
+        start.record()
+        turn()
+        end.record()
+        torch.cuda.synchronize()  # or the host runs ahead, and fills the queue with replays
+    times = [start.elapsed_time(end) * 1e3 / len(calls) for start, end in events]
+    return Timing.of(times, captured=captured)
+
+
+def capture(calls: Sequence[Call]) -> Callable[[], None] | None:
+    """Return a function that replays `calls`, or None if they cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled or allocated on first use, happens here
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except Exception:  # libraries raise many types for what must not be captured
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def _one_by_one(calls: Sequence[Call]) -> Callable[[], None]:
+    def turn() -> None:
+        for call in calls:
+            call()
+
+    return turn
+
+
+def time_host(step: Call, *, turns: int = 50, warm_turns: int = 5) -> Timing:
+    """Time a call that cannot or must not be captured, host work included."""
+    for _ in range(warm_turns):
+        step()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(turns):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return Timing.of(times, captured=False)
+
+
+def measure_read_stream(num_bytes: int = 1 << 30) -> float:
+    """Return GB/s at which a kernel that only reads gets through `num_bytes`; the best of five."""
+    from read_stream import CONFIGS, read
+
+    words = torch.randint(-(2**31), 2**31 - 1, (num_bytes // 4,), dtype=torch.int32, device="cuda")
+    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+    times = [
+        time_calls([lambda c=config: read(words, sink, c)], turns=30).median_us
+        for config in CONFIGS
+    ]
+    return num_bytes / min(times) / 1e3
