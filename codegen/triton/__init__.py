@@ -1,7 +1,12 @@
 """The Triton lowering: readable fused kernels over a paged, quantised cache.
 
 - `spec`: what a kernel is generated from
+- `sites`: which specs the attention sites of a program need
 - `registry`: which function turns which spec into a template and its variables
 - `emit`: a spec to the text of one Python file; `describe` and `formatting` are its parts
 - `loading`: the text to a module that can be called
+- `autotune`: launch parameters by timing
+- `package`: the kernels of a program as files to read
+- `fragment`: pages in the order in which tensor cores take them
+- `append`, `decode`, `gather`, `prefill`, `column_scores`: one module for each kind of kernel
 """
