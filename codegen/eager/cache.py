@@ -21,6 +21,7 @@ from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import Appended, StreamRead
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
+from kvxform.ir.execution import CacheSizes
 from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
 from kvxform.ir.scoring import Scoring
 
@@ -146,13 +147,13 @@ class PagedCache:
         for layer, buffers in found.items():
             self._stores[layer].write_rows(rows, buffers)
 
-    def copy(self, *, num_pages: int, page_size: int, num_rows: int) -> PagedCache:
+    def copy(self, sizes: CacheSizes) -> PagedCache:
         """Return another cache of the same or larger sizes that holds the same."""
         cache = PagedCache(
             self.plan,
-            num_pages=num_pages,
-            page_size=page_size,
-            num_rows=num_rows,
+            num_pages=sizes.num_pages,
+            page_size=sizes.page_size,
+            num_rows=sizes.num_rows,
             device=self.device,
         )
         for layer, store in self._stores.items():

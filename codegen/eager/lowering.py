@@ -10,8 +10,10 @@ from torch import Tensor, fx
 import kvxform.ir.ops as kvx
 from kvxform.codegen.eager.cache import PagedCache, check_plan
 from kvxform.codegen.eager.specialise import specialise
+from kvxform.codegen.eager.step import Step
 from kvxform.errors import CodegenError
-from kvxform.ir.cache import watched
+from kvxform.ir.cache import CacheState, watched
+from kvxform.ir.execution import CacheSizes, LiveCache, StepInputs
 from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
 
@@ -70,7 +72,7 @@ class EagerExecutable:
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        cache: PagedCache | None = None,
+        cache: CacheState | None = None,
         *,
         last: Tensor | None = None,
     ) -> Tensor:
@@ -94,6 +96,38 @@ class EagerExecutable:
             return one[:, 0]
         logits = self._full(*args)
         return logits[torch.arange(len(last), device=last.device), last]
+
+    def new_cache(self, sizes: CacheSizes) -> PagedCache:
+        """Return an empty cache."""
+        assert self.program.plan is not None, "asked for by sessions of cached programs"
+        return PagedCache(
+            self.program.plan,
+            num_pages=sizes.num_pages,
+            page_size=sizes.page_size,
+            num_rows=sizes.num_rows,
+            device=self.device,
+        )
+
+    def step(
+        self, input_ids: Tensor, inputs: StepInputs, cache: LiveCache, *, all_logits: bool = False
+    ) -> Tensor:
+        """Feed new tokens to a cache; see `Executable.step`."""
+        assert isinstance(cache, PagedCache), "made by `new_cache`"
+        step = Step(
+            list(inputs.rows),
+            list(inputs.starts),
+            list(inputs.counts),
+            inputs.block_table,
+            cache.page_size,
+            self.device,
+        )
+        new = torch.arange(input_ids.shape[1], device=self.device)
+        positions = torch.tensor(inputs.positions, device=self.device)[:, None] + new
+        cache.begin(step)
+        last = None if all_logits else step.counts - 1
+        logits = self(input_ids.to(self.device), positions, cache, last=last)
+        cache.commit()
+        return logits
 
     @functools.cached_property
     def _last(self) -> fx.GraphModule | None:

@@ -12,11 +12,9 @@ import dataclasses
 from collections.abc import Hashable, Sequence
 from typing import Self
 
-import torch
-
-from kvxform.codegen.eager.cache import PagedCache
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.errors import CacheFullError, KvxformError
+from kvxform.ir.execution import CacheSizes, Executable
 from kvxform.ir.plan import CachePlan
 from kvxform.runtime.inputs import refuse
 from kvxform.runtime.pages import PageCopy, PagePool, PageTable
@@ -27,9 +25,8 @@ class RowStore:
     """Lengths, pages and buffers of up to `max_batch_size` sequences.
 
     Args:
+        executable: What makes caches and runs steps.
         plan: What is cached.
-        dtype: Compute dtype of the model.
-        device: Where the cache lives.
         max_batch_size: Rows.
         max_seq_len: Longest sequence.
         context_length: Longest sequence that the model knows, or None.
@@ -41,9 +38,8 @@ class RowStore:
 
     def __init__(
         self,
+        executable: Executable,
         plan: CachePlan,
-        dtype: torch.dtype,
-        device: torch.device,
         *,
         max_batch_size: int,
         max_seq_len: int,
@@ -52,13 +48,13 @@ class RowStore:
     ) -> None:
         check_sizes(max_batch_size, max_seq_len, context_length)
         self.plan, self.max_batch_size, self.max_seq_len = plan, max_batch_size, max_seq_len
-        self._dtype, self._context_length = dtype, context_length
+        self._executable, self._context_length = executable, context_length
         self._rules = {FlushRule.of(st) for s in plan.owners for st in s.streams.values()}
         size = plan.page_size(max_seq_len)
         pages = enough_pages(max_batch_size, max_seq_len, size) if num_pages is None else num_pages
         self._pool = PagePool(pages + 1, size)
-        self._cache = PagedCache(
-            plan, num_pages=pages + 1, page_size=size, num_rows=max_batch_size, device=device
+        self._cache = executable.new_cache(
+            CacheSizes(pages + 1, size, max_batch_size, max_seq_len)
         )
         self._rows: dict[int, SequenceState] = {}
         self._copies: list[PageCopy] = []  # made for the step that runs
@@ -156,7 +152,7 @@ class RowStore:
             refuse("a session can only become larger", [rows, longest])
         size = self.plan.page_size(longest)
         pages = max(self._pool.num_pages, enough_pages(rows, longest, size) + 1)
-        self._cache = self._cache.copy(num_pages=pages, page_size=size, num_rows=rows)
+        self._cache = self._cache.copy(CacheSizes(pages, size, rows, longest))
         self._pool.add_pages(pages)
         self._pool.page_size = size
         self.max_batch_size, self.max_seq_len = rows, longest
@@ -164,11 +160,11 @@ class RowStore:
     def copy(self) -> Self:
         """Return an independent session that holds the same."""
         twin = copy.copy(self)
-        twin._cache = self._cache.copy(
-            num_pages=self._pool.num_pages,
-            page_size=self._pool.page_size,
-            num_rows=self.max_batch_size,
+        pool = self._pool
+        sizes = CacheSizes(
+            pool.num_pages, pool.page_size, self.max_batch_size, self.max_seq_len
         )
+        twin._cache = self._cache.copy(sizes)
         twin._pool, twin._rows = copy.deepcopy(self._pool), copy.deepcopy(self._rows)
         return twin
 
@@ -190,10 +186,9 @@ class RowStore:
 
     def logical_cache(self, layer: int) -> LogicalCache:
         """Return what `layer` holds for each live row; see `LogicalCache`."""
+        dtype = self._executable.program.dtype
         pairs = [
-            self._cache.logical(
-                layer, row, state.physical_length, self._pool.pages(row), self._dtype
-            )
+            self._cache.logical(layer, row, state.physical_length, self._pool.pages(row), dtype)
             for row, state in sorted(self._rows.items())
         ]
         return LogicalCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))

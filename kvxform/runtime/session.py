@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvxform.codegen.eager.lowering import EagerExecutable
-from kvxform.codegen.eager.step import Step
 from kvxform.errors import CodegenError
+from kvxform.ir.execution import Executable, StepInputs
 from kvxform.runtime.inputs import check_tokens, make_batch, refuse
 from kvxform.runtime.rows import RowStore
 
@@ -34,7 +33,7 @@ class Session(RowStore):
 
     def __init__(
         self,
-        executable: EagerExecutable,
+        executable: Executable,
         *,
         max_batch_size: int = 1,
         max_seq_len: int = 2048,
@@ -46,15 +45,14 @@ class Session(RowStore):
                 "KVX401", "a session needs a program with a cache", hint="add insert-cache"
             )
         super().__init__(
+            executable,
             program.plan,
-            program.dtype,
-            executable.device,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             context_length=program.info.context_length,
             num_pages=num_pages,
         )
-        self._executable, self._vocab_size = executable, program.info.vocab_size
+        self._vocab_size = program.info.vocab_size
 
     def prefill(
         self,
@@ -143,18 +141,10 @@ class Session(RowStore):
 
     def _step(self, rows: list[int], ids: Tensor, counts: list[int], all_logits: bool) -> Tensor:
         starts = [self._length(row) for row in rows]
-        device = self._executable.device
-        step = Step(
-            rows, starts, counts, self._pool.block_table(rows), self._pool.page_size, device
-        )
         first = [self._rows[r].logical_length if r in self._rows else 0 for r in rows]
-        new = torch.arange(ids.shape[1], device=device)
-        positions = torch.tensor(first, device=device)[:, None] + new
-        last = None if all_logits else step.counts - 1
-        self._cache.begin(step)
+        inputs = StepInputs(rows, starts, counts, first, self._pool.block_table(rows))
         try:
-            logits = self._executable(ids.to(device), positions, self._cache, last=last)
-            self._cache.commit()
+            logits = self._executable.step(ids, inputs, self._cache, all_logits=all_logits)
         except BaseException:
             self._roll_back(rows)
             raise
