@@ -6,7 +6,7 @@
 - `emit`: a spec to the text of one Python file; `describe` and `formatting` are its parts
 - `loading`: the text to a module that can be called
 - `autotune`: launch parameters by timing
-- `package`: the kernels of a program as files to read
+- `files`: the kernels of a program as files to read
 - `fragment`: pages in the order in which tensor cores take them
 - `append`, `decode`, `gather`, `prefill`, `column_scores`: one module for each kind of kernel
 """

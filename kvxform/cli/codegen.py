@@ -28,7 +28,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Write the Triton kernels of a plan to a folder; needs no GPU and no weights."""
-    from kvxform.codegen.triton.package import write_kernels
+    from kvxform.codegen.triton.files import write_kernels
 
     program = _planned(target, recipe)
     files = write_kernels(program, out, interpret=interpret)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kvxform.codegen.triton.files import check_kernels
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.ir.artifact import load_artifact
 from kvxform.ir.program import Program
@@ -26,6 +27,7 @@ def load_model(folder: Path, device: str | torch.device | None = None) -> Optimi
         ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
     """
     program = load_artifact(folder)
+    check_kernels(program, folder)
     for place in (folder / "tokenizer", folder):
         if (place / "tokenizer_config.json").is_file():
             info = dataclasses.replace(program.info, tokenizer_path=str(place))

@@ -180,6 +180,10 @@ class OptimizedModel:
             extra |= {"report.json": self.report.to_json(), "report.html": self.report.to_html()}
         if self.recipe is not None:
             extra["recipe.yaml"] = self.recipe.to_yaml()
+            if self.recipe.target.lowering == "triton":
+                from kvxform.codegen.triton.files import artifact_kernels
+
+                extra |= artifact_kernels(self.program)
         files = tokenizer_files(self.program.info.tokenizer_path)
         return extra | {f"{tokenizer_folder}{name}": content for name, content in files.items()}
 

@@ -82,6 +82,11 @@ def write_kernels(program: Program, folder: Path, *, interpret: bool = False) ->
     return [folder / name for name in files]
 
 
+def artifact_kernels(program: Program) -> dict[str, str]:
+    """Return the files of `kernel_files` under their paths in an artifact."""
+    return {f"{FOLDER}/{name}": text for name, text in kernel_files(program).items()}
+
+
 def check_kernels(program: Program, folder: Path) -> None:
     """Compare the kernels in the artifact `folder`, if any, with those that would run.
 
@@ -101,7 +106,7 @@ def check_kernels(program: Program, folder: Path) -> None:
                 "KVX602",
                 "kernels in an artifact must be those that its plan gives",
                 where=f"{FOLDER}/{name}",
-                hint="remove nothing and edit nothing in it; change the recipe instead",
+                hint="save the model again; to change a kernel, change the recipe",
             )
 
 
