@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
+from kvxform.codegen.triton.dense import DenseStream, check_dense, dot_precision
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import PrefillSpec
 from kvxform.errors import CodegenError
-
-DTYPES = ("float16", "bfloat16", "float32")
-MAX_GROUPS = 16  # query heads of a KV head: the smallest tile has so many rows
-MAX_HEAD_DIM = 256
 
 # (block_m, block_n, num_warps, num_stages), the best guess first
 _SHORT_CONFIGS = ((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3))
 _LONG_CONFIGS = ((128, 64, 8, 2), (64, 64, 4, 2))  # head_dim above 128
 _FLOAT32_CONFIGS = ((64, 32, 4, 2), (32, 32, 4, 2))
-
-
-@dataclass(frozen=True)
-class DenseStream:
-    """K or V of a dense kernel, as its template needs it.
-
-    Attributes:
-        name: `key` or `value`.
-        dim: Channels of one head.
-        rule: Sink, keep and chunk of its regions.
-    """
-
-    name: str
-    dim: int
-    rule: tuple[int, int, int] = (0, 0, 1)
-
-    @property
-    def block(self) -> int:
-        """Channels of a tile: the next power of two."""
-        return 1 << (self.dim - 1).bit_length()
-
-    @property
-    def has_copies(self) -> bool:
-        """Whether a query may read a token exact that a later one reads encoded."""
-        return self.rule[1:] != (0, 1)
-
-    def mask(self, channels: str) -> str:
-        """Return the arguments of a load that only channels limit."""
-        return "" if self.block == self.dim else f", mask={channels} < {self.dim}, other=0.0"
-
-    def and_mask(self, channels: str) -> str:
-        """Return the same as one more condition of a mask."""
-        return "" if self.block == self.dim else f" & ({channels} < {self.dim})"
 
 
 @emits(PrefillSpec)
@@ -85,32 +46,6 @@ def make_context(spec: PrefillSpec, *, interpret: bool) -> Emission:
         "configs": _configs(spec),
     }
     return Emission("prefill.py.jinja", variables)
-
-
-def check_dense(dtype: str, head_dim: int, groups: int) -> None:
-    """Raise CodegenError KVX401 for what no tile of a dense kernel can take."""
-    for fits, rule, got, hint in (
-        (dtype in DTYPES, f"the dtype must be one of {', '.join(DTYPES)}", dtype, "use float32"),
-        (
-            head_dim <= MAX_HEAD_DIM,
-            f"head_dim must be at most {MAX_HEAD_DIM}",
-            head_dim,
-            "use the eager lowering",
-        ),
-        (
-            groups <= MAX_GROUPS,
-            f"at most {MAX_GROUPS} query heads may share a KV head",
-            groups,
-            "use the eager lowering",
-        ),
-    ):
-        if not fits:
-            raise CodegenError("KVX401", rule, where="triton", got=got, hint=hint)
-
-
-def dot_precision(dtype: str) -> str:
-    """Return the argument of `tl.dot` that keeps float32 models exact."""
-    return ', input_precision="ieee"' if dtype == "float32" else ""
 
 
 def _extras(spec: PrefillSpec) -> dict[str, str]:
