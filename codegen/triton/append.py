@@ -1,0 +1,289 @@
+"""Emit `append`: rotate new K, quantise, pack, and write K and V into pages, in one launch.
+
+A tile holds some tokens of one head. Its channels are cut into *parts* of one width, a power of
+two, each a tensor of its own in the emitted text. The width is the largest for which a part has
+one place in packed bytes, one scale, and one side of a RoPE pair. Packing, RoPE and the outer
+stages of a Hadamard transform then join whole parts, element by element, for every head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kvxform.codegen.triton.registry import Emission, emits
+from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, SiteSpec, StreamSpec
+from kvxform.errors import CodegenError
+
+CODES_PER_ROW_START = {2: 4, 3: 8, 4: 2, 8: 1}  # parts of a row that share bytes
+GROUP_TOKENS = (16, 32, 64, 128)  # groups of the channel axis that fit a tile
+TABLE_BITS = 4  # a code is found by comparing with every bound between two entries
+TILES = ((32, 4), (64, 4), (16, 2), (64, 8), (32, 2), (16, 4))  # tokens and warps, best guess first
+FLUSH_TOKENS = 32  # tokens of a tile that leaves the ring during decode
+LARGEST_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Bytes of a row that are made of the same codes of several parts.
+
+    Attributes:
+        first_byte: First of the bytes.
+        terms: Python expressions of int32, one for each part, in place.
+    """
+
+    first_byte: int
+    terms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StreamText:
+    """What the templates need to know of the K or the V half.
+
+    Attributes:
+        name: `key` or `value`.
+        letter: `k` or `v`.
+        spec: How it is stored.
+        width: Channels of a part.
+        rope: RoPE of new tokens, or None.
+        block: Hadamard block of new tokens, or 0.
+        has_signs: Channels are multiplied by signs before the Hadamard.
+        label: Suffix of its quantiser: empty if K and V have the same.
+    """
+
+    name: str
+    letter: str
+    spec: StreamSpec
+    width: int
+    rope: RopeSpec | None = None
+    block: int = 0
+    has_signs: bool = False
+    label: str = ""
+
+    @property
+    def parts(self) -> int:
+        """Parts of a head."""
+        return self.spec.head_dim // self.width
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether newest tokens are kept exact."""
+        return self.spec.capacity > 0
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether new tokens are turned before they are stored."""
+        return bool(self.rope or self.block)
+
+    @property
+    def has_row(self) -> bool:
+        """Whether there are exact buffers, by row of the session."""
+        return bool(self.spec.sink or self.is_ring)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Arguments of device functions that read new tokens."""
+        rope = ["cos", "sin"] if self.rope else []
+        return [self.letter, f"{self.letter}_stride", *rope, *(["signs"] if self.has_signs else [])]
+
+    @property
+    def planes(self) -> list[str]:
+        """Pools of the body, by name."""
+        return [f"{self.name}_{plane.name}" for plane in self.spec.planes]
+
+    @property
+    def exact(self) -> list[str]:
+        """Exact buffers, by name."""
+        sink = [f"{self.name}_sink"] if self.spec.sink else []
+        return sink + ([f"{self.name}_recent"] if self.is_ring else [])
+
+    @property
+    def buffers(self) -> list[str]:
+        """Tensors of the cache that encoding reads or writes; a ring has its own sink writer."""
+        exact = [f"{self.name}_recent"] if self.is_ring else self.exact
+        return self.planes + exact
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Parts that share a scale, group by group; single parts on the channel axis."""
+        size = self.spec.group // self.width if self.spec.axis == "token" else 1
+        return [list(range(i, i + size)) for i in range(0, self.parts, size)]
+
+    @property
+    def turned(self) -> list[tuple[int, int]]:
+        """Pairs of parts that RoPE turns together, or (part, part) if pairs lie inside it."""
+        assert self.rope is not None, "asked for with RoPE only"
+        if self.rope.interleaved:
+            return [(i, i) for i in range(self.rope.rotary_dim // self.width)]
+        half = self.rope.rotary_dim // 2 // self.width
+        return [(i, i + half) for i in range(half)]
+
+    @property
+    def outer_stages(self) -> list[list[tuple[int, int]]]:
+        """Stages of the Hadamard between parts: the pairs of each."""
+        stages, step = [], 1
+        while step * self.width < self.block:
+            stages.append([(i, i + step) for i in range(self.parts) if not i & step])
+            step *= 2
+        return stages
+
+    @property
+    def inner_steps(self) -> list[int]:
+        """Channels between partners, for the stages of the Hadamard inside a part."""
+        inner = min(self.block, self.width)
+        return [1 << i for i in range(inner.bit_length() - 1)] if self.block else []
+
+    @property
+    def packed(self) -> list[Packed]:
+        """Bytes of a row of codes; the layout of `kvxform.codecs.packing`."""
+        if self.spec.bits != 3:
+            return self._pack(self.spec.bits, 0, "code{}")
+        low_bytes = self.spec.head_dim // 4
+        return self._pack(2, 0, "(code{} & 3)") + self._pack(1, low_bytes, "(code{} >> 2)")
+
+    def _pack(self, bits: int, first_byte: int, term: str) -> list[Packed]:
+        rows = self.parts * bits // 8  # parts of bytes
+        packed = []
+        for row in range(rows):
+            codes = [(term.format(row + i * rows), i * bits) for i in range(8 // bits)]
+            terms = tuple(f"({code} << {shift})" if shift else code for code, shift in codes)
+            packed.append(Packed(first_byte + row * self.width, terms))
+        return packed
+
+    @property
+    def midpoints(self) -> list[float]:
+        """Bounds between neighbouring entries of the table."""
+        table = self.spec.table
+        return [(a + b) / 2 for a, b in zip(table, table[1:], strict=False)]
+
+    @property
+    def table_peak(self) -> float:
+        """Largest magnitude in the table."""
+        return max(abs(entry) for entry in self.spec.table)
+
+    @property
+    def tile_tokens(self) -> int | None:
+        """Tokens of a tile where the format decides it, else None."""
+        return self.spec.tokens_per_group if self.spec.axis == "channel" else None
+
+    @property
+    def flush_tokens(self) -> int:
+        """Tokens of a tile that is encoded when one token is appended."""
+        if self.tile_tokens is not None:
+            return self.tile_tokens
+        return min(FLUSH_TOKENS, 1 << (self.spec.chunk - 1).bit_length())
+
+    @property
+    def flush_tiles(self) -> int:
+        """Tiles that are encoded at most when one token is appended."""
+        return -(-self.spec.chunk // self.flush_tokens)
+
+
+@emits(AppendSpec)
+def make_context(spec: AppendSpec, *, interpret: bool) -> Emission:
+    """Return the template of the layout of `spec` and its variables.
+
+    Raises:
+        CodegenError: KVX401 for formats that no template holds.
+    """
+    for name, stream in spec.site.streams.items():
+        _check_stream(name, stream, spec.site.page_size)
+    _check_rotation(spec)
+    streams = make_streams(spec)
+    variables = {
+        "site": spec.site,
+        "streams": streams,
+        "key": streams[0],
+        "quantisers": {s.label: s for s in streams if s.spec.is_coded},
+        "cache_fields": cache_fields(spec.site, streams),
+        "tiles": TILES,
+        "warps": {
+            "one": num_warps([s.flush_tokens * s.spec.head_dim for s in streams]),
+            "many": num_warps([(s.tile_tokens or 1) * s.spec.head_dim for s in streams]),
+        },
+    }
+    return Emission(f"append_{spec.site.layout}.py.jinja", variables)
+
+
+def make_streams(spec: AppendSpec) -> tuple[StreamText, StreamText]:
+    """Return what the templates need to know of K and of V."""
+    key, value = spec.site.key, spec.site.value
+    same = quantiser(key) == quantiser(value) or not (key.is_coded and value.is_coded)
+    labels = ("", "") if same else ("_key", "_value")
+    return (
+        StreamText(
+            "key",
+            "k",
+            key,
+            part_width(key, spec.rope),
+            spec.rope,
+            spec.key_block,
+            spec.has_signs,
+            labels[0],
+        ),
+        StreamText("value", "v", value, part_width(value, None), label=labels[1]),
+    )
+
+
+def cache_fields(site: SiteSpec, streams: tuple[StreamText, StreamText]) -> dict[str, str]:
+    """Return the tensors of the cache by name, each with its dtype and shape in words."""
+    heads, fields = site.num_kv_heads, {}
+    for s in streams:
+        for name, plane in zip(s.planes, s.spec.planes, strict=True):
+            rows = site.page_size // plane.tokens_per_row
+            fields[name] = f"{plane.dtype} `[num_pages, {heads}, {rows}, {plane.width}]`."
+        for name in s.exact:
+            tokens = s.spec.sink if name.endswith("_sink") else s.spec.capacity
+            shape = f"[num_rows, {heads}, {tokens}, {s.spec.head_dim}]"
+            fields[name] = f"{s.spec.exact_dtype} `{shape}`."
+    return fields
+
+
+def num_warps(elements: list[int]) -> int:
+    """Return warps for tiles of so many elements: up to 32 elements a thread, at most 8 warps."""
+    return max(1, min(8, 1 << (max(elements) // 1024 - 1).bit_length()))
+
+
+def quantiser(stream: StreamSpec) -> tuple[object, ...]:
+    """Return what the scales and codes of a group depend on, besides its values."""
+    zero = stream.zero if stream.has_zero else ""
+    bounds = (stream.clip, stream.include_zero)
+    return (stream.bits, zero, stream.table, *bounds)
+
+
+def part_width(stream: StreamSpec, rope: RopeSpec | None) -> int:
+    """Return the channels of a part: the largest power of two that fits all that cuts rows."""
+    widths = [stream.head_dim]
+    if stream.is_coded:
+        widths.append(stream.head_dim // CODES_PER_ROW_START[stream.bits])
+        if stream.axis == "token":
+            widths.append(stream.group)
+    if rope is not None:
+        widths.append(rope.rotary_dim if rope.interleaved else rope.rotary_dim // 2)
+    common = math.gcd(*widths)
+    return common & -common
+
+
+def _check_stream(name: str, stream: StreamSpec, page_size: int) -> None:
+    if len(stream.table) and stream.bits > TABLE_BITS:
+        _refuse("tables must have at most 16 entries", len(stream.table), name, "use bits: 4")
+    if stream.axis == "channel" and stream.is_coded:
+        if stream.group not in GROUP_TOKENS:
+            rule = f"groups of the channel axis must have {GROUP_TOKENS} tokens"
+            _refuse(rule, stream.group, name, "use group: 32")
+        if stream.chunk % stream.group or page_size % stream.group:
+            rule = "whole groups must become codes at a time, and fill a page"
+            _refuse(rule, stream.chunk, name, f"use recent: {stream.group}")
+
+
+def _check_rotation(spec: AppendSpec) -> None:
+    dim, block, rope = spec.site.key.head_dim, spec.key_block, spec.rope
+    if block & (block - 1) or (block and dim % block):
+        _refuse(f"a Hadamard block must be a power of two that divides {dim}", block, "key", "")
+    if rope is not None and (rope.rotary_dim % 2 or not 0 < rope.rotary_dim <= dim):
+        rule = f"rotary_dim must be even and at most head_dim {dim}"
+        _refuse(rule, rope.rotary_dim, "key", "apply RoPE before")
+
+
+def _refuse(rule: str, got: object, at: str, hint: str) -> None:
+    raise CodegenError("KVX401", rule, where="triton", got=got, at=at, hint=hint)
