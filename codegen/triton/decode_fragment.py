@@ -1,0 +1,300 @@
+"""Decode over pages in fragment order: a Gluon kernel without shared memory in its loop.
+
+docs/adr/0008-triton-decode.md says why it is built like this, `fragment` how pages are laid out.
+Tokens are taken in units of 16: the rows of one mma. If keys or values share rows by two tokens,
+there are two units, of the lower and the higher tokens of each block of 32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton.fragment import BLOCK, ROW_WORDS, AreaLayout
+from kvxform.codegen.triton.registry import Emission
+from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec
+from kvxform.errors import CodegenError
+
+MAX_CONFIGS = 8
+WORDS_A_LANE = 32  # of K and V of a tile: what three CTAs of four warps have registers for
+OTHER_REGISTERS = 48  # addresses, softmax, records
+REGISTER_FILE = 65536
+# Powers of two at which the codes of a half of a word stand, as `unpack_int*` leaves them.
+SHIFTS = {2: (1, 4, 16, 64, 256, 1, 4, 16), 4: (1, 16, 1, 16), 8: (1, 1), 16: (1,)}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One of the operands that a load is unpacked to.
+
+    Attributes:
+        index: Which of them.
+        unit: Unit of 16 tokens that it belongs to.
+        group: Its group of 16 channels.
+    """
+
+    index: int
+    unit: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load of 16 bytes a lane, `TILE / units` rows.
+
+    Attributes:
+        index: Position among the loads of its stream.
+        offset: Words from the start of the tile, besides what depends on the lane.
+        unit: Unit of its tokens if rows are not shared.
+        slots: What it is unpacked to.
+    """
+
+    index: int
+    offset: int
+    unit: int
+    slots: tuple[Slot, ...]
+
+
+def make_context(spec: DecodeSpec) -> Emission:
+    """Return the template and variables of the Gluon kernel of `spec`.
+
+    Raises:
+        CodegenError: KVX401 if pages of the site cannot be in fragment order.
+    """
+    site = spec.site
+    reason = fragment.reason_against(site)
+    if reason:
+        raise CodegenError(
+            "KVX401",
+            "pages in fragment order must hold whole words of both streams",
+            where="triton",
+            got=reason,
+            hint="use layout rows",
+        )
+    streams = {name: _stream(site, name) for name in ("key", "value")}
+    is_final = bool(spec.softcap or spec.has_alibi or spec.has_slot_bias)
+    variables = {
+        **streams,
+        **_geometry(site),
+        **_arguments(spec),
+        "kinds": sorted({stream["kind"] for stream in streams.values()}),
+        "record": _record(site),
+        "rotation": _rotation(spec),
+        "start": _start(spec),
+        "is_final": is_final,  # scores are in units of log2 before their maximum is taken
+        "cap_log2": (spec.softcap or 0.0) / math.log(2),
+        "configs": _configs(site),
+    }
+    return Emission("decode_fragment.py.jinja", variables)
+
+
+def _geometry(site: SiteSpec) -> dict[str, Any]:
+    groups = site.key.head_dim // BLOCK
+    area = fragment.areas(site)["key"]
+    joins, order = _joins(groups)
+    return {
+        "units": _units(site),
+        "groups": groups,
+        "head_dim": site.key.head_dim,
+        "columns": _columns(site),
+        "padded_group": 1 << (site.groups - 1).bit_length(),
+        "page_size": site.page_size,
+        "page_shift": site.page_size.bit_length() - 1,
+        "chunk_words": fragment.chunk_words(site),
+        "values_start": area.words(site.page_size),
+        "records_start": fragment.record_start(site),
+        "joins": joins,
+        "join_order": order,
+    }
+
+
+def _units(site: SiteSpec) -> int:
+    return fragment.block_tokens(site) // BLOCK
+
+
+def _columns(site: SiteSpec) -> int:
+    """Return query heads of a KV head, padded to the columns of one or two mma."""
+    return 8 if site.groups <= 8 else 16
+
+
+def _stream(site: SiteSpec, name: str) -> dict[str, Any]:
+    stream, area, units = site.streams[name], fragment.areas(site)[name], _units(site)
+    offset = "" if not stream.is_coded else stream.zero if stream.has_zero else "symmetric"
+    shifts = SHIFTS[stream.bits]
+    return {
+        "kind": f"int{stream.bits}" if stream.is_coded else stream.dtype,
+        "bits": stream.bits,
+        "is_coded": stream.is_coded,
+        "operand": stream.dtype or "float16",
+        "offset": offset,
+        "needs_sum": bool(offset),
+        "middle": 2 ** (stream.bits - 1),
+        "is_spread": area.tokens_per_row < units,  # blocks of 16 rows alternate between units
+        "position_words": ROW_WORDS // area.tokens_per_row,
+        "shifts": [shifts[g % len(shifts)] for g in range(area.groups)],
+        "loads": _loads(site, area, units),
+    }
+
+
+def _loads(site: SiteSpec, area: AreaLayout, units: int) -> list[Load]:
+    plane_words = area.words(site.page_size) // area.planes
+    groups_a_row = min(area.slots, area.groups)
+    loads: list[Load] = []
+    for plane in range(area.planes):
+        for unit in range(units // area.tokens_per_row):
+            slots = tuple(
+                Slot(i, unit + i // groups_a_row, plane * groups_a_row + i % groups_a_row)
+                for i in range(area.slots)
+            )
+            offset = plane * plane_words + unit * BLOCK * ROW_WORDS
+            loads.append(Load(len(loads), offset, unit, slots))
+    return loads
+
+
+def _record(site: SiteSpec) -> dict[str, Any]:
+    """Return how a record is loaded: as one word of 16, 32 or 64 bits, or as three of 16."""
+    names = [f"{stream}_{plane}" for stream, plane in fragment.record_fields(site)]
+    loads = 3 if len(names) == 3 else min(len(names), 1)
+    words = [name.replace("_", " ") for name in names]
+    return {
+        "names": names,
+        "words": " and ".join(filter(None, [", ".join(words[:-1]), words[-1] if words else ""])),
+        "loads": loads,
+        "bits": 16 if loads == 3 else 16 * len(names),
+    }
+
+
+def _rotation(spec: DecodeSpec) -> dict[str, Any] | None:
+    """Return the Hadamard of q: butterflies across groups, then 16 channels by one mma."""
+    block = spec.query_block
+    if block < 2:
+        return None
+    groups = spec.site.key.head_dim // BLOCK
+    stages = []
+    distance = 1
+    while distance * BLOCK < block:
+        firsts = [g for g in range(groups) if not g & distance]
+        stages.append([(g, g + distance) for g in firsts])
+        distance *= 2
+    return {"stages": stages, "inner": min(block, BLOCK), "norm": repr(block**-0.5)}
+
+
+def _start(spec: DecodeSpec) -> str:
+    """Return the first token that the query sees as an expression, or nothing if all are seen."""
+    if spec.window is not None:
+        return f"length - {spec.window}"
+    if spec.chunk is not None:
+        return f"(length - 1) // {spec.chunk} * {spec.chunk}"
+    return ""
+
+
+def _joins(groups: int) -> tuple[list[str], list[int]]:
+    """Return lines that join the outputs of all groups to `rows`, and the order of its axes."""
+    level = [f"out{g}" for g in range(groups)]
+    lines, depth = [], 0
+    while len(level) > 1:
+        pairs = list(zip(level[::2], level[1::2], strict=True))
+        names = [f"rows{depth}_{i}" for i in range(len(pairs))] if len(pairs) > 1 else ["rows"]
+        lines += [f"{name} = gl.join({a}, {b})" for name, (a, b) in zip(names, pairs, strict=True)]
+        level, depth = names, depth + 1
+    bits = [3 + i for i in range(depth)]  # [WARPS, 16, COLUMNS, bits of the group, low ones first]
+    return lines, [0, 2, *reversed(bits), 1]
+
+
+def _arguments(spec: DecodeSpec) -> dict[str, Any]:
+    """Return parameters and arguments by function; each has those that this kernel uses."""
+    signs = ["signs_ptr"] if spec.has_signs else []
+    sinks = ["sink_ptr"] if spec.has_sink_logits else []
+    lse = ["lse_ptr"] if spec.has_lse else []
+    output = ["out_ptr", "out_stride_b", "out_stride_head", *sinks, *lse]
+    launch = {
+        "q_ptr": "q",
+        "pool_ptr": "cache.pool",
+        "table_ptr": "block_table",
+        "items_ptr": "work.items",
+        "parts_ptr": "work.parts",
+        "stats_ptr": "work.stats",
+        "arrived_ptr": "work.arrived",
+        "out_ptr": "out",
+    }
+    optional = {
+        "signs": ("signs_ptr", spec.has_signs),
+        "sink_logits": ("sink_ptr", spec.has_sink_logits),
+        "alibi_slopes": ("slopes_ptr", spec.has_alibi),
+        "slot_bias": ("bias_ptr", spec.has_slot_bias),
+        "lse": ("lse_ptr", spec.has_lse),
+    }
+    launch |= {pointer: name for name, (pointer, is_used) in optional.items() if is_used}
+    launch |= {
+        "q_stride_b": "q.stride(0)",
+        "q_stride_head": "q.stride(1)",
+        "out_stride_b": "out.stride(0)",
+        "out_stride_head": "out.stride(1)",
+        "table_stride": "block_table.stride(0)",
+    }
+    if spec.has_slot_bias:
+        launch |= {
+            "bias_stride_b": "slot_bias.stride(0)",
+            "bias_stride_head": "slot_bias.stride(1)",
+        }
+    # With a softcap the first exponential wants 2 * score / cap, else the score; in log2 units.
+    factor = 2 / (spec.softcap * math.log(2)) if spec.softcap else 1 / math.log(2)
+    launch["score_scale"] = f"scale * {factor!r}"
+    return {
+        "kernel_parameters": list(launch),
+        "launch_arguments": list(launch.values()),
+        "optional_tensors": [name for name, (_, is_used) in optional.items() if is_used],
+        "query_parameters": ["q_row", "q_stride_head", *signs],
+        "query_arguments": ["q_row", "q_stride_head", *signs],
+        "output_parameters": ["rows", "top", "total", *output],
+        "output_arguments": ["rows", "top", "total", *output],
+        "combine_parameters": ["parts_ptr", "stats_ptr", *output],
+        "combine_arguments": ["parts_ptr", "stats_ptr", *output],
+    }
+
+
+def _configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
+    """Return warps, tokens of a tile, CTAs, limit of registers and round; best guess first.
+
+    `tile` is the number of tokens whose K and V are 32 words a lane. The order is that of
+    measurements on an H100 (docs/performance.md).
+    """
+    words = sum(area.words(site.page_size) for area in fragment.areas(site).values())
+    tokens = 32 * WORDS_A_LANE * site.page_size // words
+    smallest = fragment.block_tokens(site)
+    tile = max(1 << (tokens.bit_length() - 1), smallest)
+    bits = max(stream.bits for stream in site.streams.values())
+    if bits < 8:
+        wanted = [(4, tile, 3, 168), (4, 2 * tile, 2, 0), (8, 2 * tile, 1, 0), (2, 2 * tile, 4, 0)]
+        wanted += [(4, 2 * tile, 3, 168), (4, tile, 4, 128), (8, tile, 2, 128)]
+    else:
+        wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
+        wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]
+        wanted = wanted[1:] if bits == 16 else wanted
+    chosen: list[tuple[int, int, int, int, int]] = []
+    for warps, size, ctas, limit in wanted:
+        size = max(min(size, site.page_size), smallest)
+        if _fits(site, size, limit or min(REGISTER_FILE // (32 * warps * ctas), 255)):
+            config = (warps, size, ctas, limit, _round(site, warps, ctas))
+            chosen += [config] if config not in chosen else []
+    return chosen[:MAX_CONFIGS]
+
+
+def _fits(site: SiteSpec, tile: int, limit: int) -> bool:
+    """Estimate whether the loop stays within `limit` registers a thread."""
+    words = sum(area.words(site.page_size) for area in fragment.areas(site).values())
+    held = words * tile // (site.page_size * 32)
+    columns, groups = _columns(site), site.key.head_dim // BLOCK
+    outputs, query = groups * columns // 2, groups * columns // 4
+    scores = tile * columns // 32 * 3 // 2
+    return held + outputs + query + scores + OTHER_REGISTERS <= limit
+
+
+def _round(site: SiteSpec, warps: int, ctas: int) -> int:
+    """Return how many parts are merged at a time: few CTAs have few parts but many registers."""
+    heads = max(1 << (site.groups - 1).bit_length(), warps)
+    values = site.key.head_dim // 32 * heads // warps  # of one part, a lane
+    wanted = 16 if ctas == 1 else 8
+    return max(2, min(wanted, 64 // values))
