@@ -22,9 +22,9 @@ from kvxform.ir.program import Program
 from kvxform.ir.store import watching
 from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
 from kvxform.progress import ProgressDisplay
-from kvxform.recipe import Recipe, RecipeLike, load_recipe
+from kvxform.recipe import Recipe, RecipeLike, load_recipe, retarget
 from kvxform.report import Report
-from kvxform.runtime.loading import load_model, move_program, parse_device
+from kvxform.runtime.loading import load_model, parse_device, place_program
 from kvxform.runtime.model import OptimizedModel
 
 ModelSource = nn.Module | torch.export.ExportedProgram | str | Path
@@ -48,9 +48,9 @@ def optimize(
             `ExportedProgram`; it is not changed.
         recipe: Bundled name, path of a .yaml or .json file, plain data, or a `Recipe`.
         calibration: Must be None: no pass of this version fits statistics to data.
-        target: Lowering instead of that of the recipe: `eager` or `onnx`.
+        target: Lowering instead of that of the recipe: `eager`, `triton` or `onnx`.
         verify: `none`, `probe` (after every pass) or `full` (and all cache schedules at the end).
-        device: Where weights live; where they are by default.
+        device: Where weights live; by default where they are, or for target triton a CUDA device.
         progress: Show progress on stderr.
 
     Raises:
@@ -58,12 +58,13 @@ def optimize(
     """
     wanted = resolve_recipe(recipe, target)
     _check_options(calibration, verify)
-    place = None if device is None else parse_device(device)
+    if device is not None:
+        parse_device(device)  # before the work, not after it
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
         with watching(captured.program.store):
             program, report = run_pipeline(
-                captured.program if place is None else move_program(captured.program, place),
+                place_program(captured.program, device, wanted),
                 wanted,
                 executor=OptimizedModel,
                 verify=verify,
@@ -135,17 +136,24 @@ def explain_model(
     return explain_program(program, question, layer=layer)
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None) -> OptimizedModel:
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    target: str | None = None,
+) -> OptimizedModel:
     """Open a folder that `OptimizedModel.save` wrote. No code in it is run.
 
     Args:
         path: The folder.
-        device: Where weights live; the CPU by default.
+        device: Where weights live; by default the CPU, or for target triton a CUDA device.
+        target: Lowering instead of that of the recipe: `eager` or `triton`.
 
     Raises:
         ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
+        CodegenError: KVX401 if the lowering cannot run the plan, or cannot run on this machine.
     """
-    return load_model(Path(path), device)
+    return load_model(Path(path), device, target)
 
 
 def _source(model: ModelSource) -> nn.Module | torch.export.ExportedProgram | str:
@@ -157,7 +165,7 @@ def resolve_recipe(recipe: RecipeLike, target: str | None) -> Recipe:
     loaded = load_recipe(recipe)
     if target is None:
         return loaded
-    return load_recipe({**loaded.to_data(), "target": {"lowering": target}})
+    return retarget(loaded, target)
 
 
 def _check_options(calibration: Any, verify: str) -> None:

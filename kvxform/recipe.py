@@ -11,7 +11,7 @@ import importlib.resources
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -23,14 +23,21 @@ from pydantic import (
     model_validator,
 )
 
-from kvxform.errors import CodegenError, RecipeError, nearest_hint
+from kvxform.errors import RecipeError, nearest_hint
 from kvxform.recipe_steps import PassStep, as_recipe_error, build_pass, check_keys, parse_step
 from kvxform.recipe_text import KeyPath, SourceMap, format_yaml, read_recipe_file
 
-__all__ = ["PassStep", "Recipe", "RecipeLike", "build_pass", "bundled_recipes", "load_recipe"]
+__all__ = [
+    "PassStep",
+    "Recipe",
+    "RecipeLike",
+    "build_pass",
+    "bundled_recipes",
+    "load_recipe",
+    "retarget",
+]
 
 RECIPE_VERSION = 1
-NOT_YET = {"triton": "eager"}  # lowering -> nearest one that exists
 
 
 class _Part(BaseModel):
@@ -51,21 +58,23 @@ class Target(_Part):
     """What the optimised model is lowered to."""
 
     place: ClassVar[KeyPath] = ("target",)
-    lowering: Literal["eager", "onnx"] = "eager"
+    lowering: Literal["eager", "onnx", "triton"] = "eager"
+    compile: bool = Field(
+        default=False,
+        description="Run the rest of a decode step through torch.compile (triton only).",
+    )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_missing_lowerings(cls, data: Any, info: ValidationInfo) -> Any:
-        lowering = data.get("lowering") if isinstance(data, Mapping) else None
-        if lowering in NOT_YET:
-            raise CodegenError(
-                "KVX401",
-                f"lowering '{lowering}' is not available yet",
+    @model_validator(mode="after")
+    def _check_compile(self, info: ValidationInfo) -> Self:
+        if self.compile and self.lowering != "triton":
+            raise RecipeError(
+                "KVX107",
+                "compile belongs to lowering: triton",
                 where="recipe",
-                at=_source(info).at(("target", "lowering")),
-                hint=f"use lowering: {NOT_YET[lowering]}",
+                got=f"lowering: {self.lowering}",
+                at=_source(info).at(("target", "compile")),
             )
-        return data
+        return self
 
 
 class Bounds(_Part):
@@ -140,7 +149,6 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     Raises:
         RecipeError: KVX101 unknown recipe, KVX102 unknown key or option, KVX103 unknown codec,
             KVX104 unknown pass, KVX106 unknown version, KVX107 a value of the wrong kind.
-        CodegenError: KVX401 if the target is not available.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -158,6 +166,17 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
         )
     with importlib.resources.as_file(_recipe_folder() / f"{recipe}.yaml") as bundled:
         return _validate(*read_recipe_file(bundled))
+
+
+def retarget(recipe: Recipe, lowering: str) -> Recipe:
+    """Return the recipe with another lowering; its other options of the target are dropped.
+
+    Raises:
+        RecipeError: KVX107 if there is no such lowering.
+    """
+    if lowering == recipe.target.lowering:
+        return recipe
+    return load_recipe({**recipe.to_data(), "target": {"lowering": lowering}})
 
 
 def bundled_recipes() -> tuple[str, ...]:

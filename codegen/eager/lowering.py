@@ -38,12 +38,13 @@ class EagerExecutable:
 
     Args:
         program: With or without a cache; its weights are shared, not copied.
+        fuse_norms: See `specialise`.
 
     Raises:
         CodegenError: KVX401 if the plan asks for something this lowering cannot do.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, fuse_norms: bool = False) -> None:
         if program.is_cached != (program.plan is not None):
             raise CodegenError(
                 "KVX401",
@@ -58,8 +59,8 @@ class EagerExecutable:
                 )
         if program.plan is not None:
             check_plan(program.plan, program.plan.page_size(program.plan.granule()))
-        self.program = program
-        self._full = specialise(program.clone())
+        self.program, self._fuse_norms = program, fuse_norms
+        self._full = specialise(program.clone(), fuse_norms=fuse_norms)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -146,7 +147,7 @@ class EagerExecutable:
         with program.graph.inserting_before(final):
             picked = program.graph.call_function(pick_tokens, (hidden, last))
         final.replace_input_with(hidden, picked)
-        return specialise(program)
+        return specialise(program, fuse_norms=self._fuse_norms)
 
 
 def pick_tokens(hidden: Tensor, last: Tensor) -> Tensor:

@@ -20,23 +20,29 @@ from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring
 from kvxform.ir.types import TensorType
 
+SHORT_DTYPES = (torch.float16, torch.bfloat16)
 WIDE_DTYPES = (torch.float32, torch.float64)  # 16-bit ops keep the widening of the reference
 
 
-def specialise(program: Program) -> fx.GraphModule:
+def specialise(
+    program: Program, *, fuse_norms: bool = False, keep_handle: bool = False
+) -> fx.GraphModule:
     """Return a module `(input_ids, position_ids[, cache, ...]) -> logits` with direct calls.
 
     Args:
         program: A clone that nobody else uses; its graph is rewritten.
+        fuse_norms: Let RMSNorm in 16 bits be one operation too. It multiplies by the gain before
+            it rounds, the reference after.
+        keep_handle: Leave the cached ops as they are, with a handle: opaque to `torch.compile`.
     """
-    _Specialiser(program).run()
+    _Specialiser(program, fuse_norms, keep_handle).run()
     program.graph.lint()
     return fx.GraphModule(program.weights, program.graph, "EagerProgram")
 
 
 class _Specialiser:
-    def __init__(self, program: Program) -> None:
-        self._program, self._graph = program, program.graph
+    def __init__(self, program: Program, fuse_norms: bool, keep_handle: bool) -> None:
+        self._program, self._graph, self._fuse_norms = program, program.graph, fuse_norms
         self._tables: dict[tuple[object, ...], fx.Node] = {}
         self._rewrites: dict[object, Callable[[fx.Node], fx.Node | None]] = {
             kvx.ROPE: self._rope,
@@ -47,6 +53,8 @@ class _Specialiser:
             kvx.CACHED_ATTENTION: self._cached_attention,
             torch.ops.aten.matmul.default: self._matmul,
         }
+        if keep_handle:
+            del self._rewrites[kvx.CACHE_APPEND], self._rewrites[kvx.CACHED_ATTENTION]
 
     def run(self) -> None:
         """Replace every dialect op."""
@@ -85,8 +93,10 @@ class _Specialiser:
     def _rms_norm(self, node: fx.Node) -> fx.Node:
         x, weight, eps = node.args
         dtype = _dtype(node)
-        wide = node.kwargs.get("compute_dtype") in (None, dtype) and dtype in WIDE_DTYPES
-        if wide and not node.kwargs.get("weight_offset"):
+        computed = node.kwargs.get("compute_dtype") or dtype
+        is_same = computed == dtype and dtype in WIDE_DTYPES
+        is_wider = dtype in SHORT_DTYPES and computed is torch.float32  # as torch widens by itself
+        if (is_same or (is_wider and self._fuse_norms)) and not node.kwargs.get("weight_offset"):
             return self._call(node, fused_rms_norm, (x, weight, eps))
         return self._same(node, kvx.rms_norm)
 

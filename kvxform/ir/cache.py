@@ -67,6 +67,11 @@ def watched(state: CacheState) -> CacheState:
     return state if watch is None else watch(state)
 
 
+def is_watched() -> bool:
+    """Whether this context watches caches; see `watch_caches`."""
+    return _WATCH.get() is not None
+
+
 @contextlib.contextmanager
 def watch_caches(watch: CacheWatch) -> Iterator[None]:
     """Let lowerings of this context talk to `watch(state)` instead of `state`.

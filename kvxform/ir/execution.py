@@ -89,7 +89,7 @@ class LiveCache(Protocol):
 
 
 class Executable(Protocol):
-    """A program that can run."""
+    """A program with a cache that can run."""
 
     @property
     def program(self) -> Program:
@@ -98,20 +98,6 @@ class Executable(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
-
-    def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, *, last: Tensor | None = None
-    ) -> Tensor:
-        """Run a program without a cache.
-
-        Args:
-            input_ids: int64 `[B, S]`, padded on the right.
-            position_ids: int64 `[B, S]`.
-            last: Index of one token per row, `[B]`, to return only its logits.
-
-        Returns:
-            Logits `[B, S, vocab]`, or `[B, vocab]` if `last` is given.
-        """
 
     def new_cache(self, sizes: CacheSizes) -> LiveCache:
         """Return an empty cache."""

@@ -11,20 +11,25 @@ from kvxform.codegen.triton.files import check_kernels
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.ir.artifact import load_artifact
 from kvxform.ir.program import Program
-from kvxform.recipe import Recipe, load_recipe
+from kvxform.recipe import Recipe, load_recipe, retarget
 from kvxform.report import Report
+from kvxform.runtime.executables import default_device
 from kvxform.runtime.model import OptimizedModel
 
 
-def load_model(folder: Path, device: str | torch.device | None = None) -> OptimizedModel:
+def load_model(
+    folder: Path, device: str | torch.device | None = None, target: str | None = None
+) -> OptimizedModel:
     """Open a folder that `OptimizedModel.save` wrote. No code in it is run.
 
     Args:
         folder: The folder; its tokenizer is in `tokenizer/` or beside the other files.
-        device: Where weights live; the CPU by default.
+        device: Where weights live; by default the CPU, or for target triton a CUDA device.
+        target: Lowering instead of that of the recipe.
 
     Raises:
         ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
+        CodegenError: KVX401 if the lowering cannot run the plan, or cannot run on this machine.
     """
     program = load_artifact(folder)
     check_kernels(program, folder)
@@ -33,11 +38,13 @@ def load_model(folder: Path, device: str | torch.device | None = None) -> Optimi
             info = dataclasses.replace(program.info, tokenizer_path=str(place))
             program = dataclasses.replace(program, info=info)
             break
-    report = folder / "report.json"
+    report, recipe = folder / "report.json", _saved_recipe(folder / "recipe.yaml")
+    if recipe is not None and target is not None:
+        recipe = retarget(recipe, target)
     return OptimizedModel(
-        program if device is None else move_program(program, parse_device(device)),
+        place_program(program, device, recipe),
         report=Report.from_json(report.read_text("utf-8")) if report.is_file() else None,
-        recipe=_saved_recipe(folder / "recipe.yaml"),
+        recipe=recipe,
     )
 
 
@@ -51,6 +58,22 @@ def parse_device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise KvxformError("KVX704", "device must be one that torch knows", got=device) from error
+
+
+def place_program(
+    program: Program, device: str | torch.device | None, recipe: Recipe | None
+) -> Program:
+    """Return the program with its weights where they are wanted.
+
+    Args:
+        program: Any program.
+        device: Where to; None for what the target of the recipe prefers.
+        recipe: What the program is made by, or None.
+    """
+    if device is not None:
+        return move_program(program, parse_device(device))
+    place = None if recipe is None else default_device(recipe.target)
+    return program if place is None else move_program(program, place)
 
 
 def move_program(program: Program, device: torch.device) -> Program:

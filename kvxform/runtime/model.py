@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from kvxform.codegen.eager.lowering import EagerExecutable
+from kvxform.ir.execution import Executable
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program, default_positions
+from kvxform.recipe import Target
+from kvxform.runtime.executables import make_executable
 from kvxform.runtime.generate import GenerationOptions, NextLogits, Streamer, eos_tuple, run_loop
 from kvxform.runtime.inputs import Batch, check_ids, make_batch, refuse
 from kvxform.runtime.session import Session
@@ -41,7 +44,8 @@ class OptimizedModel:
     ) -> None:
         self.program, self.report, self.recipe = program, report, recipe
         self._tokenizer = tokenizer
-        self._executable = EagerExecutable(program)
+        target = Target() if recipe is None else recipe.target
+        self._executable: Executable = make_executable(program, target)
 
     @property
     def plan(self) -> CachePlan | None:
@@ -78,8 +82,8 @@ class OptimizedModel:
         info = self.program.info
         batch = make_batch(input_ids, attention_mask, info.vocab_size)
         self._check_length(batch.input_ids.shape[1])
-        ids = batch.input_ids.to(self._executable.device)
-        return batch.to_caller(self._executable(ids, default_positions(ids)))
+        ids = batch.input_ids.to(self.device)
+        return batch.to_caller(self._stateless(ids, default_positions(ids)))
 
     def new_session(
         self,
@@ -220,8 +224,13 @@ class OptimizedModel:
             return session.prefill(input_ids, attention_mask), session.decode
         batch = make_batch(input_ids, attention_mask, self.program.info.vocab_size)
         self._check_length(batch.width + fed_later)
-        rows = _Recompute(self._executable, batch)
+        rows = _Recompute(self._stateless, batch)
         return rows.logits(), rows.advance
+
+    @property
+    def _stateless(self) -> EagerExecutable:
+        assert isinstance(self._executable, EagerExecutable), "other lowerings need a cache"
+        return self._executable
 
     def _session_for(self, input_ids: Tensor, fed_later: int) -> Session:
         check_ids(input_ids, 2, self.program.info.vocab_size)

@@ -66,6 +66,7 @@ class PagePool:
         self._free = list(range(1, num_pages))  # ascending, hence a heap
         self._owned: dict[Hashable, list[int]] = {}
         self._owners: Counter[int] = Counter()
+        self._table: tuple[tuple[Hashable, ...], Tensor] | None = None  # the last one made
 
     @property
     def num_free(self) -> int:
@@ -109,6 +110,8 @@ class PagePool:
         writers = Counter(self._owned[s][i] for s, i in shared)
         copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())
         needed = sum(missing.values()) + copies
+        if needed:
+            self._table = None
         if needed > self.num_free:
             raise CacheFullError(
                 "KVX702",
@@ -124,6 +127,7 @@ class PagePool:
 
     def undo(self, copies: Sequence[PageCopy]) -> list[int]:
         """Put shared pages back where `grow` replaced them; returns pages that became free."""
+        self._table = None
         for copy in copies:
             self._owned[copy.sequence][copy.index] = copy.old
             self._owners[copy.old] += 1
@@ -131,6 +135,7 @@ class PagePool:
 
     def shrink(self, sequence: Hashable, keep: int) -> list[int]:
         """Take all but the first `keep` pages from a sequence; returns pages that became free."""
+        self._table = None
         pages = self._owned.get(sequence, [])
         taken = pages[keep:]
         if keep:
@@ -144,6 +149,7 @@ class PagePool:
 
         All other sequences lose theirs. Returns pages that became free.
         """
+        self._table = None
         pages = {i: list(self._owned.get(source, ())) for i, source in enumerate(order)}
         before = set(self._owners)
         self._owned = {i: own for i, own in pages.items() if own}
@@ -187,11 +193,19 @@ class PagePool:
         return PageCopy(sequence, index, old, new)
 
     def block_table(self, sequences: Sequence[Hashable]) -> Tensor:
-        """Return pages by row, int32 `[R, most pages]`, padded with the null page."""
+        """Return pages by row, int32 `[R, most pages]`, padded with the null page.
+
+        While no page changes hands, equal calls return the same tensor; it must not be written.
+        """
+        key = tuple(sequences)
+        if self._table is not None and self._table[0] == key:
+            return self._table[1]
         rows = [self._owned.get(s, []) for s in sequences]
         width = max((len(row) for row in rows), default=0)
         padded = [row + [NULL_PAGE] * (width - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int32).reshape(len(rows), width)
+        table = torch.tensor(padded, dtype=torch.int32).reshape(len(rows), width)
+        self._table = key, table
+        return table
 
     def page_table(self, sequences: Sequence[Hashable], tokens: Sequence[int]) -> PageTable:
         """Return the same as FlashInfer tables, for sequences that hold `tokens` in pages.

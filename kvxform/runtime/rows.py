@@ -53,9 +53,7 @@ class RowStore:
         size = plan.page_size(max_seq_len)
         pages = enough_pages(max_batch_size, max_seq_len, size) if num_pages is None else num_pages
         self._pool = PagePool(pages + 1, size)
-        self._cache = executable.new_cache(
-            CacheSizes(pages + 1, size, max_batch_size, max_seq_len)
-        )
+        self._cache = executable.new_cache(CacheSizes(pages + 1, size, max_batch_size, max_seq_len))
         self._rows: dict[int, SequenceState] = {}
         self._copies: list[PageCopy] = []  # made for the step that runs
 
@@ -161,9 +159,7 @@ class RowStore:
         """Return an independent session that holds the same."""
         twin = copy.copy(self)
         pool = self._pool
-        sizes = CacheSizes(
-            pool.num_pages, pool.page_size, self.max_batch_size, self.max_seq_len
-        )
+        sizes = CacheSizes(pool.num_pages, pool.page_size, self.max_batch_size, self.max_seq_len)
         twin._cache = self._cache.copy(sizes)
         twin._pool, twin._rows = copy.deepcopy(self._pool), copy.deepcopy(self._rows)
         return twin

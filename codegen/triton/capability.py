@@ -1,0 +1,111 @@
+"""What this lowering can run; everything else is refused in one line, before any work.
+
+`check_plan` needs the plan alone, `check_program` shapes and dtypes too, `check_device` the
+machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import NoReturn
+
+import torch
+
+from kvxform.codecs.base import CODECS
+from kvxform.codecs.exact import ExactCodec
+from kvxform.codecs.integer import IntCodec
+from kvxform.codegen.eager.cache import check_plan as check_common
+from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.sites import kernel_specs, page_tokens
+from kvxform.errors import CodegenError
+from kvxform.ir.plan import CachePlan, SitePlan
+from kvxform.ir.program import Program
+
+DTYPES = ("float32", "float16", "bfloat16")
+CODEC_CLASSES = (ExactCodec, IntCodec)
+EAGER = "or use target eager"
+
+
+def check_plan(plan: CachePlan) -> None:
+    """Refuse plans that no kernel can be made for.
+
+    Raises:
+        CodegenError: KVX401 with the layer and the nearest plan that is supported.
+    """
+    for site in plan.sites:
+        _check_site(site)
+    check_common(plan, page_tokens(plan))
+
+
+def check_program(program: Program) -> None:
+    """Refuse programs that this lowering cannot run; works on weights without values.
+
+    Raises:
+        CodegenError: KVX401 with what is supported.
+    """
+    if program.plan is None or not program.is_cached:
+        _refuse("target triton needs a program with a cache", "none", "", "add insert-cache")
+    if program.info.dtype not in DTYPES:
+        rule = f"the compute dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
+        _refuse(rule, program.info.dtype, "", f"convert the model first, {EAGER}")
+    check_plan(program.plan)
+    for layer, site in kernel_specs(program).items():
+        for spec in site.by_kind.values():
+            try:
+                emit(spec, interpret=is_interpreted())
+            except CodegenError as error:
+                at = error.at or f"layer {layer}"
+                raise CodegenError(
+                    error.code, error.rule, where="triton", got=error.got, at=at, hint=error.hint
+                ) from error
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a machine that cannot run kernels.
+
+    Raises:
+        CodegenError: KVX401 with what is missing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        _refuse("target triton needs the package triton", "none", "", "pip install triton")
+    if device.type == "cuda":
+        if is_interpreted():
+            hint = "unset TRITON_INTERPRET, or device='cpu'"
+            _refuse("Triton's interpreter runs on a CPU", "cuda", "", hint)
+    elif not is_interpreted():
+        hint = "device='cuda', or target eager"
+        _refuse("target triton needs a CUDA device", device.type, "", hint)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: `TRITON_INTERPRET=1` was set at the start."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def default_device() -> torch.device | None:
+    """Return where a model goes unless the caller says: CUDA if there is one, else no change."""
+    has_cuda = torch.cuda.is_available() and not is_interpreted()
+    return torch.device("cuda") if has_cuda else None
+
+
+def _check_site(site: SitePlan) -> None:
+    at = f"layer {site.layer}"
+    if site.payload != "kv":
+        _refuse("payload must be kv", site.payload, at, "leave out cache-latent, " + EAGER)
+    if site.key.rope == "pre":
+        _refuse("keys must be cached after RoPE", "pre", at, "cache keys after RoPE")
+    sinks = {name: stream.regions.sink for name, stream in site.streams.items()}
+    if len(set(sinks.values())) > 1:
+        rule = "K and V must have the same number of sink tokens"
+        got = " and ".join(str(n) for n in sinks.values())
+        _refuse(rule, got, at, f"use sink: {max(sinks.values())} for both")
+    for stream in site.streams.values():
+        codec = str(stream.codec["codec"])
+        if CODECS.get(codec) not in CODEC_CLASSES:
+            known = " or ".join(c.name for c in CODEC_CLASSES)
+            _refuse(f"the codec must be {known}", codec, at, f"use codec int, {EAGER}")
+
+
+def _refuse(rule: str, got: object, at: str, hint: str) -> NoReturn:
+    raise CodegenError("KVX401", rule, where="triton", got=got, at=at, hint=hint)
