@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvxform.atomic import atomic_folder
+from kvxform.codegen.triton.capability import check_program
 from kvxform.codegen.triton.emit import emit, triton_version
 from kvxform.codegen.triton.sites import kernel_specs
 from kvxform.errors import ArtifactError
@@ -38,12 +39,13 @@ def kernel_files(program: Program, *, interpret: bool = False) -> dict[str, str]
     """Return the text of every kernel of a program by file name, and the index.
 
     Args:
-        program: A program with a cache that `capability` has accepted.
+        program: A program with a cache.
         interpret: As for `emit`.
 
     Raises:
-        CodegenError: KVX401 if a kernel cannot be emitted.
+        CodegenError: KVX401 if this lowering cannot run the plan.
     """
+    check_program(program)
     assert program.plan is not None, "checked by `capability`"
     files, layers = {}, []
     for layer, site in kernel_specs(program).items():
@@ -72,7 +74,7 @@ def write_kernels(program: Program, folder: Path, *, interpret: bool = False) ->
         Paths of the files, the index last.
 
     Raises:
-        CodegenError: KVX401 if a kernel cannot be emitted.
+        CodegenError: KVX401 if this lowering cannot run the plan.
         ArtifactError: KVX601 if `folder` holds something else.
     """
     files = kernel_files(program, interpret=interpret)
