@@ -1,9 +1,9 @@
 """Emit `append`: rotate new K, quantise, pack, and write K and V into pages, in one launch.
 
 A tile holds some tokens of one head. Its channels are cut into *parts* of one width, a power of
-two, each a tensor of its own in the emitted text. The width is the largest for which a part has
-one place in packed bytes, one scale, and one side of a RoPE pair. Packing, RoPE and the outer
-stages of a Hadamard transform then join whole parts, element by element, for every head_dim.
+two, each a tensor of its own in the emitted text. All codes of a part have the same place in the
+bytes (layout `rows`) or 16-bit halves (`fragment`) that they are packed into, and one scale. So
+packing joins whole parts, element by element, for every head_dim.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, SiteSpec, StreamSpec
 from kvxform.errors import CodegenError
@@ -40,11 +41,15 @@ class Packed:
 class StreamText:
     """What the templates need to know of the K or the V half.
 
+    Part i holds runs of `run` neighbouring channels: the first starts at channel `i * run`, the
+    next ones `run * parts` channels further each.
+
     Attributes:
         name: `key` or `value`.
         letter: `k` or `v`.
         spec: How it is stored.
         width: Channels of a part.
+        run: Neighbouring channels of a part; all of it with layout `rows`.
         rope: RoPE of new tokens, or None.
         block: Hadamard block of new tokens, or 0.
         has_signs: Channels are multiplied by signs before the Hadamard.
@@ -55,6 +60,7 @@ class StreamText:
     letter: str
     spec: StreamSpec
     width: int
+    run: int
     rope: RopeSpec | None = None
     block: int = 0
     has_signs: bool = False
@@ -64,6 +70,14 @@ class StreamText:
     def parts(self) -> int:
         """Parts of a head."""
         return self.spec.head_dim // self.width
+
+    @property
+    def channel(self) -> str:
+        """Channels of part 0, a Python expression of int32 `[width]`."""
+        element = f"tl.arange(0, {self.width})"
+        if self.parts == 1 or self.width == self.run:
+            return element
+        return f"{element} % {self.run} + {element} // {self.run} * {self.run * self.parts}"
 
     @property
     def is_ring(self) -> bool:
@@ -106,32 +120,26 @@ class StreamText:
     @property
     def groups(self) -> list[list[int]]:
         """Parts that share a scale, group by group; single parts on the channel axis."""
+        if self.spec.group == self.spec.head_dim and self.spec.axis == "token":
+            return [list(range(self.parts))]
         size = self.spec.group // self.width if self.spec.axis == "token" else 1
         return [list(range(i, i + size)) for i in range(0, self.parts, size)]
 
     @property
-    def turned(self) -> list[tuple[int, int]]:
-        """Pairs of parts that RoPE turns together, or (part, part) if pairs lie inside it."""
-        assert self.rope is not None, "asked for with RoPE only"
-        if self.rope.interleaved:
-            return [(i, i) for i in range(self.rope.rotary_dim // self.width)]
-        half = self.rope.rotary_dim // 2 // self.width
-        return [(i, i + half) for i in range(half)]
+    def stages(self) -> list[list[str]]:
+        """Statements of each stage of the Hadamard, from neighbouring channels on."""
+        count = self.block.bit_length() - 1 if self.block else 0
+        return [self._stage(1 << i) for i in range(count)]
 
-    @property
-    def outer_stages(self) -> list[list[tuple[int, int]]]:
-        """Stages of the Hadamard between parts: the pairs of each."""
-        stages, step = [], 1
-        while step * self.width < self.block:
-            stages.append([(i, i + step) for i in range(self.parts) if not i & step])
-            step *= 2
-        return stages
-
-    @property
-    def inner_steps(self) -> list[int]:
-        """Channels between partners, for the stages of the Hadamard inside a part."""
-        inner = min(self.block, self.width)
-        return [1 << i for i in range(inner.bit_length() - 1)] if self.block else []
+    def _stage(self, step: int) -> list[str]:
+        """Return the stage that joins channels `step` apart: between parts, or inside each."""
+        across = self.run * self.parts
+        if self.run <= step < across:
+            apart = step // self.run
+            pairs = [(i, i + apart) for i in range(self.parts) if not i & apart]
+            return [f"x{a}, x{b} = x{a} + x{b}, x{a} - x{b}" for a, b in pairs]
+        inner = step if step < self.run else step // across * self.run
+        return [f"x{i} = butterfly(x{i}, {inner})" for i in range(self.parts)]
 
     @property
     def packed(self) -> list[Packed]:
@@ -194,6 +202,7 @@ def make_context(spec: AppendSpec, *, interpret: bool) -> Emission:
         "site": spec.site,
         "streams": streams,
         "key": streams[0],
+        "value": streams[1],
         "quantisers": {s.label: s for s in streams if s.spec.is_coded},
         "cache_fields": cache_fields(spec.site, streams),
         "tiles": TILES,
@@ -210,18 +219,11 @@ def make_streams(spec: AppendSpec) -> tuple[StreamText, StreamText]:
     key, value = spec.site.key, spec.site.value
     same = quantiser(key) == quantiser(value) or not (key.is_coded and value.is_coded)
     labels = ("", "") if same else ("_key", "_value")
+    rotation = {"rope": spec.rope, "block": spec.key_block, "has_signs": spec.has_signs}
+    sizes = fragment_sizes if spec.site.layout == "fragment" else row_sizes
     return (
-        StreamText(
-            "key",
-            "k",
-            key,
-            part_width(key, spec.rope),
-            spec.rope,
-            spec.key_block,
-            spec.has_signs,
-            labels[0],
-        ),
-        StreamText("value", "v", value, part_width(value, None), label=labels[1]),
+        StreamText("key", "k", key, *sizes(key), **rotation, label=labels[0]),  # type: ignore[arg-type]
+        StreamText("value", "v", value, *sizes(value), label=labels[1]),
     )
 
 
@@ -251,17 +253,21 @@ def quantiser(stream: StreamSpec) -> tuple[object, ...]:
     return (stream.bits, zero, stream.table, *bounds)
 
 
-def part_width(stream: StreamSpec, rope: RopeSpec | None) -> int:
-    """Return the channels of a part: the largest power of two that fits all that cuts rows."""
+def row_sizes(stream: StreamSpec) -> tuple[int, int]:
+    """Return width and run of a part: the largest power of two that fits all that cuts rows."""
     widths = [stream.head_dim]
     if stream.is_coded:
         widths.append(stream.head_dim // CODES_PER_ROW_START[stream.bits])
         if stream.axis == "token":
             widths.append(stream.group)
-    if rope is not None:
-        widths.append(rope.rotary_dim if rope.interleaved else rope.rotary_dim // 2)
     common = math.gcd(*widths)
-    return common & -common
+    return common & -common, common & -common
+
+
+def fragment_sizes(stream: StreamSpec) -> tuple[int, int]:
+    """Return width and run of a part: the channels that have the same place in 16-bit halves."""
+    codes_of_half = 16 // stream.bits
+    return stream.head_dim // codes_of_half, fragment.BLOCK
 
 
 def _check_stream(name: str, stream: StreamSpec, page_size: int) -> None:
