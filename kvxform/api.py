@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
 from kvxform.progress import ProgressDisplay
 from kvxform.recipe import Recipe, RecipeLike, load_recipe, retarget
 from kvxform.report import Report
-from kvxform.runtime.loading import load_model, parse_device, place_program
+from kvxform.runtime.executables import check_place, default_device
+from kvxform.runtime.loading import load_model, move_program, parse_device
 from kvxform.runtime.model import OptimizedModel
 
 ModelSource = nn.Module | torch.export.ExportedProgram | str | Path
@@ -58,21 +60,23 @@ def optimize(
     """
     wanted = resolve_recipe(recipe, target)
     _check_options(calibration, verify)
-    if device is not None:
-        parse_device(device)  # before the work, not after it
+    place = default_device(wanted.target) if device is None else parse_device(device)
+    check_place(wanted.target, place)  # before the work, not after it
+    run = functools.partial(OptimizedModel, recipe=wanted)
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
         with watching(captured.program.store):
             program, report = run_pipeline(
-                place_program(captured.program, device, wanted),
+                captured.program if place is None else move_program(captured.program, place),
                 wanted,
                 executor=OptimizedModel,
+                lowered=run if wanted.target.lowering == "triton" else None,
                 verify=verify,
                 progress=display.show_stage,
             )
     source = dataclasses.replace(report.source, capture_error=captured.max_abs_error)
     report = dataclasses.replace(report, source=source)
-    return OptimizedModel(program, report=report, recipe=wanted)
+    return run(program, report=report)
 
 
 def plan_model(

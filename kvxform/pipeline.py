@@ -21,7 +21,8 @@ from kvxform.ir.verify import verify_program
 from kvxform.order import PlannedPass, check_order, facts_after, plan_passes
 from kvxform.pass_base import Match, NoMatch, Rewriter
 from kvxform.recipe import Recipe
-from kvxform.report import BoundRecord, PassRecord, Report
+from kvxform.report import BoundRecord, LoweringRecord, PassRecord, Report
+from kvxform.runtime.executables import check_target
 from kvxform.summary import (
     cache_measured,
     layer_records,
@@ -54,6 +55,7 @@ def run_pipeline(
     recipe: Recipe,
     *,
     executor: Executor,
+    lowered: Executor | None = None,
     verify: Verify = "probe",
     progress: Progress | None = None,
 ) -> tuple[Program, Report]:
@@ -62,7 +64,9 @@ def run_pipeline(
     Args:
         program: A captured program without a cache; it is not changed.
         recipe: What to do.
-        executor: Makes a runnable model of a program.
+        executor: Makes a runnable model of a program; the reference of all comparisons.
+        lowered: Makes the model that the recipe asks for, where that is another lowering; it is
+            compared with the reference at the end.
         verify: `none` measures nothing, `probe` measures after every pass, `full` also runs all
             schedules of the cache-state checker at the end.
         progress: Called when a stage begins and when it ends.
@@ -74,12 +78,15 @@ def run_pipeline(
         RecipeError: KVX213 or KVX214 if the order of passes is wrong.
         PassError: KVX210 if a pass applies nowhere, KVX212 if a contract is broken, KVX215 if a
             pass left an invalid graph.
+        CodegenError: KVX401 if the target cannot run the result.
         VerifyError: KVX501 if a bound of the recipe is exceeded, KVX502 if a cache is wrong.
     """
     planned, plan_report = plan_pipeline(program, recipe)
     passes = plan_passes(recipe.passes, program.facts, auto_order=recipe.auto_order)
     is_full = verify == "full" and planned.plan is not None
-    clock = _Clock(len(passes) + (verify != "none") + is_full, progress)
+    measures_target = verify != "none" and lowered is not None
+    stages = len(passes) + (verify != "none") + measures_target + is_full
+    clock = _Clock(stages, progress)
     prober: Prober | None = None
     if verify != "none":
         with clock.stage("source model"):
@@ -96,9 +103,14 @@ def run_pipeline(
     report = dataclasses.replace(plan_report, verify=verify, passes=tuple(records))
     if prober is not None and last is not None:
         report = _with_measurements(report, program, recipe, prober, last)
+    if prober is not None and lowered is not None:
+        with clock.stage(f"target {recipe.target.lowering}"):
+            stage = prober.measure_lowering(program, lowered)
+            lowering = _require_lowering(recipe.target.lowering, stage, prober)
+        report = dataclasses.replace(report, lowering=lowering)
     if prober is not None and is_full:
         with clock.stage("cache state"):
-            checks = prober.check_full(program)
+            checks = prober.check_full(program, lowered or executor)
         report = dataclasses.replace(report, cache=cache_measured(checks))
     _require_bounds(report)
     return program, report
@@ -113,6 +125,7 @@ def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
     Raises:
         RecipeError: KVX213 or KVX214 if the order of passes is wrong.
         PassError: KVX210 if a pass applies nowhere, or what a pass says against the model.
+        CodegenError: KVX401 if the target cannot run the result.
         VerifyError: KVX501 if the plan exceeds a bound of the recipe.
     """
     passes = plan_passes(recipe.passes, program.facts, auto_order=recipe.auto_order)
@@ -123,6 +136,7 @@ def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
     for planned_pass in passes:
         program, found = apply_pass(program, planned_pass)
         records.append(pass_record(planned_pass, found))
+    check_target(program, recipe.target)
     report = Report(
         source=source,
         recipe=recipe.to_data(),
@@ -217,6 +231,25 @@ def _require_contract(
         tolerance=bound,
         cache=cache_measured([stage.state]) if stage.state else None,
     )
+
+
+def _require_lowering(name: str, stage: StageMeasure, prober: Prober) -> LoweringRecord:
+    """Compare the target with the eager lowering; both are the same program.
+
+    Raises:
+        VerifyError: KVX502 if logits or the state of the cache differ by more than rounding.
+    """
+    tolerance, found = prober.tolerance, measured(stage.vs_before)
+    metric, bound = "relative", tolerance.logits
+    if stage.is_lossy:
+        metric, bound = "kl", tolerance.lossy_bound(stage.cost)
+    value = getattr(found, metric)
+    if not value <= bound:
+        rule = f"{metric} of logits against the eager lowering must be at most {bound:.0e}"
+        raise VerifyError("KVX502", rule, where=f"target {name}", got=f"{value:.2e}")
+    assert stage.state is not None, "other lowerings need a cache"
+    stage.state.require(tolerance, f"target {name}")
+    return LoweringRecord(name, found, metric, bound, cache_measured([stage.state]))
 
 
 def _with_measurements(

@@ -119,6 +119,25 @@ class PassRecord:
 
 
 @dataclass(frozen=True)
+class LoweringRecord:
+    """The finished program as its target runs it, compared with the eager lowering.
+
+    Attributes:
+        name: The lowering.
+        vs_eager: Logits against those of the eager lowering.
+        metric: Metric of the tolerance: `relative` or `kl`.
+        tolerance: Largest value of the metric that is allowed.
+        cache: Cache state.
+    """
+
+    name: str
+    vs_eager: Measured
+    metric: str
+    tolerance: float
+    cache: CacheMeasured
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """One layer: what its cache costs and how far it lies from the cache of the source.
 
@@ -209,6 +228,8 @@ class Report:
         layers: One record a layer that owns a cache.
         bounds: Bounds of the recipe.
         cache: State of the cache of the finished model; None if not measured.
+        lowering: How the target compares with the eager lowering; None if that is the target, or
+            if not measured.
         version: Version of this form.
     """
 
@@ -221,6 +242,7 @@ class Report:
     layers: tuple[LayerRecord, ...] = ()
     bounds: tuple[BoundRecord, ...] = ()
     cache: CacheMeasured | None = None
+    lowering: LoweringRecord | None = None
     version: int = REPORT_VERSION
 
     @property

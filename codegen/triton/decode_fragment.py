@@ -268,7 +268,7 @@ def _configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
     bits = max(stream.bits for stream in site.streams.values())
     if bits < 8:
         wanted = [(4, tile, 3, 168), (4, 2 * tile, 2, 0), (8, 2 * tile, 1, 0), (2, 2 * tile, 4, 0)]
-        wanted += [(4, 2 * tile, 3, 168), (4, tile, 4, 128), (8, tile, 2, 128)]
+        wanted += [(4, 2 * tile, 3, 168), (4, tile, 4, 128), (8, tile, 2, 128), (4, tile, 2, 0)]
     else:
         wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
         wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]

@@ -89,6 +89,9 @@ def reason_against(site: SiteSpec) -> str | None:
         return f"head_dim is none of {HEAD_DIMS}"
     if site.groups > MAX_GROUPS:
         return f"more than {MAX_GROUPS} query heads share a KV head"
+    is_plain = any(not stream.is_coded for stream in site.streams.values())
+    if site.key.head_dim == 256 and (is_plain or site.groups > 8):
+        return "tiles of head_dim 256 fit registers only as codes and for 8 query heads a KV head"
     for name, stream in site.streams.items():
         reason = _reason_against_stream(stream)
         if reason:

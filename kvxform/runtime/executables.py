@@ -25,6 +25,34 @@ def make_executable(program: Program, target: Target) -> Executable:
     return TritonExecutable(program, compile_decode=target.compile)
 
 
+def check_target(program: Program, target: Target) -> None:
+    """Refuse a finished program that its target cannot run; shapes are enough.
+
+    Raises:
+        CodegenError: KVX401 with what is supported.
+    """
+    if target.lowering == "triton":
+        from kvxform.codegen.triton.capability import check_program
+
+        check_program(program)
+
+
+def check_place(target: Target, device: torch.device | None) -> None:
+    """Refuse a machine that the target cannot run on.
+
+    Args:
+        target: What is wanted.
+        device: Where weights will live; None for the CPU.
+
+    Raises:
+        CodegenError: KVX401 with what is missing.
+    """
+    if target.lowering == "triton":
+        from kvxform.codegen.triton.capability import check_device
+
+        check_device(torch.device("cpu") if device is None else device)
+
+
 def default_device(target: Target) -> torch.device | None:
     """Return where a model goes unless the caller says; None to leave it where it is."""
     if target.lowering != "triton":

@@ -41,8 +41,11 @@ def load_model(
     report, recipe = folder / "report.json", _saved_recipe(folder / "recipe.yaml")
     if recipe is not None and target is not None:
         recipe = retarget(recipe, target)
+    where = None if device is None else parse_device(device)
+    if where is None and recipe is not None:
+        where = default_device(recipe.target)
     return OptimizedModel(
-        place_program(program, device, recipe),
+        program if where is None else move_program(program, where),
         report=Report.from_json(report.read_text("utf-8")) if report.is_file() else None,
         recipe=recipe,
     )
@@ -58,22 +61,6 @@ def parse_device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise KvxformError("KVX704", "device must be one that torch knows", got=device) from error
-
-
-def place_program(
-    program: Program, device: str | torch.device | None, recipe: Recipe | None
-) -> Program:
-    """Return the program with its weights where they are wanted.
-
-    Args:
-        program: Any program.
-        device: Where to; None for what the target of the recipe prefers.
-        recipe: What the program is made by, or None.
-    """
-    if device is not None:
-        return move_program(program, parse_device(device))
-    place = None if recipe is None else default_device(recipe.target)
-    return program if place is None else move_program(program, place)
 
 
 def move_program(program: Program, device: torch.device) -> Program:

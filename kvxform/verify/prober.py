@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from kvxform.verify.probe import (
     write_probe,
 )
 from kvxform.verify.protocols import ModelLike
+from kvxform.verify.replay import Replay
 from kvxform.verify.schedules import (
     Schedule,
     full_schedules,
@@ -94,7 +95,7 @@ class Prober:
         else:
             schedule = probe_schedule(self.lengths)
             state = check_schedule(model, schedule, self.probe, self._source, self.dtype)
-            logits = self._arrange(state)
+            logits = self._arrange(state.logits)
         lossy = program.plan is not None and is_lossy(program.plan, self.dtype)
         found = Reference(logits)
         before = self._before.compare(found)
@@ -103,8 +104,29 @@ class Prober:
         self._before, self._cost = found, source.kl
         return measure
 
-    def check_full(self, program: Program) -> list[StateCheck]:
+    def measure_lowering(self, program: Program, executor: Executor) -> StageMeasure:
+        """Compare another lowering of the program that was measured last with that measurement.
+
+        The schedule of the probe runs twice: watched, and as it is without a watch, for a lowering
+        may hide more from a watch.
+        """
+        assert program.plan is not None, "other lowerings need a cache"
+        model, schedule = executor(program), probe_schedule(self.lengths)
+        state = check_schedule(model, schedule, self.probe, self._source, self.dtype)
+        replay = Replay(model, self.probe)
+        with torch.inference_mode():
+            for action in schedule.actions:
+                replay.act(action)
+        found = Reference(self._arrange(replay.logits))
+        before, source = self._before.compare(found), self._reference.compare(found)
+        return StageMeasure(before, source, self._cost, is_lossy(program.plan, self.dtype), state)
+
+    def check_full(self, program: Program, executor: Executor) -> list[StateCheck]:
         """Run all schedules of the cache-state checker on a cached program.
+
+        Args:
+            program: The finished program.
+            executor: Makes the model that is checked.
 
         Raises:
             VerifyError: KVX502 at the first schedule with a wrong state or wrong logits.
@@ -112,7 +134,7 @@ class Prober:
         assert program.plan is not None, "the program has a cache"
         sequences, schedules = self._full_check(program.plan)
         source = run_source(self._source_program, sequences)
-        model = self.executor(program)
+        model = executor(program)
         checks = []
         for schedule in schedules:
             check = check_schedule(model, schedule, sequences, source, self.dtype)
@@ -170,10 +192,10 @@ class Prober:
             rule = f"{metric} of logits must be at most {bound:.1e} however tokens arrive"
             raise VerifyError("KVX502", rule, where="cache state", got=f"{error:.2e}", at=at)
 
-    def _arrange(self, state: StateCheck) -> Tensor:
+    def _arrange(self, logits: Mapping[tuple[int, int], Tensor]) -> Tensor:
         """Return the logits of a schedule in the order of `pick`, `[positions, vocab]`."""
         places = self.probe.real.nonzero().tolist()
-        return torch.stack([state.logits[sequence, position] for sequence, position in places])
+        return torch.stack([logits[sequence, position] for sequence, position in places])
 
 
 def first_encoded_length(plan: CachePlan | None) -> int:
