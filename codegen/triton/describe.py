@@ -70,7 +70,8 @@ def _stream_words(stream: StreamSpec) -> str:
     if stream.sink:
         words.append(f"first {stream.sink} tokens exact")
     if stream.capacity:
-        words.append(f"newest {stream.keep} to {stream.capacity} tokens exact")
+        least = f"{stream.keep} to " if stream.keep < stream.capacity else ""
+        words.append(f"newest {least}{stream.capacity} tokens exact")
     return ", ".join(words)
 
 

@@ -47,22 +47,19 @@ def kernel_files(program: Program, *, interpret: bool = False) -> dict[str, str]
     """
     check_program(program)
     assert program.plan is not None, "checked by `capability`"
-    files, layers = {}, []
+    files: dict[str, str] = {}
+    sites: dict[str, dict[str, Any]] = {}  # those that share all files are one entry
     for layer, site in kernel_specs(program).items():
         sources = {kind: emit(spec, interpret=interpret) for kind, spec in site.by_kind.items()}
         files.update({f"{source.name}.py": source.text for source in sources.values()})
-        entry: dict[str, Any] = {
-            "layer": layer,
-            "owner": site.owner,
-            "layout": site.gather.site.layout,
-            "bytes_per_token": site.gather.site.bytes_per_token,
-            "files": {kind: f"{source.name}.py" for kind, source in sources.items()},
-        }
-        layers.append(entry)
+        names = {kind: f"{source.name}.py" for kind, source in sources.items()}
+        spec = site.gather.site
+        entry = {"layout": spec.layout, "bytes_per_token": spec.bytes_per_token, "files": names}
+        sites.setdefault(str(names), {**entry, "layers": []})["layers"].append(layer)
     index = {
         "made_with": made_with(),
         "bytes_per_token": program.plan.bytes_per_token,
-        "layers": layers,
+        "sites": list(sites.values()),
     }
     return dict(sorted(files.items())) | {INDEX: canonical_json(index).decode()}
 
