@@ -103,7 +103,9 @@ def reference(case: DenseCase) -> tuple[Tensor, Tensor, Tensor]:
             seen = _first_seen(spec, position)
             k, v = (
                 _live(pair, b, seen, position, rule).repeat_interleave(groups, 0)
-                for pair, rule in zip(zip(case.stored, case.exact, strict=True), case.rules, strict=True)
+                for pair, rule in zip(
+                    zip(case.stored, case.exact, strict=True), case.rules, strict=True
+                )
             )
             scores = _scores(case, case.q[b, :, i].double(), k, seen - position)
             lse[b, :, i] = scores.logsumexp(-1)

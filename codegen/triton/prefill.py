@@ -8,7 +8,7 @@ from kvxform.codegen.triton.spec import PrefillSpec
 from kvxform.errors import CodegenError
 
 # (block_m, block_n, num_warps, num_stages), the best guess first
-_SHORT_CONFIGS = ((128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3))
+_SHORT_CONFIGS = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2))
 _LONG_CONFIGS = ((128, 64, 8, 2), (64, 64, 4, 2))  # head_dim above 128
 _FLOAT32_CONFIGS = ((64, 32, 4, 2), (32, 32, 4, 2))
 
