@@ -25,7 +25,7 @@ def format_python(text: str, name: str) -> str:
         name: What it is, for messages.
 
     Raises:
-        CodegenError: KVX402 if it is no valid Python, or ruff is not installed.
+        CodegenError: KVX402 if it is no valid Python.
     """
     key = hashlib.sha256(f"{metadata.version('ruff')}\n{text}".encode()).hexdigest()
     path = cache_folder() / "formatted" / f"{key[:32]}.py"
