@@ -55,7 +55,7 @@ def run_decode(
     stored = store(site, keys, values, lengths, seed=seed + 2).to(device)
     module = load(emit(spec, interpret=device == "cpu"))
     work = module.make_workspace(batch_size, num_tokens, num_sms, device)
-    for tensor in work:
+    for tensor in work if isinstance(work, tuple) else vars(work).values():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim > 1:
             tensor.fill_(math.nan)
     shape = (batch_size, site.num_q_heads, site.value.head_dim)

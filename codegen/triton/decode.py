@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kvxform.codegen.triton import decode_fragment
+from kvxform.codegen.triton import decode_fragment, fragment
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec
 from kvxform.codegen.triton.streams import MIN_BLOCK, TileStream, tile_width
@@ -39,9 +39,25 @@ def make_context(spec: DecodeSpec, *, interpret: bool) -> Emission:
         CodegenError: KVX401 for what no tile can express.
     """
     if spec.site.layout == "fragment":
-        return decode_fragment.make_context(spec)
+        fast = decode_fragment.make_context(spec)
+        return _make_twin(spec, fast) if interpret else fast
     _check(spec)
     return Emission("decode_rows.py.jinja", _variables(spec))
+
+
+def _make_twin(spec: DecodeSpec, fast: Emission) -> Emission:
+    """Return the plain Triton twin of a kernel over fragments; its host code is the same."""
+    site, areas = spec.site, fragment.areas(spec.site)
+    variables = {
+        **fast.variables,
+        "areas": areas,
+        "starts": {"key": 0, "value": areas["key"].words(site.page_size)},
+        "record_fields": fragment.record_fields(site),
+        "key_stream": TileStream.of("key", site),
+        "value_stream": TileStream.of("value", site),
+        "num_rows": tile_width(site.groups),
+    }
+    return Emission("decode_fragment_twin.py.jinja", variables)
 
 
 def _variables(spec: DecodeSpec) -> dict[str, Any]:
