@@ -54,6 +54,7 @@ class StreamText:
         block: Hadamard block of new tokens, or 0.
         has_signs: Channels are multiplied by signs before the Hadamard.
         label: Suffix of its quantiser: empty if K and V have the same.
+        is_fragment: Whether pages are in fragment order.
     """
 
     name: str
@@ -65,6 +66,7 @@ class StreamText:
     block: int = 0
     has_signs: bool = False
     label: str = ""
+    is_fragment: bool = False
 
     @property
     def parts(self) -> int:
@@ -83,6 +85,11 @@ class StreamText:
     def is_ring(self) -> bool:
         """Whether newest tokens are kept exact."""
         return self.spec.capacity > 0
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether tiles hold tokens from before the new ones, with indices below zero."""
+        return self.is_ring or self.is_fragment
 
     @property
     def is_rotated(self) -> bool:
@@ -211,7 +218,34 @@ def make_context(spec: AppendSpec, *, interpret: bool) -> Emission:
             "many": num_warps([(s.tile_tokens or 1) * s.spec.head_dim for s in streams]),
         },
     }
+    if spec.site.layout == "fragment":
+        variables |= fragment_variables(spec.site)
     return Emission(f"append_{spec.site.layout}.py.jinja", variables)
+
+
+def fragment_variables(site: SiteSpec) -> dict[str, object]:
+    """Return what the template needs to know of pages in fragment order."""
+    reason = fragment.reason_against(site)
+    if reason:
+        _refuse("pages must be able to be in fragment order", reason, "site", "use layout rows")
+    fields = fragment.record_fields(site)
+    areas = fragment.areas(site)
+    least, most = fragment.block_tokens(site), site.page_size
+    return {
+        "chunk_words": fragment.chunk_words(site),
+        "record_start": fragment.record_start(site),
+        "areas": areas,
+        "area_starts": {"key": 0, "value": areas["key"].words(site.page_size)},
+        "num_fields": len(fields),
+        "fields": {
+            stream: [(plane, i) for i, (name, plane) in enumerate(fields) if name == stream]
+            for stream in areas
+        },
+        "cache_fields": {
+            "pool": f"int32 `[num_pages, {site.num_kv_heads}, {fragment.chunk_words(site)}]`."
+        },
+        "tiles": [tile for tile in TILES if least <= tile[0] <= most],
+    }
 
 
 def make_streams(spec: AppendSpec) -> tuple[StreamText, StreamText]:
@@ -219,11 +253,13 @@ def make_streams(spec: AppendSpec) -> tuple[StreamText, StreamText]:
     key, value = spec.site.key, spec.site.value
     same = quantiser(key) == quantiser(value) or not (key.is_coded and value.is_coded)
     labels = ("", "") if same else ("_key", "_value")
-    rotation = {"rope": spec.rope, "block": spec.key_block, "has_signs": spec.has_signs}
-    sizes = fragment_sizes if spec.site.layout == "fragment" else row_sizes
+    is_fragment = spec.site.layout == "fragment"
+    sizes = fragment_sizes if is_fragment else row_sizes
+    rotation = (spec.rope, spec.key_block, spec.has_signs)
+    none = (None, 0, False)
     return (
-        StreamText("key", "k", key, *sizes(key), **rotation, label=labels[0]),  # type: ignore[arg-type]
-        StreamText("value", "v", value, *sizes(value), label=labels[1]),
+        StreamText("key", "k", key, *sizes(key), *rotation, labels[0], is_fragment),
+        StreamText("value", "v", value, *sizes(value), *none, labels[1], is_fragment),
     )
 
 
