@@ -40,7 +40,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return self.spec.site.key.head_dim ** -0.5
+        return self.spec.site.key.head_dim**-0.5
 
     def workspace(self) -> Any:
         sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -84,7 +84,9 @@ def make_case(spec: DecodeSpec, lengths: list[int] = LENGTHS) -> Case:
     return Case(spec, module, q, pool, table.cuda(), lengths, extras, out, lse)
 
 
-def poison(planes: dict[str, dict[str, Tensor]], table: Tensor, lengths: list[int], page: int) -> None:
+def poison(
+    planes: dict[str, dict[str, Tensor]], table: Tensor, lengths: list[int], page: int
+) -> None:
     """Put NaN after the last token of each sequence and into pages that nobody owns, in place."""
     for stream in planes.values():
         for plane in stream.values():
@@ -107,7 +109,9 @@ def check(case: Case, config: Any) -> float:
     case.run(work, config, out, lse)
     error = (out.double() - case.out).abs().amax().item()
     streams = case.spec.site.streams.values()
-    limit = max(TOLERANCE[case.spec.site.dtype], *(TOLERANCE[s.dtype or "float16"] for s in streams))
+    limit = max(
+        TOLERANCE[case.spec.site.dtype], *(TOLERANCE[s.dtype or "float16"] for s in streams)
+    )
     assert error < limit, (config, error)
     assert not out[[length == 0 for length in case.lengths]].any()
     if case.spec.has_lse:
@@ -116,7 +120,9 @@ def check(case: Case, config: Any) -> float:
     return error
 
 
-def make_spec(kind: str, value: str = "", *, options: dict[str, Any] | None = None, **geometry: Any) -> DecodeSpec:
+def make_spec(
+    kind: str, value: str = "", *, options: dict[str, Any] | None = None, **geometry: Any
+) -> DecodeSpec:
     return DecodeSpec(cases.make_site(kind, value, **geometry), **(options or {}))
 
 
@@ -153,7 +159,13 @@ def test_geometries(kind: str, geometry: dict[str, Any]) -> None:
     check(case, case.module.CONFIGS[0])
 
 
-MIXED = [("int8-symmetric", "int4"), ("int4", "int2"), ("int2", "int8"), ("float16", "int2"), ("int8", "bfloat16")]
+MIXED = [
+    ("int8-symmetric", "int4"),
+    ("int4", "int2"),
+    ("int2", "int8"),
+    ("float16", "int2"),
+    ("int8", "bfloat16"),
+]
 
 
 @pytest.mark.parametrize(("key", "value"), MIXED)
@@ -171,8 +183,14 @@ FEATURES = [
     {"has_alibi": True, "has_lse": True},
     {"has_slot_bias": True, "has_lse": True, "has_signs": True, "query_block": 128},
     {
-        "window": 300, "softcap": 5.0, "has_sink_logits": True, "has_alibi": True,
-        "has_slot_bias": True, "has_lse": True, "has_signs": True, "query_block": 128,
+        "window": 300,
+        "softcap": 5.0,
+        "has_sink_logits": True,
+        "has_alibi": True,
+        "has_slot_bias": True,
+        "has_lse": True,
+        "has_signs": True,
+        "query_block": 128,
     },
 ]
 
