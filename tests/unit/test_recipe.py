@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvxform.errors import CodegenError, KvxformError, RecipeError
+from kvxform.errors import KvxformError, RecipeError
 from kvxform.pass_base import PASSES
-from kvxform.recipe import PassStep, Recipe, build_pass, bundled_recipes, load_recipe
+from kvxform.recipe import (
+    PassStep,
+    Recipe,
+    Target,
+    build_pass,
+    bundled_recipes,
+    load_recipe,
+    retarget,
+)
 
 HEAD = "version: 1\nname: mine\npasses:\n"
 
@@ -120,10 +128,38 @@ def test_refusal_has_code_line_and_hint(tmp_path, text, code, place, word):
     assert word in str(caught.value)
 
 
-def test_a_lowering_that_does_not_exist_yet_names_the_nearest_one(tmp_path):
-    text = HEAD + "  - insert-cache\ntarget:\n  lowering: triton\n"
-    with pytest.raises(CodegenError, match=r"KVX401 .*kv4.yaml:6.*use lowering: eager"):
-        load_recipe(write(tmp_path, text))
+def test_target_triton_and_its_option(tmp_path):
+    text = HEAD + "  - insert-cache\ntarget: {lowering: triton, compile: true}\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert (recipe.target.lowering, recipe.target.compile) == ("triton", True)
+    assert load_recipe(recipe.to_data()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{lowering: tritn}", r"KVX107 .*'triton'.*kv4.yaml:5"),
+        ("{lowering: eager, compile: true}", r"KVX107 .*lowering: triton.*kv4.yaml:5"),
+    ],
+)
+def test_targets_that_are_refused(tmp_path, target, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, HEAD + f"  - insert-cache\ntarget: {target}\n"))
+
+
+def test_retarget_drops_options_of_the_old_target():
+    recipe = load_recipe(
+        {
+            "version": 1,
+            "name": "x",
+            "passes": ["insert-cache"],
+            "target": {"lowering": "triton", "compile": True},
+        }
+    )
+    assert retarget(recipe, "triton") is recipe
+    assert retarget(recipe, "eager").target == Target()
+    with pytest.raises(RecipeError, match="KVX107"):
+        retarget(recipe, "cuda")
 
 
 @pytest.mark.parametrize("name", ["kv5", "exakt", "missing.yaml", "missing.json"])
