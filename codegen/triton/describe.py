@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from kvxform.codecs.base import dtype_from_name
 from kvxform.codegen.triton.spec import (
     AppendSpec,
@@ -14,6 +16,7 @@ from kvxform.codegen.triton.spec import (
     StreamSpec,
 )
 
+WIDTH = 96
 TITLES = {
     "append": "Write new K and V into the cache",
     "decode": "Attention of one new query a sequence over the cache",
@@ -29,10 +32,12 @@ def title(spec: KernelSpec) -> str:
 
 
 def plan_lines(spec: KernelSpec) -> list[str]:
-    """Return one line for each thing that the text of the kernel depends on."""
+    """Return what the text of the kernel depends on; long entries are broken and indented."""
     site = getattr(spec, "site", None)
     lines = _site_lines(site) if isinstance(site, SiteSpec) else _dense_lines(spec)
-    return lines + _option_lines(spec)
+    return [
+        textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in lines + _option_lines(spec)
+    ]
 
 
 def bytes_per_token(spec: KernelSpec) -> float:
