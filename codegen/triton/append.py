@@ -8,7 +8,10 @@ packing joins whole parts, element by element, for every head_dim.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvxform.codegen.triton import fragment
@@ -30,11 +33,11 @@ class Packed:
 
     Attributes:
         first_byte: First of the bytes.
-        terms: Python expressions of int32, one for each part, in place.
+        expression: The bytes, a Python expression of int32.
     """
 
     first_byte: int
-    terms: tuple[str, ...]
+    expression: str
 
 
 @dataclass(frozen=True)
@@ -152,24 +155,31 @@ class StreamText:
     def packed(self) -> list[Packed]:
         """Bytes of a row of codes; the layout of `kvxform.codecs.packing`."""
         if self.spec.bits != 3:
-            return self._pack(self.spec.bits, 0, "code{}")
+            return self._pack(self.spec.bits, 0, joined_codes)
         low_bytes = self.spec.head_dim // 4
-        return self._pack(2, 0, "(code{} & 3)") + self._pack(1, low_bytes, "(code{} >> 2)")
+        low, high = functools.partial(joined_bits, "&", 3), functools.partial(joined_bits, ">>", 2)
+        return self._pack(2, 0, low) + self._pack(1, low_bytes, high)
 
-    def _pack(self, bits: int, first_byte: int, term: str) -> list[Packed]:
+    def _pack(
+        self, bits: int, first_byte: int, join: Callable[[list[str], int], str]
+    ) -> list[Packed]:
         rows = self.parts * bits // 8  # parts of bytes
         packed = []
         for row in range(rows):
-            codes = [(term.format(row + i * rows), i * bits) for i in range(8 // bits)]
-            terms = tuple(f"({code} << {shift})" if shift else code for code, shift in codes)
-            packed.append(Packed(first_byte + row * self.width, terms))
+            codes = [f"code{row + i * rows}" for i in range(8 // bits)]
+            packed.append(Packed(first_byte + row * self.width, join(codes, bits)))
         return packed
+
+    @property
+    def half(self) -> str:
+        """The 16-bit halves of words that all parts make, a Python expression of int32."""
+        return joined_codes([f"code{i}" for i in range(self.parts)], self.spec.bits)
 
     @property
     def midpoints(self) -> list[float]:
         """Bounds between neighbouring entries of the table."""
         table = self.spec.table
-        return [(a + b) / 2 for a, b in zip(table, table[1:], strict=False)]
+        return [(a + b) / 2 for a, b in itertools.pairwise(table)]
 
     @property
     def table_peak(self) -> float:
@@ -192,6 +202,21 @@ class StreamText:
     def flush_tiles(self) -> int:
         """Tiles that are encoded at most when one token is appended."""
         return -(-self.spec.chunk // self.flush_tokens)
+
+
+def joined_codes(codes: list[str], bits: int) -> str:
+    """Return the integer with `codes` side by side; they are whole float32 numbers, as it is."""
+    joined = codes[0]
+    for i, code in enumerate(codes[1:], start=1):
+        joined = f"tl.fma({code}, {2.0 ** (bits * i)}, {joined})"
+    return f"as_integer({joined})"
+
+
+def joined_bits(operator: str, operand: int, codes: list[str], bits: int) -> str:
+    """Return the integer with `code operator operand` of codes side by side."""
+    terms = [f"((as_integer({code}) {operator} {operand}) << {bits * i})"
+             for i, code in enumerate(codes)]  # fmt: skip
+    return " | ".join(terms)
 
 
 @emits(AppendSpec)
