@@ -11,7 +11,13 @@ from triton_cases import int_stream, make_site, plain_stream
 
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
-from kvxform.codegen.triton.spec import ColumnScoresSpec, GatherSpec, KernelSpec, PrefillSpec
+from kvxform.codegen.triton.spec import (
+    ColumnScoresSpec,
+    GatherSpec,
+    KernelSpec,
+    PrefillSpec,
+    SiteSpec,
+)
 from kvxform.errors import CodegenError
 
 PLAIN = PrefillSpec(8, 2, 128, 128, "float16")
@@ -26,6 +32,9 @@ POINTERS = {
     "lengths_ptr": "*i32",
     "block_table_ptr": "*i32",
     "pool_ptr": "*i32",
+    "rows_ptr": "*i32",
+    "key_codes_ptr": "*u8",
+    "value_codes_ptr": "*u8",
 }
 
 
@@ -169,12 +178,15 @@ def compile_one(spec: KernelSpec, config: int = 0) -> MachineCode:
     return compile_kernels(build(spec, config))[0]
 
 
-def test_prefill_runs_on_tensor_cores_without_spills() -> None:
-    code = compile_one(PLAIN)
-    assert code.spills == 0
+def test_prefill_runs_on_tensor_cores_and_gather_moves_sixteen_bytes() -> None:
+    gather = GatherSpec(make_site(int_stream(128), layout="fragment", page_size=64))
+    code, copy = compile_kernels(build(PLAIN), build(gather))  # one child for both
+    assert code.spills == copy.spills == 0
     products = [count(loop, "HGMMA") for loop in code.loops]
     assert len([n for n in products if n > 0]) >= 2  # tiles that all queries see, and the diagonal
     assert count(code.whole, "HMMA") == 0
+    assert count(copy.whole, "LDG", "128") > 0
+    assert count(copy.whole, "STG", "128") > 0
 
 
 @pytest.mark.slow
@@ -202,8 +214,13 @@ def test_tensor_cores_and_no_spills(spec: KernelSpec) -> None:
 
 
 @pytest.mark.slow
-def test_gather_moves_sixteen_bytes_at_a_time() -> None:
-    code = compile_one(GatherSpec(make_site(int_stream(128), layout="fragment", page_size=64)))
-    assert code.spills == 0
-    assert count(code.whole, "STG", "128") > 0
-    assert count(code.whole, "LDG", "128") > 0
+@pytest.mark.parametrize(
+    "site",
+    [
+        make_site(int_stream(80, 3, sink=4, keep=64), int_stream(96, 4, group=32, sink=4)),
+        make_site(int_stream(128, 2, axis="channel", zero="float"), plain_stream(64)),
+    ],
+    ids=lambda site: f"{site.key.bits}-{site.value.bits}",
+)
+def test_gather_of_rows_compiles(site: SiteSpec) -> None:
+    assert compile_one(GatherSpec(site)).spills == 0
