@@ -18,7 +18,9 @@ from kvxform.codegen.triton.sites import kernel_specs
 from kvxform.errors import ArtifactError, CodegenError
 from kvxform.ir.artifact import save_artifact
 from kvxform.ir.program import Program
+from kvxform.recipe import load_recipe
 from kvxform.runtime.loading import load_model
+from kvxform.runtime.model import OptimizedModel
 
 INT4 = {"codec": "int", "bits": 4, "axis": "token", "symmetric": False}
 INT8 = {**INT4, "bits": 8}
@@ -105,6 +107,20 @@ def test_a_program_without_a_cache_is_refused():
 
 def test_an_artifact_with_its_kernels_loads(artifact: Path):
     assert check_kernels(load_model(artifact).program, artifact) is None
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("target", "has_kernels"), [("triton", True), ("eager", False)])
+def test_a_model_is_saved_with_the_kernels_that_it_runs(
+    target: str, has_kernels: bool, tmp_path: Path
+):
+    passes = [{"insert-cache": {}}, {"quantize-kv": {"key": INT4, "value": INT4}}]
+    recipe = load_recipe(
+        {"version": 1, "name": "t", "passes": passes, "target": {"lowering": target}}
+    )
+    OptimizedModel(make_program(), recipe=recipe).save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "kernels" / INDEX).is_file() == has_kernels
+    assert load_model(tmp_path / "saved").recipe == recipe
 
 
 def test_an_artifact_without_kernels_loads(tmp_path: Path):
