@@ -13,18 +13,21 @@ import ast
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import jinja2
-import jinja2.meta
 
 from kvxform.codegen.triton.describe import bytes_per_token, plan_lines, title
 from kvxform.codegen.triton.formatting import format_python
 from kvxform.codegen.triton.registry import find_emitter
 from kvxform.codegen.triton.spec import KernelSpec
 from kvxform.errors import CodegenError
+
+# Jinja could parse templates for this, but that takes longer than to render them.
+_REFERENCE = re.compile(r"""{%-?\s*(?:include|import|from|extends)\s+["']([^"']+)["']""")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,16 +117,14 @@ def triton_version() -> str:
 def _template_text(name: str) -> str:
     """Return the source of a template and of all that it imports or includes."""
     environment = _environment()
-    assert environment.loader is not None
+    assert environment.loader is not None, "set in `_environment`"
     sources: dict[str, str] = {}
     waiting = [name]
     while waiting:
         current = waiting.pop()
         if current not in sources:
-            source = environment.loader.get_source(environment, current)[0]
-            sources[current] = source
-            references = jinja2.meta.find_referenced_templates(environment.parse(source))
-            waiting += [reference for reference in references if reference]
+            sources[current] = environment.loader.get_source(environment, current)[0]
+            waiting += _REFERENCE.findall(sources[current])
     return json.dumps(sources, sort_keys=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import traceback
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import jinja2
+import jinja2.meta
 import pytest
 import ruff
 
@@ -97,6 +99,17 @@ def test_the_name_follows_every_template_that_is_used(monkeypatch: pytest.Monkey
     assert after.name != before.name
     assert after.meta["template_hash"] != before.meta["template_hash"]
     assert after.meta["spec_hash"] == before.meta["spec_hash"]
+
+
+def test_references_between_templates_are_found_as_jinja_finds_them():
+    environment = new_environment()
+    names = environment.list_templates()
+    assert "_header.jinja" in names
+    for name in names:
+        source = environment.loader.get_source(environment, name)[0]
+        used = set(jinja2.meta.find_referenced_templates(environment.parse(source)))
+        found = set(core._REFERENCE.findall(re.sub(r"{#.*?#}", "", source, flags=re.DOTALL)))
+        assert found == used, name
 
 
 def test_text_is_formatted_and_says_what_it_was_made_from():
