@@ -66,8 +66,9 @@ def run_decode(
     lse = torch.full(shape[:2], math.nan, device=device) if spec.has_lse else None
     if lse is not None:
         extras["lse"] = lse
+    chosen = module.CONFIGS[config % len(module.CONFIGS)]
     if hasattr(module, "prepare"):
-        module.prepare(work, list(lengths), stored.block_table.cpu())
+        module.prepare(work, list(lengths), stored.block_table.cpu(), config=chosen)
     scale = site.key.head_dim**-0.5
     module.decode(
         q.to(device),
@@ -77,7 +78,7 @@ def run_decode(
         work,
         out,
         scale=scale,
-        config=module.CONFIGS[config % len(module.CONFIGS)],
+        config=chosen,
         **extras,
     )
     turned = q.double()

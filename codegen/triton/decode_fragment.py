@@ -19,7 +19,7 @@ from kvxform.errors import CodegenError
 
 MAX_CONFIGS = 8
 WORDS_A_LANE = 32  # of K and V of a tile: what three CTAs of four warps have registers for
-OTHER_REGISTERS = 48  # addresses, softmax, records
+OTHER_REGISTERS = 36  # addresses, softmax, records
 REGISTER_FILE = 65536
 # Powers of two at which the codes of a half of a word stand, as `unpack_int*` leaves them.
 SHIFTS = {2: (1, 4, 16, 64, 256, 1, 4, 16), 4: (1, 16, 1, 16), 8: (1, 1), 16: (1,)}
@@ -267,12 +267,14 @@ def _configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
     tile = max(1 << (tokens.bit_length() - 1), smallest)
     bits = max(stream.bits for stream in site.streams.values())
     if bits < 8:
-        wanted = [(4, tile, 3, 168), (4, 2 * tile, 2, 0), (8, 2 * tile, 1, 0), (2, 2 * tile, 4, 0)]
-        wanted += [(4, 2 * tile, 3, 168), (4, tile, 4, 128), (8, tile, 2, 128), (4, tile, 2, 0)]
+        wanted = [(4, 2 * tile, 2, 0), (8, 2 * tile, 1, 0), (4, tile, 3, 168), (4, tile, 4, 128)]
+        wanted += [(2, 2 * tile, 4, 0), (4, 2 * tile, 3, 168), (8, tile, 2, 128)]
+        wanted += [(4, tile // 2, 4, 128), (4, tile, 2, 0)]
     else:
         wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
         wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]
-        wanted = wanted[1:] if bits == 16 else wanted
+    if bits in (2, 16):
+        wanted.sort(key=lambda config: config[2] != 3)  # three CTAs first
     chosen: list[tuple[int, int, int, int, int]] = []
     for warps, size, ctas, limit in wanted:
         size = max(min(size, site.page_size), smallest)
