@@ -19,15 +19,17 @@ QUERY_LIMIT = 2.0**13  # power of two below the largest channel of a query in fl
 
 # (block_n, ctas_per_sm, num_warps, num_stages), the best guess first
 _CONFIGS = (
-    (64, 2, 4, 3),
+    (64, 3, 4, 3),
     (128, 2, 4, 2),
+    (64, 4, 4, 2),
     (128, 2, 4, 3),
     (64, 4, 2, 3),
-    (64, 3, 4, 3),
+    (32, 4, 4, 3),
     (32, 4, 2, 3),
-    (32, 3, 4, 3),
     (16, 4, 2, 3),
 )
+# Parts of 16 channels are too narrow for four warps.
+_NARROW_CONFIGS = ((32, 4, 2, 3), (32, 6, 2, 2), (32, 4, 4, 3), (16, 6, 2, 3))
 _WEIGHT_BITS = {8: 6, 4: 2, 3: 1, 2: 0}
 
 
@@ -80,7 +82,7 @@ def _variables(spec: DecodeSpec) -> dict[str, Any]:
         "value_width": tile_width(value.spec.head_dim),
         "sink": key.spec.sink,
         "cache": _cache(site),
-        "configs": _configs(site, is_gathered=is_gathered),
+        "configs": _configs(site, streams, is_gathered=is_gathered),
         "table_streams": [stream for stream in streams if stream.spec.table],
         "unpackers": {stream.unpacker: stream.spec.bits for stream in streams if stream.unpacker},
         "is_gathered": is_gathered,
@@ -159,12 +161,15 @@ def _extras(spec: DecodeSpec) -> dict[str, str]:
     return {name: meaning for name, (wanted, meaning) in meanings.items() if wanted}
 
 
-def _configs(site: SiteSpec, *, is_gathered: bool) -> tuple[tuple[int, ...], ...]:
+def _configs(
+    site: SiteSpec, streams: tuple[TileStream, ...], *, is_gathered: bool
+) -> tuple[tuple[int, ...], ...]:
     """Return the launch parameters whose tiles fit pages and groups."""
     tokens = [stream.tokens_per_group for stream in site.streams.values()]
     fits = math.gcd(*(size for size in tokens if size > 1), 0 if is_gathered else site.page_size)
-    found = [config for config in _CONFIGS if fits % config[0] == 0]
-    return tuple(found)
+    is_narrow = any(part.block == MIN_BLOCK for stream in streams for part in stream.parts)
+    wanted = _NARROW_CONFIGS if is_narrow else _CONFIGS
+    return tuple(config for config in wanted if fits % config[0] == 0)
 
 
 def _check(spec: DecodeSpec) -> None:
