@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ def test_equal_layers_share_files():
     assert site["bytes_per_token"] * 3 == index["bytes_per_token"]
     assert set(site["files"]) == {"append", "decode", "gather", "prefill"}
     assert {*site["files"].values(), INDEX} == set(found)
+
+
+def test_nothing_of_it_needs_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
+    assert len(kernel_files(make_program(head_dim=128, kv_heads=4))) == 5
 
 
 def test_layers_that_differ_have_files_of_their_own():
