@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from problems import HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS, SCALE, Problem, make_block_table
+from problems import (
+    CHECKED_HEADS,
+    DEVICE,
+    HEAD_DIM,
+    NUM_KV_HEADS,
+    NUM_Q_HEADS,
+    SCALE,
+    Problem,
+    make_block_table,
+)
 from torch import Tensor
 
-from kvxform.codecs import make_codec
+from kvxform.codecs.base import make_codec
 from kvxform.codecs.hadamard import Basis
 from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton.capability import is_interpreted
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import AppendSpec, DecodeSpec, KernelSpec, SiteSpec, StreamSpec
@@ -36,17 +47,18 @@ class Format:
     symmetric: bool = False
     is_rotated: bool = True
 
-    @property
-    def stream(self) -> StreamSpec:
-        """The spec of K, and of V."""
+    def stream(self, dtype: torch.dtype) -> StreamSpec:
+        """Return the spec of K, and of V, of a model in `dtype`."""
+        name = str(dtype).removeprefix("torch.")
         if self.bits == 16:
-            return StreamSpec(HEAD_DIM, 16, dtype="bfloat16", group=HEAD_DIM)
+            return StreamSpec(HEAD_DIM, 16, dtype=name, group=HEAD_DIM)
         return StreamSpec(HEAD_DIM, self.bits, group=HEAD_DIM, symmetric=self.symmetric)
 
     def site(self, page_size: int, dtype: torch.dtype) -> SiteSpec:
         """Return the spec of a site, in fragment order if that layout can have it."""
         name = str(dtype).removeprefix("torch.")
-        sizes = (NUM_Q_HEADS, NUM_KV_HEADS, self.stream, self.stream, page_size)
+        stream = self.stream(dtype)
+        sizes = (NUM_Q_HEADS, NUM_KV_HEADS, stream, stream, page_size)
         site = SiteSpec(*sizes, "fragment", name)
         if fragment.reason_against(site) is None:
             return site
@@ -64,21 +76,33 @@ FORMATS = {
 
 def module_of(spec: KernelSpec) -> ModuleType:
     """Return the emitted module of a kernel."""
-    return load(emit(spec))
+    return load(emit(spec, interpret=is_interpreted()))
+
+
+def count_sms() -> int:
+    """Return the multiprocessors of the device; those of an H100 where there is none."""
+    if DEVICE == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Return whether a launcher has a parameter called `name`."""
+    return name in inspect.signature(function).parameters
 
 
 def make_tensors(site: SiteSpec, num_pages: int) -> dict[str, Tensor]:
     """Return empty pages of a site, by the names that its kernels use."""
     if site.layout == "fragment":
         size = (num_pages, site.num_kv_heads, fragment.chunk_words(site))
-        return {"pool": torch.zeros(size, dtype=torch.int32, device="cuda")}
+        return {"pool": torch.zeros(size, dtype=torch.int32, device=DEVICE)}
     tensors = {}
     for half, stream in site.streams.items():
         for plane in stream.planes:
             rows = site.page_size // plane.tokens_per_row
             size = (num_pages, site.num_kv_heads, rows, plane.width)
             kind = plane.torch_dtype
-            tensors[f"{half}_{plane.name}"] = torch.zeros(size, dtype=kind, device="cuda")
+            tensors[f"{half}_{plane.name}"] = torch.zeros(size, dtype=kind, device=DEVICE)
     return tensors
 
 
@@ -114,13 +138,15 @@ class Filled:
         """Return other tensors with the same content."""
         return {name: tensor.clone() for name, tensor in self.tensors.items()}
 
-    def read_back(self, row: int, dim_heads: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def read_back(self, row: int) -> tuple[Tensor, Tensor]:
         """Return K and V of a sequence as stored, float64 `[Hk, T, D]`, K still rotated.
 
         Decoded by the codec, independently of the kernels.
         """
-        pages = self.table[row, : -(-int(self.lengths[row]) // self.site.page_size)].long().cuda()
-        some = {name: tensor[pages][:, dim_heads] for name, tensor in self.tensors.items()}
+        pages = (
+            self.table[row, : -(-int(self.lengths[row]) // self.site.page_size)].long().to(DEVICE)
+        )
+        some = {name: tensor[pages] for name, tensor in self.tensors.items()}
         if self.site.layout == "fragment":
             planes = fragment.to_planes(self.site, some["pool"])
         else:
@@ -129,7 +155,7 @@ class Filled:
         return k, v
 
     def _planes(self, tensors: dict[str, Tensor], half: str) -> dict[str, Tensor]:
-        names = [plane.name for plane in self.format.stream.planes]
+        names = [plane.name for plane in self.site.key.planes]
         return {name: tensors[f"{half}_{name}"] for name in names}
 
     def _decode(self, planes: dict[str, Tensor]) -> Tensor:
@@ -149,23 +175,21 @@ def fill(name: str, problem: Problem, page_size: int) -> Filled:
     module = module_of(AppendSpec(site, key_block=HEAD_DIM if chosen.is_rotated else 0))
     table = make_block_table(problem.lengths, page_size, first_page=1)
     tensors = make_tensors(site, int(table.max()) + 1)
-    lengths = torch.tensor(problem.lengths, dtype=torch.int32, device="cuda")
+    lengths = torch.tensor(problem.lengths, dtype=torch.int32, device=DEVICE)
     cache = make_cache(module, tensors)
     starts = torch.zeros_like(lengths)
-    module.append(problem.k, problem.v, cache, table.cuda(), starts, lengths)
+    module.append(problem.k, problem.v, cache, table.to(DEVICE), starts, lengths)
     return Filled(chosen, site, tensors, table, lengths)
 
 
 def attend_stored(filled: Filled, problem: Problem) -> Tensor:
     """Return attention in float64 over what is stored; see `problems.attend_exactly`."""
-    from problems import CHECKED_HEADS
-
     outputs = []
     for row in problem.checked_rows:
         queries = problem.q[row].double().cpu()
         if filled.format.is_rotated:
             queries = ROTATION.rotate(queries)
-        queries = queries.unflatten(0, (NUM_KV_HEADS, -1)).cuda()  # [H, D] -> [Hk, G, D]
+        queries = queries.unflatten(0, (NUM_KV_HEADS, -1)).to(DEVICE)  # [H, D] -> [Hk, G, D]
         k, v = filled.read_back(row)
         for head in CHECKED_HEADS:
             keys, values = (x[head, : problem.lengths[row]] for x in (k, v))
@@ -185,17 +209,17 @@ class Decoder:
         block = HEAD_DIM if filled.format.is_rotated else 0
         self.module = module_of(DecodeSpec(filled.site, query_block=block))
         self.filled, self.problem = filled, problem
-        self.table = filled.table.cuda()
+        self.table = filled.table.to(DEVICE)
         self.out = torch.empty_like(problem.q)
-        num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-        self._sizes = (len(problem.lengths), problem.max_length, num_sms, torch.device("cuda"))
+        self._sizes = (len(problem.lengths), problem.max_length, count_sms(), torch.device(DEVICE))
 
     def calls(self, copies: list[dict[str, Tensor]], config: Any) -> list[Callable[[], Tensor]]:
         """Return one launch for each copy of the cache, with launch parameters `config`."""
         module = self.module
         work = module.make_workspace(*self._sizes)
         if hasattr(module, "prepare"):
-            module.prepare(work, self.problem.lengths, self.filled.table)
+            options = {"config": config} if takes(module.prepare, "config") else {}
+            module.prepare(work, self.problem.lengths, self.filled.table, **options)
 
         def attend(cache: Any) -> Tensor:
             arguments = (self.problem.q, cache, self.table, self.filled.lengths, work, self.out)

@@ -24,18 +24,17 @@ from typing import Any
 import torch
 from gpu_timing import Timing, copies_for, measure_read_stream, time_calls
 from peers import PEERS, bits_per_value
-from problems import SHAPES, Problem, checked_part, make_problem, relative_error
+from problems import MEASURED, SHAPES, Problem, checked_part, make_problem, relative_error
 from results import (
     ResultFile,
     Row,
     add_common_options,
     describe_run,
     first_line,
-    format_table,
     is_wanted,
 )
+from tables import OURS, decode_table
 
-OURS = "ours-"
 FORMAT_NAMES = ("bf16", "int8", "int4", "int2")
 QUICK_CONFIGS = 2
 
@@ -59,7 +58,7 @@ def parse_options() -> argparse.Namespace:
     """Return the command line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_options(parser)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="names of shapes")
+    parser.add_argument("--shapes", default=",".join(MEASURED), help="names of shapes")
     parser.add_argument("--formats", default=",".join(FORMAT_NAMES), help="formats of ours")
     parser.add_argument("--peers", default=",".join(PEERS), help="other libraries; may be empty")
     parser.add_argument("--page-size", type=int, default=64, help="tokens a page of ours")
@@ -173,53 +172,11 @@ def describe(key: str, row: Row) -> str:
     return f"{key:26} {row['us']:8.1f} us {row['gb_s']:7.0f} GB/s  errors {shown}{mark}"
 
 
-def best_bf16(rows: list[Row], shape: str) -> float | None:
-    """Return the time of the quickest 16-bit library but ours, in one run at one shape."""
-    times = [
-        row["us"]
-        for row in rows
-        if row["shape"] == shape
-        and row.get("stored") == "bf16"
-        and not is_ours(row)
-        and "us" in row
-    ]
-    return min(times, default=None)
-
-
-def is_ours(row: Row) -> bool:
-    """Return whether a row is one of our kernels."""
-    return row["name"].startswith(OURS)
-
-
-HEADER = (
-    "what", "bits", "us", "low", "high", "GB/s", "of stream", "vs bf16", "kernel err",
-    "format err", "graph",
-)  # fmt: skip
-
-
-def table_of(rows: list[Row], shape: str) -> str:
-    """Return the table of one shape, quickest first; rows that failed come last."""
-    best = best_bf16(rows, shape)
-    here = [row for row in rows if row["shape"] == shape]
-    done = sorted((row for row in here if "us" in row), key=lambda row: row["us"])
-    lines = [
-        (
-            row["name"], f"{row['bits_per_value']:.2f}", f"{row['us']:.1f}",
-            f"{row['us_low']:.1f}", f"{row['us_high']:.1f}", f"{row['gb_s']:.0f}",
-            f"{row['stream_share']:.0%}", f"{best / row['us']:.2f}x" if best else None,
-            row.get("kernel_error"), row["format_error"], "yes" if row["captured"] else "no",
-        )
-        for row in done
-    ]  # fmt: skip
-    lines += [(row["name"], *[None] * 9, row["error"]) for row in here if "error" in row]
-    return format_table(HEADER, lines)
-
-
 def print_tables(file: ResultFile) -> None:
     """Print one table a shape, of rows of this run."""
     rows = file.this_run()
     for shape in dict.fromkeys(row["shape"] for row in rows):
-        print(f"\n{shape}, microseconds a layer and step\n\n{table_of(rows, shape)}")
+        print(f"\n{shape}, microseconds a layer and step\n\n{decode_table(rows, shape)}")
 
 
 if __name__ == "__main__":

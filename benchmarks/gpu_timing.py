@@ -6,14 +6,17 @@ cache, together so large that nothing of a copy is left in L2 when its turn come
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 TURN_BYTES = 400_000_000  # read in one turn; an H100 has 50 MB of L2
+WARM_STEPS = 6
 Call = Callable[[], object]
 
 
@@ -97,22 +100,6 @@ def _one_by_one(calls: Sequence[Call]) -> Callable[[], None]:
     return turn
 
 
-def time_host(step: Call, *, turns: int = 50, warm_turns: int = 5) -> Timing:
-    """Time a call that cannot or must not be captured, host work included."""
-    for _ in range(warm_turns):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(turns):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return Timing.of(times, captured=False)
-
-
 def measure_read_stream(num_bytes: int = 1 << 30) -> float:
     """Return GB/s at which a kernel that only reads gets through `num_bytes`; the best of five."""
     from read_stream import CONFIGS, read
@@ -124,3 +111,30 @@ def measure_read_stream(num_bytes: int = 1 << 30) -> float:
         for config in CONFIGS
     ]
     return num_bytes / min(times) / 1e3
+
+
+def time_steps(step: Call, steps: int, device: torch.device) -> Timing:
+    """Time steps that follow each other; nothing waits in between."""
+    for _ in range(WARM_STEPS):
+        step()
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(steps):
+            step()
+            marks.append(time.perf_counter())
+        times = [(b - a) * 1e6 for a, b in itertools.pairwise(marks)]
+        return Timing.of(times, captured=False)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
+    return Timing.of(times, captured=False)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak of allocated memory since `free_memory`; 0 off the GPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0

@@ -85,7 +85,7 @@ def prepare_sdpa(problem: Problem, backend: SDPBackend) -> Prepared:
 
 
 def prepare_flex(problem: Problem) -> Prepared:
-    """FlexAttention, compiled for the shape; lengths are a block mask."""
+    """FlexAttention, compiled for the shape; lengths are a block mask, heads of a group queries."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -93,12 +93,12 @@ def prepare_flex(problem: Problem) -> Prepared:
     mask = None
     if problem.is_ragged:
         lengths = torch.tensor(problem.lengths, device="cuda")
-        size = (len(problem.lengths), None, 1, problem.max_length)
+        size = (len(problem.lengths), None, GROUPS, problem.max_length)
         mask = create_block_mask(lambda b, h, i, j: j < lengths[b], *size, device="cuda")
-    q = problem.q[:, :, None]  # [B, H, 1, D]
+    q = problem.q.unflatten(1, (NUM_KV_HEADS, GROUPS))  # [B, Hk, G, D]
 
     def attend(k: Tensor, v: Tensor) -> Tensor:
-        return compiled(q, k, v, block_mask=mask, scale=SCALE, enable_gqa=True)
+        return compiled(q, k, v, block_mask=mask, scale=SCALE)
 
     copies = _copies(problem.k, problem.v, cache_bytes)
     return Prepared([lambda k=k, v=v: attend(k, v) for k, v in copies], cache_bytes)

@@ -11,6 +11,7 @@ from torch import Tensor
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 GROUPS = NUM_Q_HEADS // NUM_KV_HEADS
 SCALE = HEAD_DIM**-0.5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU serves tests alone
 CHECKED_HEADS = (0, 5)  # KV heads whose output is compared with an exact answer
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -19,7 +20,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "8x32k": (32768,) * 8,
     "32x8k": (8192,) * 32,
     "ragged": (32768, 1000, 30000, 20000, 5, 16384, 32768, 12345),
+    "test": (70, 3),
 }
+MEASURED = tuple(name for name in SHAPES if name != "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +65,12 @@ class Problem:
 
 
 def make_problem(name: str, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Problem:
-    """Return the problem of a shape, on the GPU."""
+    """Return the problem of a shape."""
     lengths = SHAPES[name]
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype)
 
     batch_size, longest = len(lengths), max(lengths)
     q = normal(batch_size, NUM_Q_HEADS, HEAD_DIM)

@@ -85,7 +85,7 @@ def is_wanted(key: str, only: str) -> bool:
 
 def describe_run(options: argparse.Namespace, **measured: Any) -> Row:
     """Return what the numbers of a run depend on."""
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in vars(options).items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(
@@ -148,7 +148,7 @@ def _cell(value: object) -> str:
             if abs(value) < 10
             else f"{value:.1f}"
         )
-    return str(value)
+    return str(value).replace("|", "/")
 
 
 def first_line(error: BaseException) -> str:

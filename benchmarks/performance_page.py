@@ -1,0 +1,116 @@
+"""Fill the tables of docs/performance.md from result files of benchmarks.
+
+    python benchmarks/performance_page.py            # reads benchmarks/results/*.json
+    python benchmarks/performance_page.py --check    # says whether the page is up to date
+
+The page is written by hand but for the blocks between `<!-- table: NAME -->` and `<!-- end -->`.
+Each block gets the rows of its benchmark, one table for each run, with the command, the device, the
+versions and the date of the run below it. A block without results says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tables
+from results import Row
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w/ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MISSING = "Not measured yet.\n"
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def main() -> int:
+    """Rewrite the page, or compare it; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    old = options.page.read_text(encoding="utf-8")
+    new = fill_page(old, read_results(options.results))
+    if options.check:
+        print("up to date" if new == old else "out of date", file=sys.stderr)
+        return int(new != old)
+    options.page.write_text(new, encoding="utf-8")
+    return 0
+
+
+def read_results(folder: Path) -> Results:
+    """Return the content of all result files of a folder by benchmark."""
+    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {file["benchmark"]: file for file in files}
+
+
+def fill_page(page: str, results: Results) -> str:
+    """Return the page with its blocks filled anew."""
+    return BLOCK.sub(
+        lambda found: f"{found[1]}{fill_block(found['name'], results)}{found[4]}", page
+    )
+
+
+def fill_block(name: str, results: Results) -> str:
+    """Return the content of one block.
+
+    Raises:
+        ValueError: If no table is called `name`.
+    """
+    benchmark, _, part = name.partition("/")
+    if benchmark not in TABLES:
+        raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+    source, belongs, make_table = TABLES[benchmark]
+    file = results.get(source)
+    rows = [row for row in file["rows"] if belongs(row, part)] if file else []
+    if file is None or not rows:
+        return MISSING
+    blocks = []
+    for index in sorted({row["run"] for row in rows}):
+        own = [row for row in rows if row["run"] == index]
+        blocks.append(f"{make_table(own, part)}\n\n{describe_source(file['runs'][index])}\n")
+    return "\n".join(blocks)
+
+
+def describe_source(run: Row) -> str:
+    """Return where numbers come from, in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    parts = [f"`{run['command']}`", run["device"], f"driver {run['driver']}", versions]
+    if run.get("read_stream_gb_s"):
+        parts.append(f"read-only stream {run['read_stream_gb_s']:.0f} GB/s")
+    parts += [f"commit {run['commit']}", run["date"]]
+    return f"Measured by {'; '.join(parts)}."
+
+
+# name of a block -> benchmark, whether a row belongs to it, and its table
+TABLES: dict[str, tuple[str, Callable[[Row, str], bool], Callable[[list[Row], str], str]]] = {
+    "summary": ("decode_attention", lambda row, part: True, tables.summary_table),
+    "decode": (
+        "decode_attention",
+        lambda row, part: row["shape"] == part,
+        tables.decode_table,
+    ),
+    "append": ("append", lambda row, part: True, lambda rows, part: tables.append_table(rows)),
+    "prefill": ("prefill", lambda row, part: True, lambda rows, part: tables.prefill_table(rows)),
+    "steps": (
+        "end_to_end",
+        lambda row, part: row["key"].startswith("step/"),
+        lambda rows, part: tables.steps_table(rows),
+    ),
+    "largest": (
+        "end_to_end",
+        lambda row, part: row["key"].startswith("largest/"),
+        tables.largest_table,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
