@@ -23,6 +23,7 @@ from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
 
 DTYPES = ("float32", "float16", "bfloat16")
+PAYLOADS = ("kv",)
 CODEC_CLASSES = (ExactCodec, IntCodec)
 EAGER = "or use target eager"
 
@@ -91,7 +92,7 @@ def default_device() -> torch.device | None:
 
 def _check_site(site: SitePlan) -> None:
     at = f"layer {site.layer}"
-    if site.payload != "kv":
+    if site.payload not in PAYLOADS:
         _refuse("payload must be kv", site.payload, at, "leave out cache-latent, " + EAGER)
     if site.key.rope == "pre":
         _refuse("keys must be cached after RoPE", "pre", at, "cache keys after RoPE")

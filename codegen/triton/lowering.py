@@ -16,6 +16,7 @@ from kvxform.codegen.eager.lowering import EagerExecutable
 from kvxform.codegen.triton.attend import Attention
 from kvxform.codegen.triton.cache import TritonCache
 from kvxform.codegen.triton.capability import check_device, check_program, is_interpreted
+from kvxform.codegen.triton.compiled import compiled_forward
 from kvxform.codegen.triton.graphs import DecodeGraphs
 from kvxform.codegen.triton.step import make_step
 from kvxform.ir.cache import is_watched
@@ -40,7 +41,8 @@ class TritonExecutable:
         check_device(self.device)
         self._attention = Attention(program, self.device, interpret=is_interpreted())
         self._graph = EagerExecutable(self._fold_rotations(), fuse_norms=True)
-        self._graphs = DecodeGraphs(self._run_folded, self._attention, self.device)
+        forward = compiled_forward(self._graph.program) if compile_decode else self._run_folded
+        self._graphs = DecodeGraphs(forward, self._attention, self.device)
 
     @functools.cached_property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 - `main`: the entry point; every error becomes one line and an exit code
 - `output`: data on stdout, talk and progress on stderr
 - `options`: options that several verbs share
-- `targets`: what a TARGET argument may be
+- `targets`: what a TARGET argument may be; `lowerings`: what each lowering can run
 - one module per verb: `optimize`, `export`, `generate`, `plan`, `explain`, `passes`, `recipes`,
   `evaluate`, `demo`
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from kvxform.cli.lowerings import print_lowerings
 from kvxform.cli.options import Json
 from kvxform.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from kvxform.pass_base import GraphPass
 
+Targets = Annotated[
+    bool, typer.Option("--targets", help="List instead what each lowering can run.")
+]
 
-def run(json: Json = False) -> None:
+
+def run(targets: Targets = False, json: Json = False) -> None:
     """List the passes: name, contract, options and source of the method."""
+    if targets:
+        print_lowerings(json)
+        return
     import kvxform.passes  # noqa: F401  (fills the registry)
     from kvxform.explain.pass_text import short_value
     from kvxform.pass_base import PASSES

@@ -41,6 +41,16 @@ def test_recipes_show_is_a_recipe_again(capsys, tmp_path):
     assert load_recipe(path) == load_recipe("kivi4")
 
 
+def test_targets_say_what_each_lowering_runs(capsys):
+    assert main(["passes", "--targets", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert {tuple(row) for row in table.values()} == {("eager", "onnx", "triton")}
+    assert table["payload"] == {"eager": "kv, latent", "onnx": "kv, latent", "triton": "kv"}
+    assert table["codecs"]["triton"] == "int, none"
+    assert main(["passes", "--targets"]) == 0
+    assert "bfloat16, float16, float32" in capsys.readouterr().out
+
+
 def test_recipes_schema_is_json(capsys):
     assert main(["recipes", "schema"]) == 0
     assert {"passes", "bounds", "target"} <= set(json.loads(capsys.readouterr().out)["properties"])

@@ -1,0 +1,185 @@
+"""The Triton lowering in Triton's interpreter, against the eager lowering and the equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lowered import (
+    SMALL_KIVI,
+    assert_same_cache,
+    both,
+    divergence,
+    lowered_program,
+    prompts,
+    recipe_for,
+    relative,
+)
+from programs import llama_program
+
+from kvxform.pipeline import run_pipeline
+from kvxform.runtime.model import OptimizedModel
+from kvxform.verify import prober
+from kvxform.verify.cache_state import check_schedule
+from kvxform.verify.probe import make_probe, run_source
+from kvxform.verify.schedules import full_schedules, row_schedules
+from kvxform.verify.tolerances import TOLERANCES
+
+pytestmark = pytest.mark.triton
+
+ONE = {"layers": 1, "heads": 2, "kv_heads": 1}  # a step of it takes the interpreter half a second
+FLOAT32 = TOLERANCES[torch.float32]
+RECIPES = {"exact": "exact", "int8": "int8", "kv4": "kv4", "small-kivi": SMALL_KIVI}
+
+
+def names(recipes):
+    return pytest.mark.parametrize("recipe", [RECIPES[n] for n in recipes], ids=recipes)
+
+
+def run_both(program, prompt=44, steps=2):
+    """Feed the same to both: a ragged prompt in two chunks, then single tokens."""
+    eager, triton = both(program)
+    ids = prompts(program, 2, prompt + steps)
+    mask = torch.ones_like(ids[:, :prompt])
+    mask[1, : prompt // 3] = 0
+    found = []
+    for model in (eager, triton):
+        session = model.new_session(2, 50)
+        logits = [session.prefill(ids[:, :prompt], mask, chunk_size=prompt - 5)]
+        logits += [session.decode(ids[:, prompt + i]) for i in range(steps)]
+        found.append((session, torch.cat(logits)))
+    return (*found[1], *found[0])
+
+
+@names(["exact", "kv4", "small-kivi"])
+def test_triton_gives_what_eager_gives(recipe):
+    got_session, got, session, expected = run_both(lowered_program(recipe, **ONE))
+    if recipe == "exact":
+        assert relative(got, expected) <= 1e-5
+    assert divergence(got, expected) <= 1e-6
+    assert_same_cache(got_session, session, 1e-2)
+
+
+@pytest.mark.slow
+@names(RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_two_layers_of_every_recipe(recipe, dtype):
+    got_session, got, session, expected = run_both(lowered_program(recipe, dtype), 70, 6)
+    bound = TOLERANCES[dtype]
+    if recipe == "exact":
+        assert relative(got, expected) <= bound.logits
+    assert divergence(got, expected) <= bound.lossy_kl
+    assert_same_cache(got_session, session, 5e-2)
+
+
+def test_a_contiguous_cache_is_pages_side_by_side():
+    recipe = {"version": 1, "name": "contiguous", "passes": ["insert-cache"]}
+    got_session, got, session, expected = run_both(lowered_program(recipe, **ONE), steps=1)
+    assert relative(got, expected) <= 1e-5
+    assert_same_cache(got_session, session, 1e-5)
+    for each in (session, got_session):
+        each.resize(max_seq_len=200)  # more pages of the kernels to a page of the session
+    assert_same_cache(got_session, session, 1e-5)
+    ids = torch.tensor([3, 4])
+    assert relative(got_session.decode(ids), session.decode(ids)) <= 1e-5
+
+
+def test_rows_are_moved_forked_and_freed():
+    program = lowered_program(SMALL_KIVI, **ONE)
+    sessions = []
+    for model in both(program):
+        session = model.new_session(3, 90)
+        session.prefill(prompts(program, 2, 70), torch.ones(2, 70, dtype=torch.int64))
+        session.reorder([1, 0, 1])
+        session.decode(torch.tensor([5, 6, 7]))  # the forks part, on pages of their own
+        session.free([0])
+        sessions.append(session)
+    assert_same_cache(sessions[1], sessions[0], 1e-4)
+    twin = sessions[1].copy()
+    twin.free()
+    assert_same_cache(sessions[1], sessions[0], 1e-4)
+
+
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+def test_a_step_that_fails_leaves_no_trace(monkeypatch, step):
+    program = lowered_program(SMALL_KIVI, **ONE)
+    _, triton = both(program)
+    session = triton.new_session(1, 90)
+    session.prefill(prompts(program, 1, 63))  # the next token encodes a block of keys
+    before = session.logical_cache(0)
+    attention = type(triton._executable._attention)
+    ids = torch.tensor([[9]] if step == "decode" else [[9, 8, 7]])
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, step, fail)
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill(ids)
+    assert session.sequence_lengths() == (63,)
+    after = session.logical_cache(0)
+    for kept, found in zip(before.k + before.v, after.k + after.v, strict=True):
+        assert torch.equal(kept, found)
+
+
+@names(["kv4", "small-kivi"])
+def test_state_by_the_equations(recipe):
+    source = llama_program(dtype=torch.float32, head_dim=64, **ONE)
+    _, triton = both(lowered_program(recipe, **ONE))
+    probe = make_probe(48, (40, 20))
+    schedule = prober.probe_schedule(probe.lengths, 1)
+    check = check_schedule(triton, schedule, probe, run_source(source, probe), torch.float32)
+    check.require(FLOAT32, recipe if isinstance(recipe, str) else "kivi")
+    assert check.is_lossy
+    assert check.read_error > 0, "reads were compared"
+
+
+@pytest.mark.slow
+@names(RECIPES)
+def test_every_schedule(recipe):
+    source = llama_program(dtype=torch.float32, head_dim=64, **ONE)
+    _, triton = both(lowered_program(recipe, **ONE))
+    probe = make_probe(48, (80, 50, 24, 80))
+    probe.input_ids[3, :40] = probe.input_ids[0, :40]
+    run = run_source(source, probe)
+    schedules = (
+        *full_schedules(probe.lengths[:3], 6),
+        *row_schedules(triton.plan, probe.lengths, 40, 4),
+    )
+    for schedule in schedules:
+        check = check_schedule(triton, schedule, probe, run, torch.float32)
+        check.require(FLOAT32, schedule.name)
+
+
+def test_generate_and_huggingface_run_on_it():
+    program = lowered_program("exact", **ONE)
+    eager, triton = both(program)
+    ids = prompts(program, 2, 9)
+    expected = eager.generate(ids, max_new_tokens=3)
+    assert torch.equal(triton.generate(ids, max_new_tokens=3), expected)
+    adapter = triton.as_huggingface()
+    assert torch.equal(adapter.generate(ids, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_pipeline_compares_the_target_with_eager(monkeypatch):
+    monkeypatch.setattr(prober, "PROBE_LENGTHS", (12, 7))
+    recipe = recipe_for("int8")
+    program = llama_program(dtype=torch.float32, head_dim=64, **ONE)
+
+    def lowered(finished):
+        return OptimizedModel(finished, recipe=recipe)
+
+    stages = []
+    _, report = run_pipeline(
+        program,
+        recipe,
+        executor=OptimizedModel,
+        lowered=lowered,
+        progress=lambda stage: stages.append(stage.name),
+    )
+    assert report.lowering is not None
+    assert (report.lowering.name, report.lowering.metric) == ("triton", "kl")
+    assert report.lowering.vs_eager.kl <= report.lowering.tolerance
+    assert report.lowering.cache.schedules == ("ragged prefill and decode",)
+    assert stages[-1] == "target triton"
+    assert type(report).from_json(report.to_json()).lowering is not None
