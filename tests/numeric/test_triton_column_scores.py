@@ -71,7 +71,7 @@ def test_window_and_softcap() -> None:
 
 
 def test_chunks_and_alibi() -> None:
-    check(ColumnScoresSpec(2, 2, 16, "float32", chunk=24, has_alibi=True), [0, 30], [33, 40])
+    check(ColumnScoresSpec(2, 1, 16, "float32", chunk=24, has_alibi=True), [0, 30], [33, 20])
 
 
 def test_equal_calls_give_equal_bits() -> None:

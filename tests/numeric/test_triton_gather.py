@@ -18,7 +18,9 @@ from kvxform.codegen.triton.spec import GatherSpec, SiteSpec
 
 pytestmark = pytest.mark.triton
 
-LENGTHS = (0, 1, 31, 32, 33, 70)  # pages hold 32 tokens
+# Pages hold 32 tokens.
+LENGTHS = (0, 1, 31, 32, 33, 70)
+SOME_LENGTHS = (1, 45)
 TABLE = (-3.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.25, 3.0)
 
 
@@ -47,7 +49,7 @@ def check(site: SiteSpec, lengths: tuple[int, ...] = LENGTHS, *, ulp: float = 0.
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_two_axes_two_zero_points(dtype: str) -> None:
     key = int_stream(32, 2, axis="channel", zero="float")
-    check(make_site(key, int_stream(48, 4, group=16, keep=3), dtype=dtype))
+    check(make_site(key, int_stream(48, 4, group=16, keep=3), dtype=dtype), SOME_LENGTHS)
 
 
 def test_three_bits_with_sink_and_ring() -> None:
@@ -55,17 +57,17 @@ def test_three_bits_with_sink_and_ring() -> None:
 
 
 def test_eight_bits_symmetric_and_plain_values() -> None:
-    check(make_site(int_stream(32, 8, symmetric=True), plain_stream(20, "float32")))
+    check(make_site(int_stream(32, 8, symmetric=True), plain_stream(20, "float32")), SOME_LENGTHS)
 
 
 def test_table_and_plain_values_with_buffers() -> None:
     key = int_stream(32, 3, table=TABLE)
-    check(make_site(key, plain_stream(32, sink=2, keep=7), dtype="float32"))
+    check(make_site(key, plain_stream(32, sink=2, keep=7), dtype="float32"), SOME_LENGTHS)
 
 
 def test_token_norm() -> None:
     site = make_site(int_stream(32, 4, token_norm=True, zero="float"), dtype="float32")
-    check(site, ulp=2.0**-22)
+    check(site, SOME_LENGTHS, ulp=2.0**-22)
 
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(4, 64), (2, 128)])
@@ -76,14 +78,15 @@ def test_fragment_order(bits: int, head_dim: int) -> None:
 
 @settings(max_examples=4, deadline=None)
 @given(
-    st.lists(st.integers(0, 80), min_size=1, max_size=3),
+    st.lists(st.integers(0, 60), min_size=1, max_size=2),
     st.integers(0, 5),
     st.integers(0, 20),
     st.sampled_from([1, 8]),
 )
 def test_any_lengths_and_regions(lengths: list[int], sink: int, keep: int, chunk: int) -> None:
     key = int_stream(32, 4, sink=sink, keep=keep, chunk=chunk)
-    check(make_site(key, int_stream(32, 2, sink=sink), page_size=16), tuple(lengths))
+    site = make_site(key, int_stream(32, 2, sink=sink), heads=(1, 1), page_size=16)
+    check(site, tuple(lengths))
 
 
 @pytest.mark.slow
