@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from triton_cases import arrive, body_tokens, encode, store
 
-from kvxform.codecs.base import dtype_from_name
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
@@ -23,16 +23,27 @@ class Appender:
         spec: The kernel.
         ends: Cached tokens of each row once all is appended; they get pages for so many.
         device: Where the cache lives.
+        garbage: What k and v hold past the new tokens of a row.
+        is_token_major: Whether k and v are views of `[B, S, Hk, D]`.
     """
 
-    def __init__(self, spec: AppendSpec, ends: Sequence[int], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: AppendSpec,
+        ends: Sequence[int],
+        device: str = "cpu",
+        *,
+        garbage: float = 1e4,
+        is_token_major: bool = False,
+    ) -> None:
         self.site, self.device = spec.site, device
+        self._garbage, self._is_token_major = garbage, is_token_major
         self.module = load(emit(spec, interpret=device == "cpu"))
         bodies = [max(body_tokens(s, n) for s in self.site.streams.values()) for n in ends]
         counts = [-(-body // self.site.page_size) for body in bodies]
-        nothing = [torch.zeros(len(ends), self.site.num_kv_heads, 0, s.head_dim)
-                   for s in self.site.streams.values()]  # fmt: skip
-        empty = store(_as_rows(self.site), *nothing, [0] * len(ends), spare_pages=sum(counts) + 2)
+        as_rows = dataclasses.replace(self.site, layout="rows")
+        nothing = torch.zeros(len(ends), self.site.num_kv_heads, 0, 1)
+        empty = store(as_rows, nothing, nothing, [0] * len(ends), spare_pages=sum(counts) + 2)
         self.planes, self.rows = empty.tensors, empty.rows
         order = 1 + torch.randperm(sum(counts) + 2).int()
         self.block_table = torch.zeros(len(ends), max([1, *counts]), dtype=torch.int32)
@@ -50,16 +61,10 @@ class Appender:
 
     def append(self, k: Tensor, v: Tensor, counts: Sequence[int], **options: Any) -> None:
         """Append the next `counts[b]` tokens of each row of k and v `[B, Hk, T, D]`."""
-        new = max([1, *counts])
-        shape = (len(counts), self.site.num_kv_heads, new)
-        fed = [torch.full((*shape, x.shape[-1]), 1e4, dtype=x.dtype) for x in (k, v)]
-        for b, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-            for target, x in zip(fed, (k, v), strict=True):
-                target[b, :, :count] = x[b, :, start : start + count]
-        if "rows" in self.module.append.__kwdefaults__ or self.site.has_exact:
+        if self.site.has_exact:
             options["rows"] = self.rows.to(self.device)
         self.module.append(
-            *(x.to(self.device) for x in fed),
+            *(self._new(x, counts).to(self.device) for x in (k, v)),
             self.module.Cache(**self.tensors),
             self.block_table.to(self.device),
             torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
@@ -67,6 +72,16 @@ class Appender:
             **options,
         )
         self.lengths = [a + n for a, n in zip(self.lengths, counts, strict=True)]
+
+    def _new(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the next tokens of x as a kernel gets them, `[B, Hk, S, D]`."""
+        shape = (len(counts), self.site.num_kv_heads, max([1, *counts]), x.shape[-1])
+        new = torch.full(shape, self._garbage, dtype=x.dtype)
+        for b, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            new[b, :, :count] = x[b, :, start : start + count]
+        if self._is_token_major:
+            return new.transpose(1, 2).contiguous().transpose(1, 2)
+        return new
 
     def append_all(self, k: Tensor, v: Tensor, cuts: Sequence[Sequence[int]]) -> None:
         """Append in steps of `cuts[i][b]` tokens, and check after each."""
@@ -122,20 +137,9 @@ def assert_same_bits(found: Tensor, expected: Tensor, name: str) -> None:
     assert differ == 0, f"{name}: {differ} of {a.numel()} bytes differ"
 
 
-def _as_rows(site: SiteSpec) -> SiteSpec:
-    import dataclasses
-
-    return dataclasses.replace(site, layout="rows")
-
-
 def _pool(site: SiteSpec, planes: dict[str, Tensor]) -> Tensor:
     by_stream = {
         name: {plane.name: planes[f"{name}_{plane.name}"] for plane in stream.planes}
         for name, stream in site.streams.items()
     }
     return fragment.from_planes(site, by_stream)
-
-
-def exact_dtype(stream: StreamSpec) -> torch.dtype:
-    """Return the dtype of exact tokens."""
-    return dtype_from_name(stream.exact_dtype)
