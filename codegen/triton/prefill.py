@@ -56,8 +56,8 @@ def _extras(spec: PrefillSpec) -> dict[str, str]:
         "alibi_slopes": (spec.has_alibi, f"Slopes of ALiBi, `[{heads}]`."),
         "lse": (
             spec.has_lse,
-            f"Log-sum-exp of scores{' and sink logit' if spec.has_sink_logits else ''}, natural"
-            f" logarithm, float32 `[B, {heads}, S]`, contiguous; -inf for padding.",
+            f"Natural log-sum-exp of scores{' and sink logit' if spec.has_sink_logits else ''},"
+            f" float32 `[B, {heads}, S]`, dense; -inf at padding.",
         ),
     }
     return {name: meaning for name, (wanted, meaning) in meanings.items() if wanted}

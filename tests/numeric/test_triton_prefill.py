@@ -50,6 +50,19 @@ def test_window() -> None:
     check(PrefillSpec(2, 1, 16, 16, "float32", window=12, has_lse=True), [0, 60], [30, 25])
 
 
+@pytest.mark.parametrize("span", [{"window": 20}, {"chunk": 32}])
+def test_tiles_that_no_query_sees_are_skipped(span: dict[str, int]) -> None:
+    """They are not masked: weights of zero would still spread what is not a number."""
+    spec = PrefillSpec(1, 1, 16, 16, "float32", **span)
+    case = make_case(spec, [64], [8])
+    module = load(emit(spec, interpret=True))
+    config = module.Config(16, 16, 4, 1)
+    wanted, _ = run_prefill(module, case, config=config)
+    for stored in case.stored:
+        stored[:, :, :32] = math.nan  # the first query sees 45 and later, or 64 and later
+    assert torch.equal(run_prefill(module, case, config=config)[0], wanted)
+
+
 def test_chunks_that_see_only_themselves() -> None:
     check(PrefillSpec(2, 1, 16, 16, "float32", chunk=24), [0, 40], [30, 33])
 
