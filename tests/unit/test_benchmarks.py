@@ -221,6 +221,7 @@ def test_rows_for_xformers_decode_to_the_input():
     torch.testing.assert_close(back, codec.decode(codec.encode(x), torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_our_caches_on_a_small_problem():
     """The errors that the benchmark reports, on the twins in Triton's interpreter."""
