@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -88,9 +88,7 @@ def describe_run(options: argparse.Namespace, **measured: Any) -> Row:
     plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in vars(options).items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(
-            ["python", *(os.path.relpath(a) if i == 0 else a for i, a in enumerate(sys.argv))]
-        ),
+        "command": describe_command(sys.argv),
         "commit": options.commit or _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "driver": _driver(),
@@ -102,6 +100,19 @@ def describe_run(options: argparse.Namespace, **measured: Any) -> Row:
     }
 
 
+def describe_command(arguments: Sequence[str]) -> str:
+    """Return a command line as it would be typed in the root of the repository.
+
+    Files and the commit are left out: they change nothing of what is measured.
+    """
+    kept, is_dropped = [f"benchmarks/{Path(arguments[0]).name}"], False
+    for argument in arguments[1:]:
+        if not is_dropped and argument not in ("--json", "--commit"):
+            kept.append(argument)
+        is_dropped = argument in ("--json", "--commit")
+    return shlex.join(["python", *kept])
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -110,7 +121,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    return _output("git", "rev-parse", "--short=12", "HEAD")
+    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 
 
 def _driver() -> str | None:

@@ -117,6 +117,12 @@ def test_result_file_keeps_rows_of_other_parts_and_replaces_its_own(tmp_path):
         make(path, "prefill")
 
 
+def test_commands_are_those_of_a_reader():
+    typed = ["/root/x/append.py", "--json", "a.json", "--only", "32/ours int4", "--commit", "1"]
+    found = load("results").describe_command([*typed, "--quick"])
+    assert found == "python benchmarks/append.py --only '32/ours int4' --quick"
+
+
 def test_decode_table_compares_with_the_best_other_bf16_of_the_rows(results):
     rows = json.loads((results / "decode_attention.json").read_text())["rows"]
     lines = load("tables").decode_table(rows, "8x32k").splitlines()
