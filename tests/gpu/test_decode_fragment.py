@@ -144,7 +144,11 @@ class Launch:
         self.module.prepare(self.work, lengths, self.table)
         self.stored.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
-    def run(self, out: Tensor) -> None:
+    @property
+    def scale(self) -> float:
+        return self.site.key.head_dim**-0.5
+
+    def run(self, out: Tensor, scale: float | None = None) -> None:
         self.module.decode(
             self.q,
             self.stored.cache(self.module),
@@ -152,16 +156,12 @@ class Launch:
             self.stored.lengths,
             self.work,
             out,
-            scale=self.site.key.head_dim**-0.5,
+            scale=self.scale if scale is None else scale,
         )
 
-    def reference(self, lengths: list[int]) -> Tensor:
-        scale, q = self.site.key.head_dim**-0.5, self.q.cpu()
-        out, _ = decode_reference(self.site, q, self.keys, self.values, lengths, scale=scale)
-        return out
-
-    def check(self, out: Tensor, lengths: list[int]) -> None:
-        expected = self.reference(lengths)
+    def check(self, out: Tensor, lengths: list[int], scale: float | None = None) -> None:
+        scale, q = self.scale if scale is None else scale, self.q.cpu()
+        expected, _ = decode_reference(self.site, q, self.keys, self.values, lengths, scale=scale)
         assert (out.double().cpu() - expected).abs().max() < 3e-3 * expected.abs().max()
 
 
@@ -178,6 +178,17 @@ def test_free_strides_and_idle_rows() -> None:
     assert not wide[1, :8, :128].any()
     assert wide[:, 8:].isnan().all()
     assert wide[..., 128:].isnan().all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1.0, 100.0])
+def test_warps_without_a_tile_add_nothing(size: float) -> None:
+    lengths = [10, 100, 1000, 1]
+    launch = make_launch(lengths)
+    launch.q *= size
+    for scale in (0.05, 0.0883, 0.1, 0.125, 0.3, 1.0):
+        out = torch.full_like(launch.q, math.nan)
+        launch.run(out, scale)
+        launch.check(out, lengths, scale)
 
 
 def test_a_window_reads_no_page_before_it() -> None:
