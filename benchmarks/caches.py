@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -213,13 +215,28 @@ class Decoder:
         self.out = torch.empty_like(problem.q)
         self._sizes = (len(problem.lengths), problem.max_length, count_sms(), torch.device(DEVICE))
 
+    def prepare(self, work: Any, config: Any) -> None:
+        """Plan on the host, if the kernel needs it: once a step, for all layers."""
+        module = self.module
+        if hasattr(module, "prepare"):
+            options = {"config": config} if takes(module.prepare, "config") else {}
+            module.prepare(work, self.problem.lengths, self.filled.table, **options)
+
+    def prepare_us(self, config: Any, *, turns: int = 20) -> float:
+        """Return the microseconds of the host that a plan takes, the median."""
+        work = self.module.make_workspace(*self._sizes)
+        times = []
+        for _ in range(turns):
+            start = time.perf_counter()
+            self.prepare(work, config)
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+
     def calls(self, copies: list[dict[str, Tensor]], config: Any) -> list[Callable[[], Tensor]]:
         """Return one launch for each copy of the cache, with launch parameters `config`."""
         module = self.module
         work = module.make_workspace(*self._sizes)
-        if hasattr(module, "prepare"):
-            options = {"config": config} if takes(module.prepare, "config") else {}
-            module.prepare(work, self.problem.lengths, self.filled.table, **options)
+        self.prepare(work, config)
 
         def attend(cache: Any) -> Tensor:
             arguments = (self.problem.q, cache, self.table, self.filled.lengths, work, self.out)

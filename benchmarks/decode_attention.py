@@ -144,6 +144,7 @@ def measure_ours(name: str, problem: Problem, options: argparse.Namespace) -> Ro
         "config": best._asdict(),
         "tried_us": {str(tuple(config)): time for config, time in tried.items()},
         "failed_configs": failures,
+        "prepare_us": decoder.prepare_us(best),
     }
     timing = time_calls(calls, turns=options.turns)
     return row | timing_row(timing, filled.cache_bytes)
