@@ -55,6 +55,7 @@ def tune(
     run: Callable[[Config], None],
     *,
     device: torch.device,
+    prepare: Callable[[Config], None] | None = None,
     timer: Timer | None = None,
 ) -> Config:
     """Return the quickest of the `CONFIGS` of an emitted module, from the cache folder if known.
@@ -64,6 +65,7 @@ def tune(
         bucket: Shapes of the session.
         run: Launches the kernel once with a config, on buffers of those shapes.
         device: Where it runs. On a CPU, where kernels are interpreted, nothing is timed.
+        prepare: What the host does for a config before it is launched; not timed.
         timer: Returns the microseconds of one call; `time_graph` by default.
     """
     configs = module.CONFIGS[:MAX_CONFIGS]
@@ -76,7 +78,7 @@ def tune(
         return known
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        times = _time_all(configs, run, timer or time_graph)
+        times = _time_all(configs, run, prepare, timer or time_graph)
     best = min(times, key=lambda config: times[config])
     microseconds = [[config._asdict(), round(time, 3)] for config, time in times.items()]
     _write(path, {**identity, "config": best._asdict(), "microseconds": microseconds})
@@ -106,7 +108,10 @@ def time_graph(launch: Callable[[], None]) -> float:
 
 
 def _time_all(
-    configs: tuple[Config, ...], run: Callable[[Config], None], timer: Timer
+    configs: tuple[Config, ...],
+    run: Callable[[Config], None],
+    prepare: Callable[[Config], None] | None,
+    timer: Timer,
 ) -> dict[Config, float]:
     """Time each config that fits the device; raise Triton's own error if none does."""
     from triton.runtime.errors import OutOfResources
@@ -114,6 +119,8 @@ def _time_all(
     times: dict[Config, float] = {}
     failure: Exception | None = None
     for config in configs:
+        if prepare is not None:
+            prepare(config)
         try:
             times[config] = timer(functools.partial(run, config))
         except OutOfResources as error:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvxform.codegen.triton.attend import Attention, Staged
+from kvxform.codegen.triton.decoding import Decoding
+from kvxform.codegen.triton.kernels import Kernels
 from kvxform.codegen.triton.modules import SiteModules
+from kvxform.codegen.triton.prefilling import Prefilling, Staged
 from kvxform.codegen.triton.rotate import rotate
 from kvxform.codegen.triton.step import KernelStep
 from kvxform.codegen.triton.store import SiteStorage
@@ -26,6 +29,26 @@ from kvxform.ir.plan import CachePlan
 from kvxform.ir.scoring import Scoring
 
 
+@dataclass(frozen=True, eq=False)
+class Launchers:
+    """What runs the kernels of a program.
+
+    Attributes:
+        kernels: The kernels.
+        decoding: Attention of one new token a row.
+        prefilling: Attention of more.
+    """
+
+    kernels: Kernels
+    decoding: Decoding
+    prefilling: Prefilling
+
+    @classmethod
+    def of(cls, kernels: Kernels) -> Launchers:
+        """Return what runs `kernels`."""
+        return cls(kernels, Decoding(kernels), Prefilling(kernels))
+
+
 class TritonCache:
     """Storage of all layers; implements `CacheState` and `LiveCache`.
 
@@ -34,24 +57,24 @@ class TritonCache:
 
     Args:
         plan: What is cached.
-        attention: Launches the kernels; shared by all caches of an executable.
+        launchers: What runs the kernels; shared by all caches of an executable.
         sizes: How much to hold.
         device: Where tensors live.
     """
 
     def __init__(
-        self, plan: CachePlan, attention: Attention, sizes: CacheSizes, device: torch.device
+        self, plan: CachePlan, launchers: Launchers, sizes: CacheSizes, device: torch.device
     ) -> None:
         self.plan, self.sizes, self.device = plan, sizes, device
-        self._attention = attention
+        self._launchers, self._kernels = launchers, launchers.kernels
         self._owner = {site.layer: site.owner for site in plan.sites}
         self._readers = Counter(self._owner.values())
-        self._kernel_page = attention.page_size
+        self._kernel_page = self._kernels.page_size
         self._split = -(-sizes.page_size // self._kernel_page)
         self.storages = {
             site.layer: SiteStorage(
                 site,
-                attention.site_spec(site.layer),
+                self._kernels.site_spec(site.layer),
                 num_pages=1 + (sizes.num_pages - 1) * self._split,
                 num_rows=sizes.num_rows,
                 device=device,
@@ -111,19 +134,19 @@ class TritonCache:
         self._step = None
         for held in (self._staged, self._left, self._overwritten):
             held.clear()
-        self._attention.end_step()
+        self._launchers.prefilling.end_step()
 
     def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
         step, storage = self._current(layer), self.storages[layer]
         assert v is not None, "values that are views of keys were refused"
-        modules = self._attention.modules(layer, step)
+        modules = self._kernels.sites(step.is_folded)[layer]
         if storage.rings and step.host is not None:
             self._overwritten[layer] = storage.read_rows(step.host.rows)
         if storage.rings and step.num_new > 1:
             keys = _as_stored(k, modules)
-            self._staged[layer] = self._attention.stage(storage, keys, v, step)
-        self._attention.append(modules, storage, k, v, step)
+            self._staged[layer] = self._launchers.prefilling.stage(storage, keys, v, step)
+        self._kernels.append(modules, storage, k, v, step)
         self._left[layer] = self._readers[layer]
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
@@ -132,11 +155,14 @@ class TritonCache:
         Masks follow the slots of the step. While positions are dense, these are `positions`.
         """
         step, owner = self._current(layer), self._owner[layer]
-        modules, storage = self._attention.modules(layer, step), self.storages[owner]
+        modules, storage = self._kernels.sites(step.is_folded)[layer], self.storages[owner]
         if step.num_new == 1:
-            out = self._attention.decode(modules, storage, q[:, :, 0], step, scoring, self.sizes)
+            decoding = self._launchers.decoding
+            out = decoding.attend(modules, storage, q[:, :, 0], step, scoring, self.sizes)
             return out[:, :, None]
-        out = self._attention.prefill(modules, storage, q, step, scoring, self._staged.get(owner))
+        out = self._launchers.prefilling.attend(
+            modules, storage, q, step, scoring, self._staged.get(owner)
+        )
         self._left[owner] -= 1
         if not self._left[owner]:
             self._staged.pop(owner, None)
@@ -168,7 +194,7 @@ class TritonCache:
 
     def copy(self, sizes: CacheSizes) -> TritonCache:
         """Return another cache of the same or larger sizes that holds the same."""
-        cache = TritonCache(self.plan, self._attention, sizes, self.device)
+        cache = TritonCache(self.plan, self._launchers, sizes, self.device)
         pages = torch.arange(self.sizes.num_pages - 1, device=self.device)[:, None]
         inside = torch.arange(self._split, device=self.device)
         own = (1 + pages * self._split + inside).flatten()

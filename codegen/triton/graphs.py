@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvxform.codegen.triton.attend import LEAST_BUCKET, Attention
 from kvxform.codegen.triton.cache import TritonCache
+from kvxform.codegen.triton.decoding import Decoding
+from kvxform.codegen.triton.kernels import LEAST_BUCKET
 from kvxform.codegen.triton.step import FIELDS, KernelStep, pack_numbers
 from kvxform.ir.execution import StepInputs
 
@@ -101,15 +102,15 @@ class DecodeGraphs:
 
     Args:
         forward: Runs the graph of the program within a step.
-        attention: Launches the kernels.
+        decoding: Plans the launches of attention.
         device: Where it runs.
 
     Attributes:
         why_direct: Why the last step was not a replay; empty if it was one.
     """
 
-    def __init__(self, forward: Forward, attention: Attention, device: torch.device) -> None:
-        self._forward, self._attention, self._device = forward, attention, device
+    def __init__(self, forward: Forward, decoding: Decoding, device: torch.device) -> None:
+        self._forward, self._decoding, self._device = forward, decoding, device
         self._pool: Any = None  # memory that recordings share: they run one at a time
         self._refusal = "" if device.type == "cuda" else "graphs need a CUDA device"
         self.why_direct = self._refusal
@@ -123,7 +124,8 @@ class DecodeGraphs:
             recording = cache.recordings[batch_size] = Recording(static)
         table = cache.kernel_table(inputs.block_table)
         recording.step.fill(input_ids, inputs, table)
-        self._attention.plan_decode(inputs, table, cache.sizes, True)
+        step = recording.step.view(tokens)
+        self._decoding.plan(step, inputs, table, cache.storages, cache.sizes)
         if recording.tokens != tokens:
             recording.tokens, recording.graph = tokens, None
             return self._launch(recording, inputs, cache, "the first step of this shape")

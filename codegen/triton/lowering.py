@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from kvxform.codegen.eager.lowering import EagerExecutable
-from kvxform.codegen.triton.attend import Attention
-from kvxform.codegen.triton.cache import TritonCache
+from kvxform.codegen.triton.cache import Launchers, TritonCache
 from kvxform.codegen.triton.capability import check_device, check_program, is_interpreted
 from kvxform.codegen.triton.compiled import compiled_forward
 from kvxform.codegen.triton.graphs import DecodeGraphs
+from kvxform.codegen.triton.kernels import Kernels
 from kvxform.codegen.triton.step import make_step
 from kvxform.ir.cache import is_watched
 from kvxform.ir.execution import CacheSizes, LiveCache, StepInputs
@@ -39,10 +39,11 @@ class TritonExecutable:
         check_program(program)
         self.program = program
         check_device(self.device)
-        self._attention = Attention(program, self.device, interpret=is_interpreted())
+        self._kernels = Kernels(program, self.device, interpret=is_interpreted())
+        self._launchers = Launchers.of(self._kernels)
         self._graph = EagerExecutable(self._fold_rotations(), fuse_norms=True)
         forward = compiled_forward(self._graph.program) if compile_decode else self._run_folded
-        self._graphs = DecodeGraphs(forward, self._attention, self.device)
+        self._graphs = DecodeGraphs(forward, self._launchers.decoding, self.device)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -62,7 +63,7 @@ class TritonExecutable:
     def new_cache(self, sizes: CacheSizes) -> TritonCache:
         """Return an empty cache."""
         assert self.program.plan is not None, "checked by `check_program`"
-        return TritonCache(self.program.plan, self._attention, sizes, self.device)
+        return TritonCache(self.program.plan, self._launchers, sizes, self.device)
 
     def step(
         self, input_ids: Tensor, inputs: StepInputs, cache: LiveCache, *, all_logits: bool = False
@@ -83,7 +84,7 @@ class TritonExecutable:
         is_folded, table = not is_watched(), cache.kernel_table(inputs.block_table)
         step = make_step(inputs, table, self.device, is_folded=is_folded)
         if step.num_new == 1:
-            self._attention.plan_decode(inputs, table, cache.sizes, is_folded)
+            self._launchers.decoding.plan(step, inputs, table, cache.storages, cache.sizes)
         graph = self._graph if is_folded else self._watched_graph
         last = None if all_logits else step.counts.long() - 1
         cache.begin(step)
@@ -98,7 +99,7 @@ class TritonExecutable:
     def _fold_rotations(self) -> Program:
         """Return the program without the rotations that kernels do."""
         program = self.program.clone()
-        names = self._attention.folded_nodes
+        names = self._kernels.folded_nodes
         for node in list(program.graph.nodes):
             if node.name in names:
                 node.replace_all_uses_with(node.args[0])

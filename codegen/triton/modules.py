@@ -85,15 +85,22 @@ class Configs:
         self._device = device
         self._found: dict[tuple[str, Bucket], Any] = {}
 
-    def find(self, module: ModuleType, bucket: Bucket, run: Callable[[Any], None]) -> Any:
+    def find(
+        self,
+        module: ModuleType,
+        bucket: Bucket,
+        run: Callable[[Any], None],
+        prepare: Callable[[Any], None] | None = None,
+    ) -> Any:
         """Return the config of `module` for shapes of `bucket`.
 
         Args:
             module: What is launched.
             bucket: Shapes of the launch.
             run: Launches it once with a config.
+            prepare: What the host does before launches with a config.
         """
         key = (module.__name__, bucket)
         if key not in self._found:
-            self._found[key] = tune(module, bucket, run, device=self._device)
+            self._found[key] = tune(module, bucket, run, device=self._device, prepare=prepare)
         return self._found[key]

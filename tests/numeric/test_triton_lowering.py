@@ -16,6 +16,8 @@ from lowered import (
 )
 from programs import llama_program
 
+from kvxform.codegen.triton.decoding import Decoding
+from kvxform.codegen.triton.prefilling import Prefilling
 from kvxform.pipeline import run_pipeline
 from kvxform.runtime.model import OptimizedModel
 from kvxform.verify import prober
@@ -99,23 +101,23 @@ def test_rows_are_moved_forked_and_freed():
     assert_same_cache(sessions[1], sessions[0], 1e-4)
 
 
-@pytest.mark.parametrize("step", ["decode", "prefill"])
-def test_a_step_that_fails_leaves_no_trace(monkeypatch, step):
+@pytest.mark.parametrize(
+    ("launcher", "new"), [(Decoding, [9]), (Prefilling, [9, 8, 7])], ids=["decode", "prefill"]
+)
+def test_a_step_that_fails_leaves_no_trace(monkeypatch, launcher, new):
     program = lowered_program(SMALL_KIVI, **ONE)
     _, triton = both(program)
     session = triton.new_session(1, 90)
     session.prefill(prompts(program, 1, 63))  # the next token encodes a block of keys
     before = session.logical_cache(0)
-    attention = type(triton._executable._attention)
-    ids = torch.tensor([[9]] if step == "decode" else [[9, 8, 7]])
 
     def fail(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention, step, fail)
+        patch.setattr(launcher, "attend", fail)
         with pytest.raises(KeyboardInterrupt):
-            session.prefill(ids)
+            session.prefill(torch.tensor([new]))
     assert session.sequence_lengths() == (63,)
     after = session.logical_cache(0)
     for kept, found in zip(before.k + before.v, after.k + after.v, strict=True):
