@@ -7,6 +7,7 @@
 - `loading`: the text to a module that can be called
 - `autotune`: launch parameters by timing
 - `files`: the kernels of a program as files to read
-- `fragment`: pages in the order in which tensor cores take them
+- `fragment`: pages in the order in which tensor cores take them; `decode_fragment` and
+  `fragment_configs`: the Gluon kernel that reads them
 - `append`, `decode`, `gather`, `prefill`, `column_scores`: one module for each kind of kernel
 """

@@ -13,14 +13,11 @@ from typing import Any
 
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.fragment import BLOCK, ROW_WORDS, AreaLayout
+from kvxform.codegen.triton.fragment_configs import count_columns, list_configs
 from kvxform.codegen.triton.registry import Emission
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec
 from kvxform.errors import CodegenError
 
-MAX_CONFIGS = 8
-WORDS_A_LANE = 32  # of K and V of a tile: what three CTAs of four warps have registers for
-OTHER_REGISTERS = 36  # addresses, softmax, records
-REGISTER_FILE = 65536
 # Powers of two at which the codes of a half of a word stand, as `unpack_int*` leaves them.
 SHIFTS = {2: (1, 4, 16, 64, 256, 1, 4, 16), 4: (1, 16, 1, 16), 8: (1, 1), 16: (1,)}
 
@@ -85,7 +82,7 @@ def make_context(spec: DecodeSpec) -> Emission:
         "start": _start(spec),
         "is_final": is_final,  # scores are in units of log2 before their maximum is taken
         "cap_log2": (spec.softcap or 0.0) / math.log(2),
-        "configs": _configs(site),
+        "configs": list_configs(site),
     }
     return Emission("decode_fragment.py.jinja", variables)
 
@@ -98,7 +95,7 @@ def _geometry(site: SiteSpec) -> dict[str, Any]:
         "units": _units(site),
         "groups": groups,
         "head_dim": site.key.head_dim,
-        "columns": _columns(site),
+        "columns": count_columns(site),
         "padded_group": 1 << (site.groups - 1).bit_length(),
         "page_size": site.page_size,
         "page_shift": site.page_size.bit_length() - 1,
@@ -112,11 +109,6 @@ def _geometry(site: SiteSpec) -> dict[str, Any]:
 
 def _units(site: SiteSpec) -> int:
     return fragment.block_tokens(site) // BLOCK
-
-
-def _columns(site: SiteSpec) -> int:
-    """Return query heads of a KV head, padded to the columns of one or two mma."""
-    return 8 if site.groups <= 8 else 16
 
 
 def _stream(site: SiteSpec, name: str) -> dict[str, Any]:
@@ -253,50 +245,3 @@ def _arguments(spec: DecodeSpec) -> dict[str, Any]:
         "combine_parameters": ["parts_ptr", "stats_ptr", *output],
         "combine_arguments": ["parts_ptr", "stats_ptr", *output],
     }
-
-
-def _configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
-    """Return warps, tokens of a tile, CTAs, limit of registers and round; best guess first.
-
-    `tile` is the number of tokens whose K and V are 32 words a lane. The order is that of
-    measurements on an H100 (docs/performance.md).
-    """
-    words = sum(area.words(site.page_size) for area in fragment.areas(site).values())
-    tokens = 32 * WORDS_A_LANE * site.page_size // words
-    smallest = fragment.block_tokens(site)
-    tile = max(1 << (tokens.bit_length() - 1), smallest)
-    bits = max(stream.bits for stream in site.streams.values())
-    if bits < 8:
-        wanted = [(4, 2 * tile, 2, 0), (8, 2 * tile, 1, 0), (4, tile, 3, 168), (4, tile, 4, 128)]
-        wanted += [(2, 2 * tile, 4, 0), (4, 2 * tile, 3, 168), (8, tile, 2, 128)]
-        wanted += [(4, tile // 2, 4, 128), (4, tile, 2, 0)]
-    else:
-        wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
-        wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]
-    if bits in (2, 16):
-        wanted.sort(key=lambda config: config[2] != 3)  # three CTAs first
-    chosen: list[tuple[int, int, int, int, int]] = []
-    for warps, size, ctas, limit in wanted:
-        size = max(min(size, site.page_size), smallest)
-        if _fits(site, size, limit or min(REGISTER_FILE // (32 * warps * ctas), 255)):
-            config = (warps, size, ctas, limit, _round(site, warps, ctas))
-            chosen += [config] if config not in chosen else []
-    return chosen[:MAX_CONFIGS]
-
-
-def _fits(site: SiteSpec, tile: int, limit: int) -> bool:
-    """Estimate whether the loop stays within `limit` registers a thread."""
-    words = sum(area.words(site.page_size) for area in fragment.areas(site).values())
-    held = words * tile // (site.page_size * 32)
-    columns, groups = _columns(site), site.key.head_dim // BLOCK
-    outputs, query = groups * columns // 2, groups * columns // 4
-    scores = tile * columns // 32 * 3 // 2
-    return held + outputs + query + scores + OTHER_REGISTERS <= limit
-
-
-def _round(site: SiteSpec, warps: int, ctas: int) -> int:
-    """Return how many parts are merged at a time: few CTAs have few parts but many registers."""
-    heads = max(1 << (site.groups - 1).bit_length(), warps)
-    values = site.key.head_dim // 32 * heads // warps  # of one part, a lane
-    wanted = 16 if ctas == 1 else 8
-    return max(2, min(wanted, 64 // values))
