@@ -8,6 +8,7 @@ from cached import cached_program
 from programs import llama_program, run, token_ids
 
 from kvxform.errors import KvxformError
+from kvxform.recipe import Target
 from kvxform.runtime.model import OptimizedModel
 
 
@@ -95,6 +96,8 @@ def test_session_is_as_long_as_the_context_unless_told():
 
 def test_saved_model_holds_report_and_recipe(tmp_path):
     class Text:
+        target = Target()
+
         def to_json(self):
             return "{}\n"
 
