@@ -148,14 +148,15 @@ def _pieces(runner: Runner, row: Tensor, protocol: Protocol) -> Iterator[tuple[i
 
 
 def _score(logits: Tensor, targets: Tensor, expected: Tensor | None) -> Tensor:
-    """Return sums over positions: nll, reference nll, KL, agreements; float64 `[4]`."""
+    """Return sums over positions: nll, reference nll, KL, agreements; float64 `[4]`, on the CPU."""
+    targets = targets.to(logits.device)[:, None]
     model = logits.double().log_softmax(-1)  # [n, vocab]
-    nll = -model.gather(-1, targets[:, None]).sum()
+    nll = -model.gather(-1, targets).sum()
     if expected is None:
         zero = nll.new_zeros(())
-        return torch.stack([nll, zero, zero, zero])
-    source = expected.double().log_softmax(-1)
-    source_nll = -source.gather(-1, targets[:, None]).sum()
+        return torch.stack([nll, zero, zero, zero]).cpu()
+    source = expected.to(logits.device).double().log_softmax(-1)
+    source_nll = -source.gather(-1, targets).sum()
     kl = (source.exp() * (source - model)).sum()
     agreed = (model.argmax(-1) == source.argmax(-1)).sum().double()
-    return torch.stack([nll, source_nll, kl, agreed])
+    return torch.stack([nll, source_nll, kl, agreed]).cpu()

