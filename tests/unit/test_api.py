@@ -66,7 +66,11 @@ def test_signatures_are_frozen():
         ("device", only, None),
         ("progress", only, True),
     ]
-    assert shape(kvxform.load) == [("path", word, inspect.Parameter.empty), ("device", only, None)]
+    assert shape(kvxform.load) == [
+        ("path", word, inspect.Parameter.empty),
+        ("device", only, None),
+        ("target", only, None),
+    ]
 
 
 def test_methods_of_a_model_are_frozen():
@@ -156,7 +160,6 @@ def test_the_target_overrides_that_of_the_recipe():
     ("options", "error", "code"),
     [
         ({"recipe": "kv5"}, RecipeError, "KVX101"),
-        ({"target": "triton"}, CodegenError, "KVX401"),
         ({"target": "cuda"}, RecipeError, "KVX107"),
         ({"calibration": ["text"]}, RecipeError, "KVX107"),
         ({"verify": "some"}, RecipeError, "KVX107"),
@@ -166,6 +169,13 @@ def test_the_target_overrides_that_of_the_recipe():
 def test_bad_options_are_refused(options, error, code):
     with pytest.raises(error, match=code):
         kvxform.optimize(torch.nn.Identity(), **{"recipe": EXACT, "progress": False, **options})
+
+
+def test_a_target_that_the_machine_cannot_run_is_refused_before_any_work(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = {"recipe": EXACT, "target": "triton", "device": "cpu", "progress": False}
+    with pytest.raises(CodegenError, match=r"KVX401 .* needs a CUDA device; got cpu"):
+        kvxform.optimize(torch.nn.Identity(), **options)
 
 
 def test_a_folder_that_was_tampered_with_is_refused(done, tmp_path):
