@@ -225,8 +225,8 @@ def _blocks(spec: StreamSpec, *, in_place: bool) -> Iterator[CodeBlock]:
             yield CodeBlock(loads, tuple(part(tile) for tile in tiles))
     else:
         runs = itertools.groupby(sub_tiles(spec), lambda tile: tile.first_byte)
-        for i, (first, tiles) in enumerate(runs):
-            yield CodeBlock((Load(str(i), first),), tuple(part(tile) for tile in tiles))
+        for i, (first, run) in enumerate(runs):
+            yield CodeBlock((Load(str(i), first),), tuple(part(tile) for tile in run))
 
 
 def _three_bit_tiles(spec: StreamSpec) -> Iterator[tuple[SubTile, ...]]:
