@@ -91,15 +91,7 @@ def run_pipeline(
     if verify != "none":
         with clock.stage("source model"):
             prober = Prober(program, executor, planned.plan)
-    records, last = [], None
-    for planned_pass in passes:
-        with clock.stage(planned_pass.name):
-            program, found = apply_pass(program, planned_pass)
-            record = pass_record(planned_pass, found)
-            if prober is not None:
-                last = prober.measure(program)
-                record = _require_contract(planned_pass, record, last, prober)
-            records.append(record)
+    program, records, last = _apply_passes(program, passes, prober, clock)
     report = dataclasses.replace(plan_report, verify=verify, passes=tuple(records))
     if prober is not None and last is not None:
         report = _with_measurements(report, program, recipe, prober, last)
@@ -114,6 +106,22 @@ def run_pipeline(
         report = dataclasses.replace(report, cache=cache_measured(checks))
     _require_bounds(report)
     return program, report
+
+
+def _apply_passes(
+    program: Program, passes: Sequence[PlannedPass], prober: Prober | None, clock: _Clock
+) -> tuple[Program, list[PassRecord], StageMeasure | None]:
+    """Apply `passes`; with a prober, measure each and return what the last one measured too."""
+    records, last = [], None
+    for planned_pass in passes:
+        with clock.stage(planned_pass.name):
+            program, found = apply_pass(program, planned_pass)
+            record = pass_record(planned_pass, found)
+            if prober is not None:
+                last = prober.measure(program)
+                record = _require_contract(planned_pass, record, last, prober)
+            records.append(record)
+    return program, records, last
 
 
 def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
