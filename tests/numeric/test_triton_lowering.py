@@ -16,6 +16,7 @@ from lowered import (
 )
 from programs import llama_program
 
+from kvxform.codegen.triton import prefilling
 from kvxform.codegen.triton.decoding import Decoding
 from kvxform.codegen.triton.prefilling import Prefilling
 from kvxform.pipeline import run_pipeline
@@ -83,6 +84,51 @@ def test_a_contiguous_cache_is_pages_side_by_side():
     assert_same_cache(got_session, session, 1e-5)
     ids = torch.tensor([3, 4])
     assert relative(got_session.decode(ids), session.decode(ids)) <= 1e-5
+
+
+def test_long_prompts_are_attended_in_slices_of_rows(monkeypatch):
+    program = lowered_program(SMALL_KIVI, **ONE)
+    ids = prompts(program, 3, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    _, triton = both(program)
+    whole = triton.new_session(3, 50).prefill(ids, mask)
+    row_bytes = 40 * 2 * 64 * 4
+    monkeypatch.setattr(prefilling, "DENSE_BYTES", 2 * row_bytes)
+    gathered = []
+    gather = Prefilling._gather
+    monkeypatch.setattr(
+        Prefilling, "_gather", lambda *args: gathered.append(args[3].batch_size) or gather(*args)
+    )
+    assert relative(triton.new_session(3, 50).prefill(ids, mask), whole) <= 1e-6
+    assert gathered == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {"window": 9, "softcap": 3.0, "sink_logits": torch.tensor([0.4, -1.0])},
+        {"chunk": 16, "alibi_slopes": torch.tensor([0.3, 0.05])},
+    ],
+    ids=["window, softcap, sinks", "chunks, alibi"],
+)
+def test_options_of_scores(attention):
+    program = lowered_program("int8", attention=attention, **ONE)
+    plain = lowered_program("int8", **ONE)
+    _, got, _, expected = run_both(program, 30, 1)
+    assert relative(got, expected) <= 1e-4
+    assert relative(run_both(plain, 30, 1)[3], expected) > 1e-2, "options matter"
+
+
+def test_a_reader_reads_the_cache_of_its_owner():
+    program = lowered_program(SMALL_KIVI, heads=2, kv_heads=1)
+    append = program.append_node(1)
+    append.replace_all_uses_with(program.append_node(0))
+    program.graph.erase_node(append)
+    program.plan = program.plan.replace_site(1, owner=0)
+    got_session, got, session, expected = run_both(program, 40, 2)
+    assert relative(got, expected) <= 1e-4
+    assert_same_cache(got_session, session, 1e-3)
 
 
 def test_rows_are_moved_forked_and_freed():
