@@ -110,6 +110,21 @@ def test_at_most_eight_are_timed():
     assert len(clock.ran) == 8
 
 
+def test_the_host_prepares_each_config_before_it_is_timed():
+    clock, events = Clock({1: 30.0, 2: 10.0, 4: 20.0}), []
+
+    def prepare(config: Config) -> None:
+        events.append(("prepare", config))
+
+    def run(config: Config) -> None:
+        events.append(("run", config))
+        clock.run(config)
+
+    module = make_module()
+    tune(module, BUCKET, run, device=CPU, prepare=prepare, timer=clock)
+    assert events == [(what, config) for config in module.CONFIGS for what in ("prepare", "run")]
+
+
 def test_one_config_or_the_interpreter_needs_no_clock():
     clock = Clock({})
     assert clock.tune(make_module(1)) == Config(1)
