@@ -79,6 +79,17 @@ def check_device(device: torch.device) -> None:
         _refuse("target triton needs a CUDA device", device.type, "", hint)
 
 
+def check_interpreter(program: Program) -> None:
+    """Refuse what Triton's interpreter would compute wrongly.
+
+    Raises:
+        CodegenError: KVX401 for bfloat16, whose products are wrong in Triton 3.6.
+    """
+    if is_interpreted() and program.info.dtype == "bfloat16":
+        rule = "Triton's interpreter computes in float32 or float16"
+        _refuse(rule, "bfloat16", "", "unset TRITON_INTERPRET, or convert the model")
+
+
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: `TRITON_INTERPRET=1` was set at the start."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

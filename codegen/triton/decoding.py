@@ -145,10 +145,11 @@ class Decoding:
 
     def _workspace(self, module: ModuleType, batch_size: int, max_seq_len: int) -> Any:
         """Return the scratch tensors of a decode kernel, which layers share."""
-        key = (module.__name__, batch_size, max_seq_len)
+        tokens = 1 << (max_seq_len - 1).bit_length()  # so that sessions of most lengths share one
+        key = (module.__name__, batch_size, tokens)
         if key not in self._workspaces:
             self._workspaces[key] = module.make_workspace(
-                batch_size, max_seq_len, self._num_sms, self._kernels.device
+                batch_size, tokens, self._num_sms, self._kernels.device
             )
         return self._workspaces[key]
 

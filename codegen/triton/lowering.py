@@ -14,7 +14,12 @@ from torch import Tensor
 
 from kvxform.codegen.eager.lowering import EagerExecutable
 from kvxform.codegen.triton.cache import Launchers, TritonCache
-from kvxform.codegen.triton.capability import check_device, check_program, is_interpreted
+from kvxform.codegen.triton.capability import (
+    check_device,
+    check_interpreter,
+    check_program,
+    is_interpreted,
+)
 from kvxform.codegen.triton.compiled import compiled_forward
 from kvxform.codegen.triton.graphs import DecodeGraphs
 from kvxform.codegen.triton.kernels import Kernels
@@ -39,6 +44,7 @@ class TritonExecutable:
         check_program(program)
         self.program = program
         check_device(self.device)
+        check_interpreter(program)
         self._kernels = Kernels(program, self.device, interpret=is_interpreted())
         self._launchers = Launchers.of(self._kernels)
         self._graph = EagerExecutable(self._fold_rotations(), fuse_norms=True)

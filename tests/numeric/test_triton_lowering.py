@@ -46,7 +46,7 @@ def run_both(program, prompt=44, steps=2):
     mask[1, : prompt // 3] = 0
     found = []
     for model in (eager, triton):
-        session = model.new_session(2, 50)
+        session = model.new_session(2, prompt + steps)
         logits = [session.prefill(ids[:, :prompt], mask, chunk_size=prompt - 5)]
         logits += [session.decode(ids[:, prompt + i]) for i in range(steps)]
         found.append((session, torch.cat(logits)))

@@ -115,6 +115,12 @@ def test_other_machines_that_are_refused(no_interpreter, monkeypatch):
         check_device(CPU)
 
 
+def test_the_interpreter_takes_no_bfloat16(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(CodegenError, match=r"^KVX401 \[triton\].*got bfloat16"):
+        OptimizedModel(toy(torch.bfloat16), recipe=recipe_for("exact"))
+
+
 def test_cuda_is_the_default_where_there_is_one(no_interpreter, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert capability.default_device() == torch.device("cuda")
