@@ -31,6 +31,8 @@ _CONFIGS = (
 # Parts of 16 channels are too narrow for four warps.
 _NARROW_CONFIGS = ((32, 4, 2, 3), (32, 6, 2, 2), (32, 4, 4, 3), (16, 6, 2, 3))
 _WEIGHT_BITS = {8: 6, 4: 2, 3: 1, 2: 0}
+# Heads of more than 128 channels need more registers than four warps have.
+_WIDE_CONFIGS = ((64, 2, 8, 3), (64, 2, 8, 2), (64, 1, 8, 3), (32, 2, 4, 2), (16, 4, 4, 3))
 
 
 @emits(DecodeSpec)
@@ -168,7 +170,8 @@ def _configs(
     tokens = [stream.tokens_per_group for stream in site.streams.values()]
     fits = math.gcd(*(size for size in tokens if size > 1), 0 if is_gathered else site.page_size)
     is_narrow = any(part.block == MIN_BLOCK for stream in streams for part in stream.parts)
-    wanted = _NARROW_CONFIGS if is_narrow else _CONFIGS
+    is_wide = max(stream.head_dim for stream in site.streams.values()) > 128
+    wanted = _WIDE_CONFIGS if is_wide else _NARROW_CONFIGS if is_narrow else _CONFIGS
     return tuple(config for config in wanted if fits % config[0] == 0)
 
 

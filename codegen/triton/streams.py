@@ -50,10 +50,14 @@ class Load:
     Attributes:
         name: Suffix of its variables.
         first: First element of the row.
+        start: First element after `first`, of those that are repeated.
+        period: Elements from `first` on that are repeated, or 0.
     """
 
     name: str
     first: int
+    start: int = 0
+    period: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class CodeBlock:
     """Loads that are unpacked together into parts.
 
     Attributes:
-        loads: What is loaded: one run of elements, or three if codes have 3 bits.
+        loads: What is loaded: one run of elements, or low and high bits if codes have 3 bits.
         parts: What it unpacks to, in the order of the unpacking function.
     """
 
@@ -219,10 +223,9 @@ def _blocks(spec: StreamSpec, *, in_place: bool) -> Iterator[CodeBlock]:
         yield CodeBlock((Load("0", 0),), (part(whole),))
     elif spec.bits == 3:
         for i, tiles in enumerate(_three_bit_tiles(spec)):
-            eighth, first = spec.head_dim // 8, tiles[0].first_byte
-            names = (f"{i}_even", f"{i}_odd", f"{i}_high")
-            loads = tuple(Load(name, first + j * eighth) for j, name in enumerate(names))
-            yield CodeBlock(loads, tuple(part(tile) for tile in tiles))
+            low, eighth = Load(f"{i}", tiles[0].first_byte), spec.head_dim // 8
+            high = Load(f"{i}_high", 2 * eighth, low.first, eighth)
+            yield CodeBlock((low, high), tuple(part(tile) for tile in tiles))
     else:
         runs = itertools.groupby(sub_tiles(spec), lambda tile: tile.first_byte)
         for i, (first, run) in enumerate(runs):
@@ -230,16 +233,14 @@ def _blocks(spec: StreamSpec, *, in_place: bool) -> Iterator[CodeBlock]:
 
 
 def _three_bit_tiles(spec: StreamSpec) -> Iterator[tuple[SubTile, ...]]:
-    """Yield runs of eight sub-tiles: low bits in the even or odd eighth, high bit in the third.
+    """Yield runs of four sub-tiles that share bytes of low bits: the first D / 4 bytes of a row.
 
-    Part p has its two low bits at bit `p // 2 * 2` of byte j of eighth `p % 2`, and its high bit at
-    bit p of byte j of the last third.
+    Byte j of these holds channels j + p D / 4. Their high bits are in byte j modulo D / 8 of the
+    rest, at bit 2 p, or at 2 p + 1 if j is in the upper half.
     """
-    eighth = spec.head_dim // 8
+    row = spec.head_dim // 4
     group = spec.group if spec.axis == "token" else spec.head_dim
-    width = math.gcd(eighth, group)
-    for first in range(0, eighth, width):
-        channels = [p * eighth + first for p in range(8)]
-        yield tuple(
-            SubTile(first, p // 2 * 2, c, width, c // group) for p, c in enumerate(channels)
-        )
+    width = math.gcd(row, group)
+    for first in range(0, row, width):
+        channels = [p * row + first for p in range(4)]
+        yield tuple(SubTile(first, 2 * p, c, width, c // group) for p, c in enumerate(channels))

@@ -17,7 +17,7 @@ from triton_cases import int_stream, make_site, plain_stream
 from kvxform.codecs.packing import pack
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec, StreamSpec
-from kvxform.codegen.triton.streams import CodeBlock, TileStream
+from kvxform.codegen.triton.streams import CodeBlock, Load, TileStream
 from kvxform.errors import CodegenError
 
 PLAIN = DecodeSpec(make_site(int_stream(64), page_size=64))
@@ -145,12 +145,17 @@ def test_tiles_fit_pages_and_groups() -> None:
         assert {most % int(n) for n in configs} == {0}
 
 
+def columns(load: Load, width: int) -> torch.Tensor:
+    elements = load.start + torch.arange(width)
+    return load.first + (elements % load.period if load.period else elements)
+
+
 def lay_out(stream: StreamSpec, row: torch.Tensor) -> dict[int, torch.Tensor]:
     """Return the bytes that each load of each block takes, by first channel of the block."""
     blocks = TileStream.of("key", make_site(stream)).blocks
     return {
         block.parts[0].first_channel: torch.stack(
-            [row[load.first : load.first + block.width] for load in block.loads]
+            [row[columns(load, block.width)] for load in block.loads]
         )
         for block in blocks
     }
@@ -182,6 +187,10 @@ def run_assembly(text: str, block: CodeBlock, pieces: torch.Tensor) -> list[torc
     lines = re.search(r'"""\s+\{\n(.*?)\}', text, re.DOTALL)
     assert lines is not None
     width, count_of_parts = block.width, len(block.parts)
+    if len(pieces) == 2:  # codes of 3 bits: which bytes have high bits at odd places
+        first, half = block.loads[0].first, block.loads[1].period
+        odd = (first + torch.arange(width)) // half * 255
+        pieces = torch.cat([pieces, odd[None].byte()])
     padded = torch.zeros(len(pieces), -(-width // 4) * 4, dtype=torch.uint8)
     padded[:, :width] = pieces
     outputs: list[list[int]] = [[] for _ in block.parts]
@@ -211,8 +220,12 @@ def run_instruction(line: str, registers: dict[str, int]) -> None:
     elif name == "shl.b32":
         result = values[0] << values[1] & 0xFFFFFFFF
     else:
-        assert (name, values[3]) == ("lop3.b32", 0xF8), line
-        result = values[0] | (values[1] & values[2])
+        assert name == "lop3.b32", line
+        choices = [
+            sum((x >> i & 1) << k for x, k in zip(values, (2, 1, 0), strict=False))
+            for i in range(32)
+        ]
+        result = sum((values[3] >> choice & 1) << i for i, choice in enumerate(choices))
     registers[target] = result
 
 
