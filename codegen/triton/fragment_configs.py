@@ -8,7 +8,7 @@ from kvxform.codegen.triton.spec import SiteSpec
 
 MAX_CONFIGS = 8
 WORDS_A_LANE = 32  # of K and V of a tile: what three CTAs of four warps have registers for
-OTHER_REGISTERS = 36  # addresses, softmax, records
+OTHER_REGISTERS = 32  # addresses, softmax, records
 REGISTER_FILE = 65536  # of a multiprocessor
 MAX_REGISTERS = 255  # of a thread
 
@@ -32,7 +32,7 @@ def list_configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
     if bits < 8:
         wanted = [(4, 2 * tile, 2, 0), (8, 2 * tile, 1, 0), (4, tile, 3, 168), (4, tile, 4, 128)]
         wanted += [(2, 2 * tile, 4, 0), (4, 2 * tile, 3, 168), (8, tile, 2, 128)]
-        wanted += [(4, tile // 2, 4, 128), (4, tile, 2, 0)]
+        wanted += [(4, tile // 2, 4, 128), (4, tile, 2, 0), (8, tile, 1, 0)]
     else:
         wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
         wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]
@@ -53,7 +53,7 @@ def _fits(site: SiteSpec, tile: int, limit: int) -> bool:
     held = words * tile // (site.page_size * 32)
     columns, groups = count_columns(site), site.key.head_dim // BLOCK
     outputs, query = groups * columns // 2, groups * columns // 4
-    scores = tile * columns // 32 * 3 // 2
+    scores = tile * columns // 16  # and weights
     return held + outputs + query + scores + OTHER_REGISTERS <= limit
 
 
