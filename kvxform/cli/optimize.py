@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvxform.cli.options import Json, Model, Out, RecipeName, Verify, VerifyLevel
+from kvxform.cli.options import Json, Lowering, Model, Out, RecipeName, Verify, VerifyLevel
 from kvxform.cli.output import format_bytes, print_json, print_table, talk
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ def run(
     model: Model,
     recipe: RecipeName,
     out: Out,
+    lowering: Lowering = None,
     onnx: Onnx = False,
     verify: VerifyLevel = Verify.probe,
     json: Json = False,
@@ -28,7 +29,7 @@ def run(
     from kvxform.atomic import check_replaceable
 
     check_replaceable(out)  # before the work, not after it
-    optimized = kvxform.optimize(model, recipe, verify=verify.value)
+    optimized = kvxform.optimize(model, recipe, target=lowering, verify=verify.value)
     optimized.save(out)
     files = {"artifact": str(out), "report": str(out / "report.html")}
     if onnx:

@@ -41,6 +41,10 @@ OptionalRecipe = Annotated[
     str | None,
     typer.Option("--recipe", "-r", help="Recipe, where TARGET is a MODEL."),
 ]
+Lowering = Annotated[
+    str | None,
+    typer.Option("--lowering", help="eager, triton or onnx, instead of that of the recipe."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; replaced as a whole.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 VerifyLevel = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvxform.cli.options import Json, Model, RecipeName
+from kvxform.cli.options import Json, Lowering, Model, RecipeName
 from kvxform.cli.output import format_bytes, plain_table, print_data, print_json
 
 if TYPE_CHECKING:
@@ -25,13 +25,16 @@ def run(
     recipe: RecipeName,
     batch: Batch = 8,
     tokens: Tokens = 8192,
+    lowering: Lowering = None,
     json: Json = False,
 ) -> None:
     """Print what a recipe would make of the cache; reads no weights once the model is known."""
     from kvxform.pipeline import plan_pipeline
-    from kvxform.recipe import load_recipe
+    from kvxform.recipe import load_recipe, retarget
 
     loaded = load_recipe(recipe)
+    if lowering is not None:
+        loaded = retarget(loaded, lowering)
     program, report = plan_pipeline(captured_shapes(model), loaded)
     data = plan_data(program, report, batch, tokens)
     if json:
