@@ -88,6 +88,7 @@ def _variables(spec: DecodeSpec) -> dict[str, Any]:
         "table_streams": [stream for stream in streams if stream.spec.table],
         "unpackers": {stream.unpacker: stream.spec.bits for stream in streams if stream.unpacker},
         "is_gathered": is_gathered,
+        "page_run": math.gcd(site.page_size, MIN_BLOCK),  # tokens that are surely neighbours
         "is_normal": is_normal,
         "q_limit": QUERY_LIMIT,
         "has_channel_keys": key.is_channel and not key.wide,
