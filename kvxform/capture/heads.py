@@ -7,6 +7,7 @@ index is read off by sending the feature numbers themselves through the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, fx
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import Stop, shape_of, tensor_type
 from kvxform.ir.rounding import coarsest
+
+DIGIT_BASE = 16  # of feature numbers; bfloat16 holds products of so small numbers well enough
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,44 @@ def measure_heads(prober: Prober, operand: fx.Node, stop: Stop) -> HeadMap | Non
     prober.remember(stop.region, setting)
 
     def first_token(features: Tensor) -> Tensor:
-        rows = features.to(dtype).expand(1, setting.length, count)
+        rows = features.to(prober.device, dtype).expand(1, setting.length, count)
         bound = {stop.node: from_rows(stop.node, rows)}
         value: Tensor = prober.run([operand], setting, bound)[0]
-        return value[0, :, 0].double()  # [H, D]
+        return value[0, :, 0].double().cpu()  # [H, D]
 
-    numbers = torch.arange(1, count + 1, dtype=torch.float64)
     factor = first_token(torch.ones(count))
     if not bool(torch.isfinite(factor).all()) or bool((factor == 0).any()):
         return None
-    index = (first_token(numbers) / factor).round().long() - 1
-    if bool((index < 0).any() or (index >= count).any()) or bool((factor != factor[0]).any()):
+    index = read_index(lambda features: first_token(features) / factor, count)
+    if index is None or bool((factor != factor[0]).any()):
         return None
     noise = prober.random(count, dtype=dtype)
-    want, both = noise.double()[index] * factor, coarsest(dtype, operand.meta["type"].dtype)
+    want, both = noise.double().cpu()[index] * factor, coarsest(dtype, operand.meta["type"].dtype)
     if not is_close(first_token(noise), want, both) or bool(first_token(noise * 0).any()):
         return None
     return HeadMap(stop.node, index, factor[0], stop.region)
+
+
+def read_index(send: Callable[[Tensor], Tensor], count: int) -> Tensor | None:
+    """Return which of `count` features each element is of what `send` makes of features.
+
+    Features are numbered, and the numbers sent digit by digit: 16 bits hold few integers.
+
+    Args:
+        send: From features `[count]`, float64, to a choice of them, of any shape and dtype.
+        count: Features.
+
+    Returns:
+        int64 on the CPU, or None if what comes back is no choice.
+    """
+    numbers, place, index = torch.arange(count), 1, None
+    while index is None or place < count:
+        found = send((numbers // place % DIGIT_BASE + 1).double()).double().cpu().round().long() - 1
+        if bool((found < 0).any() or (found >= DIGIT_BASE).any()):
+            return None
+        index = found * place if index is None else index + found * place
+        place *= DIGIT_BASE
+    return None if bool((index >= count).any()) else index
 
 
 def is_static(prober: Prober, operand: fx.Node, heads: HeadMap) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
 from kvxform.capture.emitting import HeadEmitter, insert
-from kvxform.capture.heads import Axes, find_stride, from_rows, num_features
+from kvxform.capture.heads import Axes, find_stride, from_rows, num_features, read_index
 from kvxform.capture.latent_rope import join_heads, raise_latent_rope
 from kvxform.capture.probing import Prober, Setting, error, is_close
 from kvxform.capture.projections import LinearNode, read_linear
@@ -209,7 +209,7 @@ def _picks(
     type_ = tensor_type(anchor)
     if type_ is None or type_.dtype != k.meta["type"].dtype:
         return None
-    count, held = num_features(anchor), {fixed: _random(prober, fixed)}
+    count, dtype, held = num_features(anchor), type_.dtype, {fixed: _random(prober, fixed)}
 
     def picked(rows: Tensor) -> Tensor:
         bound = {**held, anchor: from_rows(anchor, rows)}
@@ -217,12 +217,11 @@ def _picks(
         return value.transpose(1, 2)  # [B, S, Hk, n]
 
     shape = (_SETTING.batch, _SETTING.length, count)
-    numbers = torch.arange(1, count + 1, dtype=type_.dtype, device=prober.device)
-    index = picked(numbers.expand(shape))[0, 0].double().round().long() - 1
-    if bool((index < 0).any() or (index >= count).any()):
+    index = read_index(lambda x: picked(x.to(prober.device, dtype).expand(shape))[0, 0], count)
+    if index is None:
         return None
-    noise = prober.random(*shape, dtype=type_.dtype)
-    return index if is_close(picked(noise), noise[..., index]) else None
+    noise = prober.random(*shape, dtype=dtype)
+    return index if is_close(picked(noise), noise[..., index.to(noise.device)]) else None
 
 
 def _random(prober: Prober, node: fx.Node) -> Tensor:

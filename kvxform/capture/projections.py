@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from kvxform.capture.heads import HeadMap, find_stride, from_rows, to_rows
+from kvxform.capture.heads import HeadMap, find_stride, from_rows, read_index, to_rows
 from kvxform.capture.probing import Prober, Setting, is_close
 from kvxform.capture.structure import TRANSPARENT, ancestors, chain_back, op_name, tensor_type
 from kvxform.ir.program import Projection
@@ -132,14 +132,18 @@ def output_projection(prober: Prober, out: fx.Node, heads: int, channels: int) -
         return None
     setting = Setting.first(3)
     dtype = out.meta["type"].dtype
-    numbers = torch.arange(1, heads * channels + 1, dtype=dtype)
-    value = from_rows(out, numbers.expand(1, 3, -1))
-    (seen,) = prober.run([linear.x], setting, {out: value})
-    seen = seen.reshape(3, -1)
-    if seen.shape[1] != numbers.numel() or not torch.equal(seen, seen[:1].expand_as(seen)):
+    count = heads * channels
+
+    def read(features: Tensor) -> Tensor:
+        value = from_rows(out, features.to(prober.device, dtype).expand(1, 3, count))
+        (seen,) = prober.run([linear.x], setting, {out: value})
+        return seen.reshape(3, -1)
+
+    places = read_index(read, count)  # of each input of the projection, [3, inputs]
+    if places is None or places.shape[1] != count or bool((places != places[0]).any()):
         return None
-    index = seen[0].long().argsort().view(heads, channels)
-    stride = find_stride(index)
-    if stride is None or not torch.equal(seen[0][index.flatten()], numbers):
+    index = places[0].argsort()
+    stride = find_stride(index.view(heads, channels))
+    if stride is None or not torch.equal(places[0][index], torch.arange(count)):
         return None
     return Projection(linear.weight, linear.bias, linear.layout, stride.start, stride.step)

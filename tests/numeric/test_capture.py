@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from models import VOCAB, PlainGPT, plain, tiny_hf
 from torch import Tensor, nn
 from torch.export import Dim
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvxform.ir.ops as kvx
 from kvxform.capture import Captured, capture
@@ -420,3 +421,21 @@ def test_smollm2_is_captured_whole() -> None:
     assert captured.max_abs_error <= 1e-3
     assert captured.program.info.context_length == 8192
     assert captured.tokenizer_path is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_wider_than_their_integers_are_raised_whole(dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,  # 1024 features of q: more than the integers that bfloat16 holds
+        vocab_size=64,
+    )
+    site = capture(LlamaForCausalLM(config).to(dtype).eval()).program.site(0)
+    assert (site.num_q_heads, site.num_kv_heads, site.head_dim) == (8, 4, 128)
+    assert site.rope is not None
+    assert None not in (site.q, site.k, site.v, site.o)
