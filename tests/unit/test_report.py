@@ -14,6 +14,7 @@ from kvxform.report import (
     BoundRecord,
     CacheMeasured,
     LayerRecord,
+    LoweringRecord,
     Measured,
     PassRecord,
     PlanSummary,
@@ -169,6 +170,21 @@ def test_page_says_what_was_done_proved_and_measured():
         "kept",
     ):
         assert re.sub(r"\s", " ", words) in text, words
+
+
+def test_page_compares_the_target_with_the_eager_lowering():
+    measured = Measured(max_abs=0.5, relative=0.0123, kl=0.0456, top1=0.9)
+    cache = CacheMeasured(("decode",), 0.0, 0.000123, 0.000456)
+    lowering = LoweringRecord("triton", measured, "relative", 0.03, cache)
+    report = make_report(lowering=lowering)
+    assert Report.from_json(report.to_json()).lowering == lowering
+    text = Page(report.to_html()).text
+    assert "Target triton" in text
+    assert "0.0123" in text
+    assert "of the largest logit" in text
+    assert "Target triton" not in Page(make_report().to_html()).text
+    lossy = dataclasses.replace(lowering, metric="kl")
+    assert "0.0456 nats" in Page(make_report(lowering=lossy).to_html()).text
 
 
 def test_page_has_a_bar_for_each_layer_and_stream():
