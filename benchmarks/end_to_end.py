@@ -89,7 +89,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--budget-gb", type=float, help="memory for `largest`; all by default")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(default))
-    return parser.parse_args()
+    parser.add_argument("--capture-device", type=torch.device, help="where capture runs parts")
+    options = parser.parse_args()
+    options.capture_device = options.capture_device or options.device
+    return options
 
 
 def row_keys(only: str) -> list[str]:
@@ -122,7 +125,7 @@ class Bench:
         if HUGGINGFACE in self.keys:
             self.measure(HUGGINGFACE, functools.partial(self.huggingface, model))
         recipes = self.wanted_recipes()
-        base = self.captured(model.cpu()) if recipes else None  # capture probes on the CPU
+        base = self.captured(model.to(self.options.capture_device)) if recipes else None
         del model
         free_memory()
         for recipe in recipes:
@@ -159,11 +162,11 @@ class Bench:
         print(text, file=sys.stderr, flush=True)
 
     def captured(self, model: Any) -> Program:
-        """Return the captured program of a model on the CPU."""
+        """Return the captured program, its weights in host memory."""
         start = time.monotonic()
         program = capture(model, name="llama-3-8b-shape").program
         self.tell(f"captured, {time.monotonic() - start:.0f} s")
-        return program
+        return move_program(program, torch.device("cpu"))
 
     def rewritten(self, base: Program, recipe: str) -> Program:
         """Return the program of a recipe, on the device."""
