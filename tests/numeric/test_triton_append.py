@@ -21,8 +21,8 @@ from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, SiteSpec
 
 pytestmark = pytest.mark.triton
 
-# New tokens of two rows in each step: several tiles, ragged ends, one token, none.
-STEPS = ((3, 1), (1, 0), (0, 0), (7, 35), (1, 1))
+# New tokens of two rows in each step: several tiles, ragged ends, one token, none for a row.
+STEPS = ((3, 1), (1, 0), (0, 35), (1, 1))
 TABLE = (-1.0, -0.45, -0.1, 0.0, 0.12, 0.5, 0.7, 1.1)
 
 
@@ -41,14 +41,14 @@ def small(key: object, value: object = None, **options: object) -> SiteSpec:
     return make_site(key, value, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_codes_scales_and_zeros_are_those_of_the_codec(bits: int) -> None:
-    check(small(int_stream(32, bits)))
+@pytest.mark.parametrize(("key_bits", "value_bits"), [(4, 3), (8, 2)])
+def test_codes_scales_and_zeros_are_those_of_the_codec(key_bits: int, value_bits: int) -> None:
+    check(small(int_stream(32, key_bits), int_stream(32, value_bits)))
 
 
 def test_symmetric_and_clipped_codes() -> None:
     key = int_stream(32, 8, symmetric=True)
-    check(small(key, int_stream(32, 3, symmetric=True, clip=0.9)))
+    check(small(key, int_stream(32, 4, symmetric=True, clip=0.9)))
 
 
 def test_zero_points_that_are_values_and_ranges_that_contain_zero() -> None:
@@ -57,15 +57,15 @@ def test_zero_points_that_are_values_and_ranges_that_contain_zero() -> None:
 
 
 def test_groups_smaller_than_a_head() -> None:
-    check(small(int_stream(64, 4, group=32), int_stream(64, 2, group=32, include_zero=True)))
+    check(small(int_stream(64, 4, group=32), int_stream(32, 8, group=16, include_zero=True)))
 
 
 def test_heads_that_are_no_power_of_two() -> None:
-    check(small(int_stream(80, 4), int_stream(96, 3, group=48)))
+    check(small(int_stream(80, 8), int_stream(48, 4, group=24)))
 
 
 def test_a_table_of_values() -> None:
-    check(small(int_stream(32, 3, table=TABLE), int_stream(32, 2, table=(-1.5, -0.4, 0.4, 1.5))))
+    check(small(int_stream(32, 3, table=TABLE), plain_stream(32)))
 
 
 def test_token_norms() -> None:
@@ -102,7 +102,7 @@ def test_blocks_of_several_groups_of_tokens() -> None:
     check(small(key, int_stream(32, 2, keep=32, sink=2)), ((4, 1), (28, 60), *((1, 1),) * 2))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_pages_in_fragment_order(bits: int) -> None:
     dim = 128 if bits == 2 else 64
     site = make_site(int_stream(dim, bits), heads=(2, 1), layout="fragment", page_size=64)
@@ -163,7 +163,7 @@ def rope_of(k: Tensor, rope: RopeSpec) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("layout", "dim", "bits", "block"),
-    [("rows", 64, 4, 64), ("rows", 96, 3, 32), ("fragment", 64, 4, 64), ("fragment", 128, 2, 32)],
+    [("rows", 64, 4, 64), ("rows", 96, 8, 32), ("fragment", 64, 4, 64), ("fragment", 128, 2, 32)],
 )
 def test_hadamard_is_within_a_code_of_the_rotated_keys(
     layout: str, dim: int, bits: int, block: int
@@ -212,7 +212,7 @@ def test_strided_operands() -> None:
 RULES = st.tuples(st.integers(0, 3), st.integers(0, 5), st.sampled_from([1, 4, 16]))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     rules=st.tuples(RULES, RULES),
     steps=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=3),
@@ -225,7 +225,7 @@ def test_any_rule_any_steps(
     check(small(*streams, page_size=16), tuple(steps))
 
 
-@pytest.mark.parametrize("rule", [(0, 0, 1), (0, 3, 1), (1, 0, 8), (0, 2, 4)])
+@pytest.mark.parametrize("rule", [(0, 3, 1), (1, 2, 4)])
 def test_token_by_token_is_all_at_once(rule: tuple[int, int, int]) -> None:
     sink, keep, chunk = rule
     site = small(int_stream(16, 4, sink=sink, keep=keep, chunk=chunk), page_size=16)
