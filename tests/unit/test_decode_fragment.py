@@ -89,7 +89,7 @@ def check_loop(code: sass.MachineCode) -> dict[str, int]:
 # Instructions, HMMA and loads of 16 bytes in a loop: with these an H100 is bound by its memory.
 BOUNDS = {
     "int2": (770, 64, 8),
-    "int4": (470, 32, 8),
+    "int4": (800, 64, 16),
     "int8": (410, 34, 16),
     "bfloat16": (280, 16, 16),
 }
