@@ -114,6 +114,7 @@ class EagerExecutable:
     ) -> Tensor:
         """Feed new tokens to a cache; see `Executable.step`."""
         assert isinstance(cache, PagedCache), "made by `new_cache`"
+        inputs.check()
         step = Step(
             list(inputs.rows),
             list(inputs.starts),

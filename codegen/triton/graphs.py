@@ -126,6 +126,7 @@ class DecodeGraphs:
         recording.step.fill(input_ids, inputs, table)
         step = recording.step.view(tokens)
         self._decoding.plan(step, inputs, table, cache.storages, cache.sizes)
+        inputs.check()
         if recording.tokens != tokens:
             recording.tokens, recording.graph = tokens, None
             return self._launch(recording, inputs, cache, "the first step of this shape")

@@ -93,6 +93,7 @@ class TritonExecutable:
             self._launchers.decoding.plan(step, inputs, table, cache.storages, cache.sizes)
         graph = self._graph if is_folded else self._watched_graph
         last = None if all_logits else step.counts.long() - 1
+        inputs.check()
         cache.begin(step)
         logits = graph(input_ids.to(self.device), step.positions(), cache, last=last)
         cache.commit()

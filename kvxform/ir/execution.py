@@ -6,7 +6,7 @@ they are the same whatever runs below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,8 @@ class StepInputs:
         counts: New tokens, per entry, at least 1.
         positions: Position of the first new token, per entry.
         block_table: Pages of each entry, int32 `[B, pages]` on the CPU, padded with the null page.
+        check: Raises if the new tokens are none of the vocabulary. To be called before anything
+            runs, and after what the host can do until the tokens have been looked at.
     """
 
     rows: Sequence[int]
@@ -50,6 +52,7 @@ class StepInputs:
     counts: Sequence[int]
     positions: Sequence[int]
     block_table: Tensor
+    check: Callable[[], None]
 
     @property
     def ends(self) -> list[int]:

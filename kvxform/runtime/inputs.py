@@ -73,8 +73,40 @@ def check_tokens(token_ids: Tensor, vocab_size: int) -> Tensor:
     return token_ids.to(torch.int64)
 
 
+class RangeCheck:
+    """Whether ids lie in the vocabulary. On a device the answer is on its way until `finish`.
+
+    Args:
+        ids: Integer ids of any shape, not empty.
+        vocab_size: Ids must be below it.
+    """
+
+    def __init__(self, ids: Tensor, vocab_size: int) -> None:
+        self._vocab_size, self._arrived = vocab_size, None
+        self._bounds = torch.stack(torch.aminmax(ids))
+        if ids.is_cuda:
+            on_host = torch.empty(2, dtype=ids.dtype, pin_memory=True)
+            self._bounds = on_host.copy_(self._bounds, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(ids.device).record_event()
+
+    def finish(self) -> None:
+        """Wait for the answer; raise KVX704 if an id is out of range."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        low, high = self._bounds.tolist()
+        if low < 0 or high >= self._vocab_size:
+            rule = f"token ids must lie in 0..{self._vocab_size - 1}"
+            refuse(rule, low if low < 0 else high)
+
+
 def check_ids(ids: Tensor, dims: int, vocab_size: int) -> None:
     """Raise KVX704 unless `ids` is an integer tensor of `dims` axes with ids in the vocabulary."""
+    check_form(ids, dims)
+    RangeCheck(ids, vocab_size).finish()
+
+
+def check_form(ids: Tensor, dims: int) -> None:
+    """Raise KVX704 unless `ids` is an integer tensor of `dims` axes that is not empty."""
     shape = "[batch, tokens]" if dims == 2 else "[batch]"
     if not isinstance(ids, Tensor):
         refuse("token ids must be a tensor", type(ids).__name__)
@@ -82,9 +114,6 @@ def check_ids(ids: Tensor, dims: int, vocab_size: int) -> None:
         refuse(f"token ids must have shape {shape} and not be empty", list(ids.shape))
     if ids.dtype not in _INTEGERS:
         refuse("token ids must be int64 or int32", str(ids.dtype).removeprefix("torch."))
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= vocab_size:
-        refuse(f"token ids must lie in 0..{vocab_size - 1}", low if low < 0 else high)
 
 
 def _check_mask(mask: Tensor, ids: Tensor) -> Tensor:

@@ -6,15 +6,19 @@ in the order of the rows asked for, by default all live rows, ascending.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kvxform.errors import CodegenError
 from kvxform.ir.execution import Executable, StepInputs
-from kvxform.runtime.inputs import check_tokens, make_batch, refuse
+from kvxform.runtime.inputs import RangeCheck, check_form, make_batch, refuse
 from kvxform.runtime.rows import RowStore
+
+
+def _checked_before() -> None:
+    """Do nothing: `make_batch` has looked at the tokens of a prompt."""
 
 
 class Session(RowStore):
@@ -118,16 +122,17 @@ class Session(RowStore):
             CacheFullError: KVX702 or KVX703; nothing has changed then.
             KvxformError: KVX704 for bad input.
         """
-        ids = check_tokens(token_ids, self._vocab_size)
+        check_form(token_ids, 1)
+        check = RangeCheck(token_ids, self._vocab_size)
         targets = self._check_rows(self.rows if rows is None else rows)
-        if len(targets) != len(ids):
-            refuse(f"decode needs one token for each of {len(targets)} rows", len(ids))
+        if len(targets) != len(token_ids):
+            refuse(f"decode needs one token for each of {len(targets)} rows", len(token_ids))
         dead = [row for row in targets if row not in self._rows]
         if dead:
             refuse("decode needs rows that have been prefilled", dead)
         counts = [1] * len(targets)
         self._reserve(targets, counts)
-        return self._run(targets, ids[:, None], counts, all_logits=False)
+        return self._step(targets, token_ids.long()[:, None], counts, False, check.finish)
 
     def _run(self, rows: list[int], ids: Tensor, counts: list[int], all_logits: bool) -> Tensor:
         """Run one step over the rows that have tokens in it; other rows get zero logits."""
@@ -139,10 +144,17 @@ class Session(RowStore):
         logits[fed] = part
         return logits
 
-    def _step(self, rows: list[int], ids: Tensor, counts: list[int], all_logits: bool) -> Tensor:
+    def _step(
+        self,
+        rows: list[int],
+        ids: Tensor,
+        counts: list[int],
+        all_logits: bool,
+        check: Callable[[], None] = _checked_before,
+    ) -> Tensor:
         starts = [self._length(row) for row in rows]
         first = [self._rows[r].logical_length if r in self._rows else 0 for r in rows]
-        inputs = StepInputs(rows, starts, counts, first, self._pool.block_table(rows))
+        inputs = StepInputs(rows, starts, counts, first, self._pool.block_table(rows), check)
         try:
             logits = self._executable.step(ids, inputs, self._cache, all_logits=all_logits)
         except BaseException:

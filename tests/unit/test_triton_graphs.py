@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 def inputs(starts, table):
     rows = list(range(len(starts)))
-    return StepInputs(rows, starts, [1] * len(starts), starts, torch.tensor(table).int())
+    pages = torch.tensor(table).int()
+    return StepInputs(rows, starts, [1] * len(starts), starts, pages, lambda: None)
 
 
 def test_a_static_step_holds_what_a_step_of_its_own_would():
