@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from gpu_timing import Timing, time_calls
-from problems import HEAD_DIM, NUM_KV_HEADS, make_block_table
+from problems import DEVICE, HEAD_DIM, NUM_KV_HEADS, make_block_table
 from results import (
     ResultFile,
     Row,
@@ -64,7 +64,7 @@ def row_names() -> list[str]:
 
 def measure_batch(batch_size: int, file: ResultFile, options: argparse.Namespace) -> None:
     """Measure all rows of one batch size; what fails becomes a row with an error."""
-    new = torch.randn(LAYERS, 2, batch_size, NUM_KV_HEADS, 1, HEAD_DIM, device="cuda").bfloat16()
+    new = torch.randn(LAYERS, 2, batch_size, NUM_KV_HEADS, 1, HEAD_DIM, device=DEVICE).bfloat16()
     for name in row_names():
         key = f"{batch_size}/{name}"
         if not is_wanted(key, options.only):
@@ -82,8 +82,8 @@ def measure(name: str, new: Tensor, options: argparse.Namespace) -> Row:
     batch_size = new.shape[2]
     lengths = tuple(CACHED - 7 * row for row in range(batch_size))
     table = make_block_table(tuple(n + 1 for n in lengths), options.page_size, first_page=1)
-    num_pages, pages = int(table.max()) + 1, table.cuda()
-    starts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    num_pages, pages = int(table.max()) + 1, table.to(DEVICE)
+    starts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     if name == LAUNCH:
         from plain_write import launch_nothing
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from problems import DEVICE
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _write(
 def make_pages(num_pages: int, heads: int, page_size: int, dim: int) -> torch.Tensor:
     """Return pages, `[num_pages, Hk, 2, page_size, D]` bfloat16: keys, then values of a head."""
     size = (num_pages, heads, 2, page_size, dim)
-    return torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    return torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
 
 
 def write(

@@ -30,7 +30,7 @@ from prefill_ways import (
     SdpaPrefill,
     make_inputs,
 )
-from problems import NUM_KV_HEADS, SCALE
+from problems import DEVICE, NUM_KV_HEADS, SCALE
 from results import (
     ResultFile,
     Row,
@@ -124,12 +124,12 @@ def run_all(calls: list[Part]) -> None:
 
 def error_of(out: Tensor, inputs: Inputs) -> float:
     """Return the relative 2-norm of the error of some of the last queries, against float64."""
-    picked = torch.linspace(0, inputs.chunk - 1, CHECKED_QUERIES).long().cuda()
+    picked = torch.linspace(0, inputs.chunk - 1, CHECKED_QUERIES).long().to(DEVICE)
     first = inputs.length - inputs.chunk
     q = inputs.q[0][:, first + picked].double().unflatten(0, (NUM_KV_HEADS, -1))  # [Hk, G, n, D]
     k, v = inputs.k[0].double(), inputs.v[0].double()  # [Hk, T, D]
     scores = q @ k[:, None].transpose(-1, -2) * SCALE
-    position = torch.arange(inputs.length, device="cuda")
+    position = torch.arange(inputs.length, device=DEVICE)
     scores = scores.masked_fill(position > (first + picked)[:, None], float("-inf"))
     wanted = (torch.softmax(scores, -1) @ v[:, None]).flatten(0, 1)
     found = out[0][:, picked].double()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gpu_timing import time_calls
 from peers import load_flash_attention_3
-from problems import HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS, SCALE, make_block_table
+from problems import DEVICE, HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS, SCALE, make_block_table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -52,11 +52,11 @@ class Inputs:
 
 def make_inputs(length: int, chunk: int) -> Inputs:
     """Return normal random inputs on the GPU."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(heads: int) -> Tensor:
         size = (1, length, heads, HEAD_DIM)
-        x = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
         return x.transpose(1, 2)
 
     return Inputs(normal(NUM_Q_HEADS), normal(NUM_KV_HEADS), normal(NUM_KV_HEADS), chunk)
@@ -70,7 +70,7 @@ class PlainPages:
 
         table = make_block_table((inputs.length,), page_size, first_page=1)
         self.pages = make_pages(int(table.max()) + 1, NUM_KV_HEADS, page_size, HEAD_DIM)
-        self.table = table.cuda()
+        self.table = table.to(DEVICE)
         self.inputs = inputs
 
     def write(self, start: int) -> Part:
@@ -79,7 +79,7 @@ class PlainPages:
 
         own = slice(start, start + self.inputs.chunk)
         k, v = self.inputs.k[:, :, own], self.inputs.v[:, :, own]
-        first = torch.tensor([start], dtype=torch.int32, device="cuda")
+        first = torch.tensor([start], dtype=torch.int32, device=DEVICE)
         options = {"tile": WRITE_TILE, "num_warps": 4}
         return functools.partial(write, k, v, self.pages, self.table, first, **options)
 
@@ -132,10 +132,10 @@ class FlashAttention3Prefill(SdpaPrefill):
         self.result = torch.empty_like(inputs.q[:, :, : inputs.chunk].transpose(1, 2)[0])
         self.out = self.result.transpose(0, 1)[None]
         self.ends = {
-            start: torch.tensor([0, start + inputs.chunk], dtype=torch.int32, device="cuda")
+            start: torch.tensor([0, start + inputs.chunk], dtype=torch.int32, device=DEVICE)
             for start in inputs.starts
         }
-        self.own = torch.tensor([0, inputs.chunk], dtype=torch.int32, device="cuda")
+        self.own = torch.tensor([0, inputs.chunk], dtype=torch.int32, device=DEVICE)
 
     def attend(self, start: int) -> None:
         """Attend from one chunk to all before it and itself."""
@@ -173,14 +173,14 @@ class OurPrefill:
         tensors = make_tensors(site, int(table.max()) + 1)
         self.stored = make_cache(self.append, tensors)
         self.source = make_cache(self.gather, tensors)
-        self.table = table.cuda()
+        self.table = table.to(DEVICE)
         self.out = torch.empty_like(inputs.q[:, :, : inputs.chunk])
         dense = (1, NUM_KV_HEADS, inputs.length, HEAD_DIM)
         self.keys, self.values = (
-            torch.empty(dense, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+            torch.empty(dense, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)
         )
         self.numbers = {
-            n: torch.tensor([n], dtype=torch.int32, device="cuda")
+            n: torch.tensor([n], dtype=torch.int32, device=DEVICE)
             for n in (*inputs.starts, inputs.chunk, inputs.length)
         }
         self.chosen: dict[str, Any] = {}
