@@ -69,6 +69,7 @@ def test_prefill_and_column_scores_agree() -> None:
         make_site(int_stream(128, 2), int_stream(128, 8), page_size=64, layout="fragment"),
         make_site(plain_stream(64), int_stream(64), page_size=32, layout="fragment"),
         make_site(int_stream(80, 3, sink=4, keep=64), int_stream(96, 4, group=32, sink=4)),
+        make_site(int_stream(40, 3), int_stream(40, 2, group=8), dtype="bfloat16"),
         make_site(int_stream(128, 2, axis="channel", zero="float"), dtype="bfloat16"),
         make_site(int_stream(64, 8, symmetric=True, keep=9), plain_stream(48), dtype="float32"),
     ],

@@ -224,3 +224,11 @@ def test_tensor_cores_and_no_spills(spec: KernelSpec) -> None:
 )
 def test_gather_of_rows_compiles(site: SiteSpec) -> None:
     assert compile_one(GatherSpec(site)).spills == 0
+
+
+@pytest.mark.slow
+def test_rows_of_odd_bytes_are_read_byte_by_byte() -> None:
+    """Rows of 15 bytes: two bytes at a time would be misaligned in every other row."""
+    code = compile_one(GatherSpec(make_site(int_stream(40, 3))))
+    assert count(code.whole, "LDG", "U8") > 0
+    assert count(code.whole, "LDG", "64") == count(code.whole, "LDG", "128") == 0
