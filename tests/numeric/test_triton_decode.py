@@ -9,8 +9,10 @@ import torch
 from decode_cases import check_decode, run_decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import int_stream, make_site, plain_stream
+from triton_cases import int_stream, make_site, plain_stream, random_kv, random_q, store
 
+from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec, StreamSpec
 
 pytestmark = pytest.mark.triton
@@ -116,6 +118,18 @@ def test_idle_rows_are_zero_and_have_no_sum() -> None:
 def test_slots_with_a_bias_of_minus_infinity_are_not_seen() -> None:
     spec = DecodeSpec(site(int_stream(32)), has_slot_bias=True, has_lse=True)
     check_decode(spec, [40])  # a fifth of the slots
+
+
+def test_a_workspace_for_fewer_sequences_is_refused() -> None:
+    spec = DecodeSpec(site(int_stream(32)))
+    module = load(emit(spec, interpret=True))
+    stored = store(spec.site, *random_kv(spec.site, 2, 5), [5, 5])
+    q = random_q(spec.site, 2, 2)
+    work = module.make_workspace(1, 5, 0, "cpu")
+    with pytest.raises(ValueError, match="room for 1 items; got 2"):
+        module.decode(
+            q, stored.cache(module), stored.block_table, stored.lengths, work, q, scale=1.0
+        )
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
