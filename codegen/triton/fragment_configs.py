@@ -22,7 +22,7 @@ def list_configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
     """Return warps, tokens of a tile, CTAs, limit of registers and round; best guess first.
 
     `tile` is the number of tokens whose K and V are 32 words a lane. The order is that of
-    measurements on an H100 (docs/performance.md).
+    measurements on an H100 (docs/adr/0008-triton-decode.md).
     """
     words = sum(area.words(site.page_size) for area in fragment.areas(site).values())
     tokens = 32 * WORDS_A_LANE * site.page_size // words
@@ -36,8 +36,8 @@ def list_configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
     else:
         wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
         wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]
-    if bits in (2, 16):
-        wanted.sort(key=lambda config: config[2] != 3)  # three CTAs first
+    if bits in (2, 16) or (bits == 4 and 2 * tile > site.page_size):
+        wanted.sort(key=lambda config: config[2] != 3)  # tiles cannot grow, so three CTAs first
     chosen: list[tuple[int, int, int, int, int]] = []
     for warps, size, ctas, limit in wanted:
         size = max(min(size, site.page_size), smallest)
