@@ -2,13 +2,15 @@
 
     python benchmarks/end_to_end.py --json out/end_to_end.json
     python benchmarks/end_to_end.py --only step/kv4,step/exact --quick
+    python benchmarks/end_to_end.py --capture-only  # on any machine; later runs find the graph
     python benchmarks/end_to_end.py --tiny --lowering eager --budget-gb 0.001 --length 600  # a test
 
-Weights are random, seeded, in bfloat16, and made on the device. Caches are not prefilled with all
-their tokens: 512 tokens a row are, and their pages are copied to the others. A step decodes one
-token for each row through `Session.decode`, picks the likeliest, and feeds it back; its time is
-that between two steps, host work included. The baseline is transformers' static cache with
-`torch.compile(mode="reduce-overhead", fullgraph=True)`.
+Weights are random, seeded, in bfloat16, and made on the device. The graph is captured on the CPU
+from a model whose layers share one set of weights, and kept in kvxform's cache folder. Caches are
+not prefilled with all their tokens: 512 tokens a row are, and their pages are copied to the others.
+A step decodes one token for each row through `Session.decode`, picks the likeliest, and feeds it
+back; its time is that between two steps, host work included. The baseline is transformers' static
+cache with `torch.compile(mode="reduce-overhead", fullgraph=True)`.
 
 The goal of a step is 1.18 times the bytes that it must read (weights and cache) over the rate of a
 read-only stream measured in the same run.
@@ -27,11 +29,13 @@ import torch
 from gpu_timing import WARM_STEPS, measure_read_stream, peak_bytes, time_steps
 from llama import (
     Step,
+    fill_weights,
     free_memory,
     make_config,
     make_huggingface_step,
     make_model,
     make_session_step,
+    make_shared_model,
     preload,
     read_weight_bytes,
 )
@@ -46,10 +50,10 @@ from results import (
 from tables import steps_table
 
 from kvxform.capture import capture
+from kvxform.ir.capture_cache import load_capture, save_capture
 from kvxform.ir.program import Program
 from kvxform.pipeline import run_pipeline
 from kvxform.recipe import load_recipe
-from kvxform.runtime.loading import move_program
 from kvxform.runtime.model import OptimizedModel
 
 GOAL = 1.18
@@ -69,6 +73,9 @@ LARGEST = ("exact", "kv4")
 def main() -> None:
     """Measure, write JSON, print a table."""
     options = parse_options()
+    if options.capture_only:
+        find_program(options)
+        return
     file = ResultFile(options.json, "end_to_end")
     on_gpu = options.device.type == "cuda"
     stream = measure_read_stream() if on_gpu else None
@@ -89,10 +96,20 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--budget-gb", type=float, help="memory for `largest`; all by default")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(default))
-    parser.add_argument("--capture-device", type=torch.device, help="where capture runs parts")
-    options = parser.parse_args()
-    options.capture_device = options.capture_device or options.device
-    return options
+    parser.add_argument("--capture-only", action="store_true", help="keep the graph, then end")
+    return parser.parse_args()
+
+
+def find_program(options: argparse.Namespace) -> Program:
+    """Return the program of the model, without weights: from the cache folder, else captured."""
+    name = f"llama-{'tiny' if options.tiny else '3-8b'}-shape-{options.length}"
+    program = load_capture(name)
+    if program is None:
+        config = make_config(tiny=options.tiny, context=options.length)
+        save_capture(name, capture(make_shared_model(config), name=name).program)
+        program = load_capture(name)
+    assert program is not None, "the cache folder can be written"
+    return program
 
 
 def row_keys(only: str) -> list[str]:
@@ -120,14 +137,14 @@ class Bench:
         """Measure all rows that are asked for."""
         config = make_config(tiny=self.options.tiny, context=self.options.length)
         start = time.monotonic()
-        model: Any = make_model(config, self.options.device)
-        self.tell(f"model made, {time.monotonic() - start:.0f} s")
         if HUGGINGFACE in self.keys:
+            model: Any = make_model(config, self.options.device)
+            self.tell(f"model made, {time.monotonic() - start:.0f} s")
             self.measure(HUGGINGFACE, functools.partial(self.huggingface, model))
+            del model
+            free_memory()
         recipes = self.wanted_recipes()
-        base = self.captured(model.to(self.options.capture_device)) if recipes else None
-        del model
-        free_memory()
+        base = self.captured() if recipes else None
         for recipe in recipes:
             assert base is not None
             self.program = self.rewritten(base, recipe)
@@ -161,17 +178,17 @@ class Bench:
         """Say something on stderr."""
         print(text, file=sys.stderr, flush=True)
 
-    def captured(self, model: Any) -> Program:
-        """Return the captured program, its weights in host memory."""
+    def captured(self) -> Program:
+        """Return the captured program; its large weights have no values yet."""
         start = time.monotonic()
-        program = capture(model, name="llama-3-8b-shape").program
-        self.tell(f"captured, {time.monotonic() - start:.0f} s")
-        return move_program(program, torch.device("cpu"))
+        program = find_program(self.options)
+        self.tell(f"program found, {time.monotonic() - start:.0f} s")
+        return program
 
     def rewritten(self, base: Program, recipe: str) -> Program:
         """Return the program of a recipe, on the device."""
         start = time.monotonic()
-        program = move_program(base, self.options.device)
+        program = fill_weights(base, self.options.device)
         loaded = load_recipe(recipe)
         program, _ = run_pipeline(program, loaded, executor=OptimizedModel, verify="none")
         self.tell(f"{recipe} applied, {time.monotonic() - start:.0f} s")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from kvxform.ir.program import Program
 from kvxform.runtime.session import Session
 
+WEIGHT_SCALE = 0.02
 PROMPT = 512  # tokens that are really prefilled; the other pages are copies of theirs
 Step = Callable[[], Tensor]
 
@@ -48,6 +53,42 @@ def make_model(config: LlamaConfig, device: torch.device, *, seed: int = 0) -> L
     with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
+
+
+def make_shared_model(config: LlamaConfig, *, seed: int = 0) -> LlamaForCausalLM:
+    """Return a model on the CPU whose layers share one set of weights, to capture its graph.
+
+    It takes the memory of one layer. The parameters are distinct, so the program keeps a name for
+    each, and `fill_weights` gives each its own values.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    generator, made = torch.Generator().manual_seed(seed), dict[torch.Size, Tensor]()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            shape = parameter.shape
+            if shape not in made:
+                made[shape] = _random_weight(shape, generator)
+            setattr(module, name, Parameter(made[shape].view(shape), requires_grad=False))
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    return model.eval()
+
+
+def _random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16, device=generator.device)
+    weight = torch.randn(shape, dtype=torch.bfloat16, device=generator.device, generator=generator)
+    return weight.mul_(WEIGHT_SCALE)
+
+
+def fill_weights(program: Program, device: torch.device, *, seed: int = 0) -> Program:
+    """Return the program with seeded random weights, made on `device`, where it has none."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {
+        name: _random_weight(weight.shape, generator) if weight.is_meta else weight.to(device)
+        for name, weight in program.weights.items()
+    }
+    return dataclasses.replace(program, weights=weights)
 
 
 def read_weight_bytes(weights: Sequence[tuple[str, Tensor]]) -> int:
