@@ -46,9 +46,20 @@ def main() -> int:
 
 
 def read_results(folder: Path) -> Results:
-    """Return the content of all result files of a folder by benchmark."""
-    files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return {file["benchmark"]: file for file in files}
+    """Return runs and rows of all result files of a folder by benchmark.
+
+    Several files of one benchmark are joined; rows of later ones replace those of the same key.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        file = json.loads(path.read_text())
+        joined = results.setdefault(file["benchmark"], {"runs": [], "rows": []})
+        first = len(joined["runs"])
+        joined["runs"] += file["runs"]
+        rows = {row["key"]: row for row in joined["rows"]}
+        rows |= {row["key"]: row | {"run": row["run"] + first} for row in file["rows"]}
+        joined["rows"] = list(rows.values())
+    return results
 
 
 def fill_page(page: str, results: Results) -> str:

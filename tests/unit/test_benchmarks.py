@@ -160,6 +160,17 @@ def test_page_says_what_is_missing_and_refuses_unknown_tables(results):
         page.fill_block("nothing", found)
 
 
+def test_files_of_one_benchmark_are_joined(results):
+    name = "decode_attention"
+    rows = [decode_row("flex", 300.0), decode_row("ours-int2", 60.0, stored="int2")]
+    file = {"benchmark": name, "runs": [RUN | {"date": "later"}], "rows": rows}
+    (results / "decode_attention_more.json").write_text(json.dumps(file))
+    found = load("performance_page").read_results(results)[name]
+    assert [run["date"] for run in found["runs"]] == [RUN["date"], "later"]
+    runs = {row["name"]: row["run"] for row in found["rows"]}
+    assert (runs["flex"], runs["ours-int2"], runs["sdpa-flash"], runs["fa3"]) == (1, 1, 0, 0)
+
+
 def test_the_page_in_docs_is_up_to_date():
     page = load("performance_page")
     text = page.PAGE.read_text(encoding="utf-8")
