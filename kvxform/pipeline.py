@@ -102,7 +102,7 @@ def run_pipeline(
         report = dataclasses.replace(report, lowering=lowering)
     if prober is not None and is_full:
         with clock.stage("cache state"):
-            checks = prober.check_full(program, lowered or executor)
+            checks = prober.check_full(program, lowered)
         report = dataclasses.replace(report, cache=cache_measured(checks))
     _require_bounds(report)
     return program, report

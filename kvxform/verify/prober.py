@@ -121,12 +121,12 @@ class Prober:
         before, source = self._before.compare(found), self._reference.compare(found)
         return StageMeasure(before, source, self._cost, is_lossy(program.plan, self.dtype), state)
 
-    def check_full(self, program: Program, executor: Executor) -> list[StateCheck]:
+    def check_full(self, program: Program, executor: Executor | None = None) -> list[StateCheck]:
         """Run all schedules of the cache-state checker on a cached program.
 
         Args:
             program: The finished program.
-            executor: Makes the model that is checked.
+            executor: Makes the model that is checked, if not the one of all other stages.
 
         Raises:
             VerifyError: KVX502 at the first schedule with a wrong state or wrong logits.
@@ -134,7 +134,7 @@ class Prober:
         assert program.plan is not None, "the program has a cache"
         sequences, schedules = self._full_check(program.plan)
         source = run_source(self._source_program, sequences)
-        model = executor(program)
+        model = (executor or self.executor)(program)
         checks = []
         for schedule in schedules:
             check = check_schedule(model, schedule, sequences, source, self.dtype)
