@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from kvxform.codegen.triton import graphs
 from kvxform.codegen.triton.graphs import DecodeGraphs, StaticStep
 from kvxform.codegen.triton.step import make_step
+from kvxform.errors import KvxformError
 from kvxform.ir.execution import StepInputs
 
 CPU = torch.device("cpu")
@@ -87,3 +89,20 @@ def test_steps_without_a_device_say_why(monkeypatch):
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1024), (1024, 1024), (1025, 2048), (3, 1024)])
 def test_sequences_are_told_apart_by_powers_of_two(tokens, bucket):
     assert graphs._round_up(tokens) == bucket
+
+
+def test_tokens_are_looked_at_after_the_plan_and_before_the_step():
+    order = []
+    decoding = SimpleNamespace(plan=lambda *_: order.append("plan"))
+    runner = DecodeGraphs(lambda *_: order.append("run"), decoding, CPU)
+
+    def check():
+        order.append("check")
+        raise KvxformError("KVX704", "token ids must lie in 0..9")
+
+    step = dataclasses.replace(inputs([3], [[1]]), check=check)
+    cache = FakeCache()
+    with pytest.raises(KvxformError, match="KVX704"):
+        runner.decode(torch.tensor([[99]]), step, cache)
+    assert order == ["plan", "check"]
+    assert not cache.steps
