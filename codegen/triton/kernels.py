@@ -78,7 +78,9 @@ class Kernels:
                 k, v, cache, step.block_table, step.starts, step.counts, **options, config=config
             )
 
-        if storage.rings:  # the second of two equal launches would read what the first has written
+        # One token has nothing to choose. With rings, the second of two equal launches would read
+        # what the first has written.
+        if step.num_new == 1 or storage.rings:
             run(module.CONFIGS[0])
         else:
             run(self.configs.find(module, bucket_of(storage, step, step.num_new), run))
