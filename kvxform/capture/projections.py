@@ -137,7 +137,8 @@ def output_projection(prober: Prober, out: fx.Node, heads: int, channels: int) -
     def read(features: Tensor) -> Tensor:
         value = from_rows(out, features.to(prober.device, dtype).expand(1, 3, count))
         (seen,) = prober.run([linear.x], setting, {out: value})
-        return seen.reshape(3, -1)
+        rows: Tensor = seen.reshape(3, -1)
+        return rows
 
     places = read_index(read, count)  # of each input of the projection, [3, inputs]
     if places is None or places.shape[1] != count or bool((places != places[0]).any()):
