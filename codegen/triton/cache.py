@@ -81,7 +81,7 @@ class TritonCache:
             )
             for site in plan.owners
         }
-        self.recordings: dict[int, Any] = {}  # decode steps by batch size; see `graphs`
+        self.recordings: dict[tuple[int, int], Any] = {}  # decode steps by shape; see `graphs`
         self._step: KernelStep | None = None
         self._staged: dict[int, Staged] = {}
         self._left: dict[int, int] = {}

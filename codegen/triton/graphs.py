@@ -1,8 +1,8 @@
-"""Decode steps from CUDA graphs: recorded once per batch size, then replayed with other numbers.
+"""Decode steps from CUDA graphs: recorded once per shape, then replayed with other numbers.
 
-The first step of a batch size is launched kernel by kernel, which compiles and tunes what it
-needs. The second is recorded. Each time the longest sequence reaches another power of two, kernels
-are tuned for it and the step is recorded again. What a step needs from the host is one copy: its
+A shape is a number of rows, and a power of two that the longest one does not exceed. The first step
+of a shape is launched kernel by kernel, which compiles and tunes what it needs. The second is
+recorded. What a step needs from the host is one copy: its
 lengths, and its pages when they have changed.
 """
 
@@ -79,13 +79,15 @@ class Recording:
 
     Attributes:
         step: Its inputs.
-        tokens: Longest sequence it was tuned for.
+        tokens: Longest sequence it is tuned for.
+        is_warm: A step of this shape has run, so all that it needs has been compiled.
         graph: The recording, or None before the second step.
         logits: What it writes, `[B, 1, vocab]`.
     """
 
     step: StaticStep
-    tokens: int = 0
+    tokens: int
+    is_warm: bool = False
     graph: torch.cuda.CUDAGraph | None = None
     logits: Tensor | None = None
 
@@ -118,17 +120,16 @@ class DecodeGraphs:
     def decode(self, input_ids: Tensor, inputs: StepInputs, cache: TritonCache) -> Tensor:
         """Feed one token to each row; returns logits `[B, 1, vocab]`."""
         batch_size, tokens = len(inputs.rows), _round_up(max(inputs.ends))
-        recording = cache.recordings.get(batch_size)
+        recording = cache.recordings.get((batch_size, tokens))
         if recording is None:
             static = StaticStep(batch_size, cache.max_pages, self._device)
-            recording = cache.recordings[batch_size] = Recording(static)
+            recording = cache.recordings[batch_size, tokens] = Recording(static, tokens)
         table = cache.kernel_table(inputs.block_table)
         recording.step.fill(input_ids, inputs, table)
         step = recording.step.view(tokens)
         self._decoding.plan(step, inputs, table, cache.storages, cache.sizes)
         inputs.check()
-        if recording.tokens != tokens:
-            recording.tokens, recording.graph = tokens, None
+        if not recording.is_warm:
             return self._launch(recording, inputs, cache, "the first step of this shape")
         if self._refusal:
             return self._launch(recording, inputs, cache, self._refusal)
@@ -143,7 +144,9 @@ class DecodeGraphs:
         """Run the step kernel by kernel."""
         self.why_direct = self._refusal or why
         step = dataclasses.replace(recording.step.view(recording.tokens), host=inputs)
-        return self._run(recording, step, cache)
+        logits = self._run(recording, step, cache)
+        recording.is_warm = True
+        return logits
 
     def _run(self, recording: Recording, step: KernelStep, cache: TritonCache) -> Tensor:
         cache.begin(step)

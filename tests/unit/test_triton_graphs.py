@@ -77,13 +77,13 @@ def test_steps_without_a_device_say_why(monkeypatch):
     decoding = SimpleNamespace(plan=lambda step, *_: planned.append(step.total))
     runner = DecodeGraphs(lambda ids, positions, cache: ids * 10, decoding, CPU)
     cache = FakeCache()
-    for start in (6, 7, 8):
+    for start in (6, 7, 8, 5):
         step = inputs([start], [[1, 2]])
         assert runner.decode(torch.tensor([[start]]), step, cache).tolist() == [[start * 10]]
     assert runner.why_direct == "graphs need a CUDA device"
-    assert cache.steps == [(8, True), (8, True), (16, True)]
-    assert planned == [8, 8, 16]
-    assert list(cache.recordings) == [1]
+    assert cache.steps == [(8, True), (8, True), (16, True), (8, True)]
+    assert planned == [8, 8, 16, 8]
+    assert list(cache.recordings) == [(1, 8), (1, 16)]
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1024), (1024, 1024), (1025, 2048), (3, 1024)])
@@ -105,4 +105,5 @@ def test_tokens_are_looked_at_after_the_plan_and_before_the_step():
     with pytest.raises(KvxformError, match="KVX704"):
         runner.decode(torch.tensor([[99]]), step, cache)
     assert order == ["plan", "check"]
+    assert not cache.recordings[1, 1024].is_warm, "nothing has been compiled yet"
     assert not cache.steps
