@@ -99,12 +99,13 @@ def physical_positions(session: Session) -> None:
     size = session._pool.page_size
 
     class Rounded:
-        program, device = executable.program, executable.device
+        program = executable.program
 
-        def __call__(self, ids, positions, cache, *, last=None):
-            if positions.shape[1] == 1:
-                positions = positions // size * size
-            return executable(ids, positions, cache, last=last)
+        def step(self, ids, inputs, cache, **options):
+            if ids.shape[1] == 1:
+                rounded = [position // size * size for position in inputs.positions]
+                inputs = dataclasses.replace(inputs, positions=rounded)
+            return executable.step(ids, inputs, cache, **options)
 
     session._executable = Rounded()
 
