@@ -37,13 +37,13 @@ class Kernels:
         self.device, self.page_size = device, page_tokens(program.plan)
         self.configs = Configs(device)
         weights, specs = program.weights, kernel_specs(program)
-        self._folded, self._unfolded = (
-            {
-                layer: SiteModules(change(site), weights, interpret=interpret)
-                for layer, site in specs.items()
-            }
-            for change in (lambda site: site, unfolded)
-        )
+        self._folded = {
+            layer: SiteModules(site, weights, interpret=interpret) for layer, site in specs.items()
+        }
+        self._unfolded = {
+            layer: SiteModules(unfolded(site), weights, interpret=interpret)
+            for layer, site in specs.items()
+        }
 
     @property
     def folded_nodes(self) -> frozenset[str]:
