@@ -21,8 +21,8 @@ def rotate(x: Tensor, block: int, signs: Tensor | None) -> Tensor:
     matrix = _matrix(block, x.dtype, x.device)
     is_square = block.bit_length() % 2 == 1  # 1 / sqrt(block) is a power of two
     x = x if is_square else x * 2**-0.5
-    rotated: Tensor = x.unflatten(-1, (-1, block)) @ matrix
-    return rotated.flatten(-2)
+    rotated = x.reshape(-1, block) @ matrix  # one product of many rows, not many of one row
+    return rotated.view(x.shape)
 
 
 @functools.lru_cache(maxsize=16)
