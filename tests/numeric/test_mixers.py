@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from models import VOCAB, PlainGPT, PlainLlama, randomise
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BambaConfig
 
-from kvxform.capture import capture
+from kvxform.capture import capture, mixers
 from kvxform.ir.program import Program, default_positions
 from kvxform.ir.text import format_program
 from kvxform.pass_base import NoMatch
@@ -147,3 +149,10 @@ def test_the_attention_of_a_state_space_hybrid_is_raised() -> None:
     assert float((got - want).abs().max()) <= 1e-10
     assert [(s.module, s.num_kv_heads) for s in program.sites] == [("model.layers.1.self_attn", 2)]
     assert [(r.kind, r.module) for r in program.rejected] == [("mixer", "model.layers.0.mamba")]
+
+
+def test_rounding_is_measured_against_all_values():
+    want = torch.tensor([100.0, 0.001, math.inf], dtype=torch.bfloat16)
+    assert mixers._is_same(torch.tensor([100.0, 0.0015, math.inf], dtype=torch.bfloat16), want)
+    assert not mixers._is_same(torch.tensor([90.0, 0.001, math.inf], dtype=torch.bfloat16), want)
+    assert not mixers._is_same(torch.tensor([100.0, 0.001, 7.0], dtype=torch.bfloat16), want)
