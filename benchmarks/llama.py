@@ -16,7 +16,8 @@ from kvxform.ir.program import Program
 from kvxform.runtime.session import Session
 
 WEIGHT_SCALE = 0.02
-PROMPT = 512  # tokens that are really prefilled; the other pages are copies of theirs
+PROMPT = 512  # tokens, whole pages, that are really prefilled; the other pages are copies of theirs
+PREFILLED_ROWS = 8  # rows that are; pages of more rows are copies too
 Step = Callable[[], Tensor]
 
 
@@ -148,27 +149,28 @@ def make_huggingface_step(
 def preload(session: Session, batch_size: int, length: int, *, seed: int = 0) -> None:
     """Let `batch_size` rows of an empty session hold `length` tokens each.
 
-    A short random prompt is prefilled, and its pages are copied to all others: the step reads real
-    codes and scales, without the time of a prefill of all tokens.
+    A short random prompt is prefilled in some rows, and its pages are copied to all others: a step
+    reads real codes and scales, without the time of a prefill of all tokens.
     """
     prompt = min(PROMPT, length)
-    vocab = session._vocab_size
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab, (batch_size, prompt), generator=generator)
-    for row in range(batch_size):  # one at a time: logits of one row only
+    shape = (min(batch_size, PREFILLED_ROWS), prompt)
+    ids = torch.randint(0, session._vocab_size, shape, generator=generator)
+    for row in range(len(ids)):  # one at a time: logits of one row only
         session.prefill(ids[row : row + 1], rows=[row])
     rows = list(range(batch_size))
-    filled = {row: list(session._pool.pages(row)) for row in rows}
-    counts = [length - prompt] * batch_size
-    if length > prompt:
+    sources = [list(session._pool.pages(row)) for row in range(len(ids))]
+    counts = [length - prompt if row < len(ids) else length for row in rows]
+    if max(counts) > 0:
         session._reserve(rows, counts)
         session._advance(rows, counts)
     for row in rows:
-        sources = filled[row]
-        targets = list(session._pool.pages(row))[len(sources) :]
-        for first in range(0, len(targets), len(sources)):
-            some = targets[first : first + len(sources)]
-            session._cache.copy_pages(sources[: len(some)], some)
+        filled = sources[row % len(ids)]
+        pages = list(session._pool.pages(row))
+        targets = pages[len(filled) :] if row < len(ids) else pages
+        for first in range(0, len(targets), len(filled)):
+            some = targets[first : first + len(filled)]
+            session._cache.copy_pages(filled[: len(some)], some)
 
 
 def make_session_step(session: Session, batch_size: int, vocab_size: int) -> Step:
