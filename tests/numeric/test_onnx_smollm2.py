@@ -21,7 +21,7 @@ PROMPTS = (
 NEW_TOKENS = 64
 
 
-@pytest.fixture(scope="module", params=["exact", "kv4"])
+@pytest.fixture(scope="module", params=["exact", pytest.param("kv4", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory):
     """The optimised model, its package as a session, and the seconds of the export."""
     model = kvxform.optimize("smollm2-135m", request.param, verify="none", progress=False)
