@@ -4,6 +4,7 @@
 - `sites`: which specs the attention sites of a program need
 - `registry`: which function turns which spec into a template and its variables
 - `emit`: a spec to the text of one Python file; `describe` and `formatting` are its parts
+- `refusal`: KVX401 of this lowering
 - `loading`: the text to a module that can be called
 - `autotune`: launch parameters by timing
 - `files`: the kernels of a program as files to read

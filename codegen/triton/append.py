@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.append_parts import StreamText, make_streams
+from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import AppendSpec, SiteSpec, StreamSpec
-from kvxform.errors import CodegenError
 
 GROUP_TOKENS = (16, 32, 64, 128)  # groups of the channel axis that fit a tile
 MAX_PARTS = 64  # statements of each kind; heads of odd sizes are cut finely
@@ -29,13 +29,13 @@ def make_context(spec: AppendSpec, *, interpret: bool) -> Emission:
         _check_stream(name, stream, spec.site.page_size)
     sinks = spec.site.key.sink, spec.site.value.sink
     if sinks[0] != sinks[1]:
-        _refuse("K and V must have the same sink", sinks, "site", "give both the same `sink`")
+        refuse("K and V must have the same sink", sinks, "site", "give both the same `sink`")
     _check_rotation(spec)
     streams = make_streams(spec)
     for s in streams:
         if s.parts > MAX_PARTS:
             rule = f"a head must be at most {MAX_PARTS} runs of channels that share a scale"
-            _refuse(rule, s.parts, s.name, "use 8 bits, or larger groups")
+            refuse(rule, s.parts, s.name, "use 8 bits, or larger groups")
     variables = {
         "site": spec.site,
         "streams": streams,
@@ -58,7 +58,7 @@ def fragment_variables(site: SiteSpec) -> dict[str, object]:
     """Return what the template needs to know of pages in fragment order."""
     reason = fragment.reason_against(site)
     if reason:
-        _refuse("pages must be able to be in fragment order", reason, "site", "use layout rows")
+        refuse("pages must be able to be in fragment order", reason, "site", "use layout rows")
     fields = fragment.record_fields(site)
     areas = fragment.areas(site)
     least, most = fragment.block_tokens(site), site.page_size
@@ -100,27 +100,23 @@ def num_warps(elements: list[int]) -> int:
 
 def _check_stream(name: str, stream: StreamSpec, page_size: int) -> None:
     if len(stream.table) and stream.bits > TABLE_BITS:
-        _refuse("tables must have at most 16 entries", len(stream.table), name, "use bits: 4")
+        refuse("tables must have at most 16 entries", len(stream.table), name, "use bits: 4")
     if stream.axis == "channel" and stream.is_coded:
         if stream.group not in GROUP_TOKENS:
             rule = f"groups of the channel axis must have {GROUP_TOKENS} tokens"
-            _refuse(rule, stream.group, name, "use group: 32")
+            refuse(rule, stream.group, name, "use group: 32")
         if stream.chunk % stream.group:
             rule = f"whole groups of {stream.group} tokens must become codes at a time"
-            _refuse(rule, stream.chunk, name, f"use recent: {stream.group}")
+            refuse(rule, stream.chunk, name, f"use recent: {stream.group}")
         if page_size % stream.group:
             rule = f"a page must hold whole groups of {stream.group} tokens"
-            _refuse(rule, page_size, name, f"use page_size: {stream.group}")
+            refuse(rule, page_size, name, f"use page_size: {stream.group}")
 
 
 def _check_rotation(spec: AppendSpec) -> None:
     dim, block, rope = spec.site.key.head_dim, spec.key_block, spec.rope
     if block & (block - 1) or (block and dim % block):
-        _refuse(f"a Hadamard block must be a power of two that divides {dim}", block, "key", "")
+        refuse(f"a Hadamard block must be a power of two that divides {dim}", block, "key", "")
     if rope is not None and (rope.rotary_dim % 2 or not 0 < rope.rotary_dim <= dim):
         rule = f"rotary_dim must be even and at most head_dim {dim}"
-        _refuse(rule, rope.rotary_dim, "key", "apply RoPE before")
-
-
-def _refuse(rule: str, got: object, at: str, hint: str) -> None:
-    raise CodegenError("KVX401", rule, where="triton", got=got, at=at, hint=hint)
+        refuse(rule, rope.rotary_dim, "key", "apply RoPE before")

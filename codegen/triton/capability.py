@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import NoReturn
 
 import torch
 
@@ -17,6 +16,7 @@ from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.integer import IntCodec
 from kvxform.codegen.eager.cache import check_plan as check_common
 from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.sites import kernel_specs, page_tokens
 from kvxform.errors import CodegenError
 from kvxform.ir.plan import CachePlan, SitePlan
@@ -46,10 +46,10 @@ def check_program(program: Program) -> None:
         CodegenError: KVX401 with what is supported.
     """
     if program.plan is None or not program.is_cached:
-        _refuse("target triton needs a program with a cache", "none", "", "add insert-cache")
+        refuse("target triton needs a program with a cache", "none", "", "add insert-cache")
     if program.info.dtype not in DTYPES:
         rule = f"the compute dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}"
-        _refuse(rule, program.info.dtype, "", f"convert the model first, {EAGER}")
+        refuse(rule, program.info.dtype, "", f"convert the model first, {EAGER}")
     check_plan(program.plan)
     for layer, site in kernel_specs(program).items():
         for spec in site.by_kind.values():
@@ -69,14 +69,14 @@ def check_device(device: torch.device) -> None:
         CodegenError: KVX401 with what is missing.
     """
     if importlib.util.find_spec("triton") is None:
-        _refuse("target triton needs the package triton", "none", "", "pip install triton")
+        refuse("target triton needs the package triton", "none", "", "pip install triton")
     if device.type == "cuda":
         if is_interpreted():
             hint = "unset TRITON_INTERPRET, or device='cpu'"
-            _refuse("Triton's interpreter runs on a CPU", "cuda", "", hint)
+            refuse("Triton's interpreter runs on a CPU", "cuda", "", hint)
     elif not is_interpreted():
         hint = "device='cuda', or target eager"
-        _refuse("target triton needs a CUDA device", device.type, "", hint)
+        refuse("target triton needs a CUDA device", device.type, "", hint)
 
 
 def check_interpreter(program: Program) -> None:
@@ -87,7 +87,7 @@ def check_interpreter(program: Program) -> None:
     """
     if is_interpreted() and program.info.dtype == "bfloat16":
         rule = "Triton's interpreter computes in float32 or float16"
-        _refuse(rule, "bfloat16", "", "unset TRITON_INTERPRET, or convert the model")
+        refuse(rule, "bfloat16", "", "unset TRITON_INTERPRET, or convert the model")
 
 
 def is_interpreted() -> bool:
@@ -104,20 +104,16 @@ def default_device() -> torch.device | None:
 def _check_site(site: SitePlan) -> None:
     at = f"layer {site.layer}"
     if site.payload not in PAYLOADS:
-        _refuse("payload must be kv", site.payload, at, "leave out cache-latent, " + EAGER)
+        refuse("payload must be kv", site.payload, at, "leave out cache-latent, " + EAGER)
     if site.key.rope == "pre":
-        _refuse("keys must be cached after RoPE", "pre", at, "cache keys after RoPE")
+        refuse("keys must be cached after RoPE", "pre", at, "cache keys after RoPE")
     sinks = {name: stream.regions.sink for name, stream in site.streams.items()}
     if len(set(sinks.values())) > 1:
         rule = "K and V must have the same number of sink tokens"
         got = " and ".join(str(n) for n in sinks.values())
-        _refuse(rule, got, at, f"use sink: {max(sinks.values())} for both")
+        refuse(rule, got, at, f"use sink: {max(sinks.values())} for both")
     for stream in site.streams.values():
         codec = str(stream.codec["codec"])
         if CODECS.get(codec) not in CODEC_CLASSES:
             known = " or ".join(c.name for c in CODEC_CLASSES)
-            _refuse(f"the codec must be {known}", codec, at, f"use codec int, {EAGER}")
-
-
-def _refuse(rule: str, got: object, at: str, hint: str) -> NoReturn:
-    raise CodegenError("KVX401", rule, where="triton", got=got, at=at, hint=hint)
+            refuse(f"the codec must be {known}", codec, at, f"use codec int, {EAGER}")

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 from kvxform.codegen.triton import decode_fragment, fragment
+from kvxform.codegen.triton.describe import cache_tensors
+from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec
 from kvxform.codegen.triton.streams import MIN_BLOCK, TileStream, tile_width
-from kvxform.errors import CodegenError
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
@@ -83,7 +84,7 @@ def _variables(spec: DecodeSpec) -> dict[str, Any]:
         "query_width": tile_width(key.spec.head_dim),
         "value_width": tile_width(value.spec.head_dim),
         "sink": key.spec.sink,
-        "cache": _cache(site),
+        "cache": cache_tensors(site),
         "configs": _configs(site, streams, is_gathered=is_gathered),
         "table_streams": [stream for stream in streams if stream.spec.table],
         "unpackers": {stream.unpacker: stream.spec.bits for stream in streams if stream.unpacker},
@@ -123,21 +124,6 @@ def _weight_bits(value: TileStream) -> int:
 def _tail_words(key: TileStream, value: TileStream) -> str:
     names = {"key": key.spec.capacity, "value": value.spec.capacity}
     return " or ".join({"key": "K", "value": "V"}[name] for name, size in names.items() if size)
-
-
-def _cache(site: SiteSpec) -> dict[str, str]:
-    """Return what the docstring says of each tensor of the cache, by name."""
-    heads, tensors = site.num_kv_heads, {}
-    for name, stream in site.streams.items():
-        for plane in stream.planes:
-            rows = site.page_size // plane.tokens_per_row
-            shape = f"[num_pages, {heads}, {rows}, {plane.width}]"
-            tensors[f"{name}_{plane.name}"] = f"Pages, {plane.dtype} `{shape}`."
-        for buffer, length in (("sink", stream.sink), ("recent", stream.capacity)):
-            if length:
-                shape = f"[num_rows, {heads}, {length}, {stream.head_dim}]"
-                tensors[f"{name}_{buffer}"] = f"Exact tokens, {stream.exact_dtype} `{shape}`."
-    return tensors
 
 
 def _extras(spec: DecodeSpec) -> dict[str, str]:
@@ -228,4 +214,4 @@ def _check(spec: DecodeSpec) -> None:
         ]
     for fits, rule, got, hint in rules:
         if not fits:
-            raise CodegenError("KVX401", rule, where="triton", got=got, hint=hint)
+            refuse(rule, got, "", hint)

@@ -14,9 +14,9 @@ from typing import Any
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.fragment import BLOCK, ROW_WORDS, AreaLayout
 from kvxform.codegen.triton.fragment_configs import count_columns, list_configs
+from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec
-from kvxform.errors import CodegenError
 
 # Powers of two at which the codes of a half of a word stand, as `unpack_int*` leaves them.
 SHIFTS = {2: (1, 4, 16, 64, 256, 1, 4, 16), 4: (1, 16, 1, 16), 8: (1, 1), 16: (1,)}
@@ -63,13 +63,8 @@ def make_context(spec: DecodeSpec) -> Emission:
     site = spec.site
     reason = fragment.reason_against(site)
     if reason:
-        raise CodegenError(
-            "KVX401",
-            "pages in fragment order must hold whole words of both streams",
-            where="triton",
-            got=reason,
-            hint="use layout rows",
-        )
+        rule = "pages in fragment order must hold whole words of both streams"
+        refuse(rule, reason, "", "use layout rows")
     streams = {name: _stream(site, name) for name in ("key", "value")}
     is_final = bool(spec.softcap or spec.has_alibi or spec.has_slot_bias)
     variables = {

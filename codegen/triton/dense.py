@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvxform.errors import CodegenError
+from kvxform.codegen.triton.refusal import refuse
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_GROUPS = 16  # query heads of a KV head: the smallest tile has so many rows
@@ -56,7 +56,7 @@ def check_dense(dtype: str, head_dim: int, groups: int) -> None:
         hint = "use the eager lowering"
     else:
         return
-    raise CodegenError("KVX401", rule, where="triton", got=got, hint=hint)
+    refuse(rule, got, "", hint)
 
 
 def dot_precision(dtype: str) -> str:

@@ -52,6 +52,21 @@ def bytes_per_token(spec: KernelSpec) -> float:
     return spec.num_kv_heads * width * dtype_from_name(spec.dtype).itemsize
 
 
+def cache_tensors(site: SiteSpec) -> dict[str, str]:
+    """Return what docstrings say of each tensor of a cache in layout rows, by name."""
+    heads, tensors = site.num_kv_heads, {}
+    for name, stream in site.streams.items():
+        for plane in stream.planes:
+            rows = site.page_size // plane.tokens_per_row
+            shape = f"[num_pages, {heads}, {rows}, {plane.width}]"
+            tensors[f"{name}_{plane.name}"] = f"Pages, {plane.dtype} `{shape}`."
+        for buffer, length in (("sink", stream.sink), ("recent", stream.capacity)):
+            if length:
+                shape = f"[num_rows, {heads}, {length}, {stream.head_dim}]"
+                tensors[f"{name}_{buffer}"] = f"Exact tokens, {stream.exact_dtype} `{shape}`."
+    return tensors
+
+
 def _site_lines(site: SiteSpec) -> list[str]:
     return [
         f"{site.num_q_heads} query heads, {site.num_kv_heads} KV heads, {site.dtype}",

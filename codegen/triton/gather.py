@@ -7,9 +7,10 @@ from typing import Any
 
 from kvxform.codecs.base import PlaneSpec
 from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton.describe import cache_tensors
+from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import GatherSpec, SiteSpec, StreamSpec
-from kvxform.errors import CodegenError
 
 MAX_TABLE = 16  # values of a table: each is an operand of the lookup
 
@@ -67,7 +68,7 @@ def make_context(spec: GatherSpec, *, interpret: bool) -> Emission:
         return Emission("gather_fragment.py.jinja", {**streams, **_fragment_variables(site)})
     for stream in streams.values():
         _check(stream, site)
-    variables = {"site": site, "cache": _cache(site, streams), "configs": _CONFIGS, **streams}
+    variables = {"site": site, "cache": cache_tensors(site), "configs": _CONFIGS, **streams}
     return Emission("gather_rows.py.jinja", variables)
 
 
@@ -75,13 +76,7 @@ def _fragment_variables(site: SiteSpec) -> dict[str, Any]:
     """Return where in a chunk everything is; raise CodegenError KVX401 if pages cannot be so."""
     reason = fragment.reason_against(site)
     if reason:
-        raise CodegenError(
-            "KVX401",
-            "pages must be able to have fragment order",
-            where="triton",
-            got=reason,
-            hint="use layout rows",
-        )
+        refuse("pages must be able to have fragment order", reason, "", "use layout rows")
     areas, words = fragment.areas(site), fragment.chunk_words(site)
     value_start = areas["key"].words(site.page_size)
     shape = f"[num_pages, {site.num_kv_heads}, {words}]"
@@ -101,34 +96,9 @@ def _fragment_variables(site: SiteSpec) -> dict[str, Any]:
 def _check(stream: StoredStream, site: SiteSpec) -> None:
     group, table = stream.spec.tokens_per_group, len(stream.spec.table)
     if site.page_size % group:
-        raise CodegenError(
-            "KVX401",
-            f"the page size must be a multiple of the {group} tokens that share a scale",
-            where="triton",
-            got=site.page_size,
-            hint=f"use page-cache with page_size {-(-site.page_size // group) * group}",
-        )
+        rule = f"the page size must be a multiple of the {group} tokens that share a scale"
+        hint = f"use page-cache with page_size {-(-site.page_size // group) * group}"
+        refuse(rule, site.page_size, "", hint)
     if table > MAX_TABLE:
-        raise CodegenError(
-            "KVX401",
-            f"a table may have at most {MAX_TABLE} values",
-            where="triton",
-            got=table,
-            hint="use codes of at most 4 bits",
-        )
-
-
-def _cache(site: SiteSpec, streams: dict[str, StoredStream]) -> dict[str, str]:
-    """Return what the docstring says of each tensor of the cache, by name."""
-    heads, tensors = site.num_kv_heads, {}
-    for name, stream in streams.items():
-        st = stream.spec
-        for plane in st.planes:
-            rows = site.page_size // plane.tokens_per_row
-            shape = f"[num_pages, {heads}, {rows}, {plane.width}]"
-            tensors[f"{name}_{plane.name}"] = f"Pages, {plane.dtype} `{shape}`."
-        for buffer, length in (("sink", st.sink), ("recent", st.capacity)):
-            if length:
-                shape = f"[num_rows, {heads}, {length}, {st.head_dim}]"
-                tensors[f"{name}_{buffer}"] = f"Exact tokens, {st.exact_dtype} `{shape}`."
-    return tensors
+        rule = f"a table may have at most {MAX_TABLE} values"
+        refuse(rule, table, "", "use codes of at most 4 bits")

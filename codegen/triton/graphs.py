@@ -2,8 +2,8 @@
 
 A shape is a number of rows, and a power of two that the longest one does not exceed. The first step
 of a shape is launched kernel by kernel, which compiles and tunes what it needs. The second is
-recorded. What a step needs from the host is one copy: its
-lengths, and its pages when they have changed.
+recorded. What a step needs from the host is one copy: its lengths, and its pages when they have
+changed.
 """
 
 from __future__ import annotations

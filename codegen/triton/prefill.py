@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvxform.codegen.triton.dense import DenseStream, check_dense, dot_precision
+from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import PrefillSpec
-from kvxform.errors import CodegenError
 
 # (block_m, block_n, num_warps, num_stages), the best guess first
 _SHORT_CONFIGS = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2))
@@ -23,13 +23,8 @@ def make_context(spec: PrefillSpec, *, interpret: bool) -> Emission:
     groups = spec.num_q_heads // spec.num_kv_heads
     check_dense(spec.dtype, max(spec.key_dim, spec.value_dim), groups)
     if spec.key_sink != spec.value_sink:
-        raise CodegenError(
-            "KVX401",
-            "K and V must have the same number of sink tokens",
-            where="triton",
-            got=f"{spec.key_sink} and {spec.value_sink}",
-            hint="give both the same `sink`",
-        )
+        rule = "K and V must have the same number of sink tokens"
+        refuse(rule, f"{spec.key_sink} and {spec.value_sink}", "", "give both the same `sink`")
     key = DenseStream("key", spec.key_dim, (spec.key_sink, spec.key_keep, spec.key_chunk))
     value = DenseStream(
         "value", spec.value_dim, (spec.value_sink, spec.value_keep, spec.value_chunk)
