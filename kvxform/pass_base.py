@@ -258,6 +258,19 @@ class GraphPass(ABC):
         """Return the facts that hold afterwards."""
         return {}
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the pass, with its options, reads `Program.calibration`.
+
+        Where it is None although the pass needs it, the run is a dry one over shapes.
+        """
+        return self.needs_fisher
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether it reads gradients from the calibration, which cost a backward pass."""
+        return False
+
     @abstractmethod
     def match(self, program: Program) -> list[Match | NoMatch]:
         """Find where the pass applies. Pure: reads the program and changes nothing."""

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codecs.hadamard import Basis
+from kvxform.ir.calibration import Calibration
 from kvxform.ir.facts import Facts
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.store import WeightStore
@@ -208,6 +209,8 @@ class Program:
     """One captured model. Passes get a clone; weights are shared and never written in place.
 
     `store` keeps the weights of a large model in files; without it they are in memory.
+    `calibration` holds statistics of the source model while passes run; it is never saved, and
+    None in a dry run over shapes.
     """
 
     graph: fx.Graph
@@ -219,6 +222,7 @@ class Program:
     facts: Facts = field(default_factory=Facts)
     passes: tuple[str, ...] = ()
     store: WeightStore | None = field(default=None, repr=False, compare=False)
+    calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
     def clone(self) -> Program:
         """Return an independent Program that shares only weight tensors."""
