@@ -7,7 +7,7 @@
 - `aten_math`, `aten_shape`, `aten_index`, `aten_nn`: emitters of aten operations
 - `dialect`: emitters of norm, rotary embedding, rotation
 - `attend`, `streams`, `masks`: emitters of the cached operations
-- `codecs`: encode and decode as nodes
+- `codecs`: encode and decode as nodes, one file a family of codecs (`codec_*`)
 - `fallback`: operations without an emitter, through the exporter of torch
 - `ports`: cache planes as inputs and outputs
 - `weights`: how weights are stored

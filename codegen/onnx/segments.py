@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from kvxform.codecs.integer import IntCodec
 from kvxform.codegen.onnx.builder import Builder
-from kvxform.codegen.onnx.codecs import unpack_parts
+from kvxform.codegen.onnx.codec_bytes import unpack_parts
 
 FLOAT = ir.DataType.FLOAT
 

@@ -12,7 +12,7 @@ from onnx_tools import make_model, run_model
 
 from kvxform.codecs.integer import IntCodec
 from kvxform.codegen.onnx.builder import Builder
-from kvxform.codegen.onnx.codecs import IntEmitter
+from kvxform.codegen.onnx.codec_int import IntEmitter
 from kvxform.codegen.onnx.segments import FoldedSegment, can_fold
 
 HEAD_DIM = 16
