@@ -4,7 +4,8 @@ Passes and codecs read it; `kvxform.calibrate` makes it. Everything is in the ba
 model: what its own q, k and v projections give, before any pass has changed them. A pass that
 works in another basis takes `StreamStatistics.in_basis`.
 
-All tensors are on the CPU. Shapes: `Hk` KV heads (`H` query heads in streams of q), `D` channels, `N` sampled tokens.
+All tensors are on the CPU. Shapes: `Hk` KV heads (`H` query heads in streams of q), `D` channels,
+`N` sampled tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -50,7 +50,7 @@ class StreamStatistics:
 
     @property
     def fisher(self) -> Tensor | None:
-        """Squared gradients at the samples, float32 `[Hk, N, D]`: the diagonal of the Fisher matrix.
+        """Squared gradients at the samples, float32 `[Hk, N, D]`: Fisher's diagonal.
 
         Source: KVQuant, arXiv 2401.18079, section 3.3.
         """
