@@ -40,9 +40,7 @@ def schema_text() -> str:
 
 def _step_schema(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     options = _take(TypeAdapter(PASSES[name]).json_schema(), definitions)
-    for key, option in options.get("properties", {}).items():
-        if _takes_mapping(option):  # plain mappings in options of passes are codecs
-            options["properties"][key] = {"anyOf": [{"$ref": "#/$defs/codec"}, {"type": "null"}]}
+    _name_codecs(options)
     options.setdefault("properties", {})["allow_zero"] = {"type": "boolean", "default": False}
     options["additionalProperties"] = False
     return {
@@ -61,6 +59,13 @@ def _codec_schema(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+def _name_codecs(schema: dict[str, Any]) -> None:
+    """Plain mappings in options of passes are codecs."""
+    for key, option in schema.get("properties", {}).items():
+        if _takes_mapping(option):
+            schema["properties"][key] = {"anyOf": [{"$ref": "#/$defs/codec"}, {"type": "null"}]}
+
+
 def _takes_mapping(option: dict[str, Any]) -> bool:
     choices = option.get("anyOf", [option])
     return any(choice.get("additionalProperties") is True for choice in choices)
@@ -71,6 +76,7 @@ def _take(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]
     for name, definition in schema.pop("$defs", {}).items():
         if "properties" in definition:
             definition["additionalProperties"] = False
+            _name_codecs(definition)
         definitions[name] = definition
     schema.pop("description", None)
     schema.pop("title", None)

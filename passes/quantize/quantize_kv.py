@@ -9,39 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import ConfigDict, with_config
-from typing_extensions import TypedDict
-
-from kvxform.codecs.base import Codec, dtype_from_name, make_codec
-from kvxform.errors import PassError, RecipeError, nearest_hint
+from kvxform.codecs.base import Codec, make_codec
+from kvxform.errors import PassError
 from kvxform.ir.facts import FactValue, Requirement
-from kvxform.ir.plan import ReadForm, Regions, SitePlan, StreamPlan
+from kvxform.ir.layers import named_layers
+from kvxform.ir.plan import ReadForm, SitePlan, StreamPlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_options import (
+    STREAMS,
+    LayerOptions,
+    RegionOptions,
+    StreamOptions,
+    check_options,
+    stream_options,
+)
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
 
 WHERE = "quantize-kv"
-STREAMS = ("key", "value")
 SHORT = {"key": "k", "value": "v"}
-
-
-@with_config(ConfigDict(extra="allow"))  # unknown names reach `_check_regions`, which helps better
-class RegionOptions(TypedDict, total=False):
-    """Options of the exact regions; see `kvxform.ir.plan.Regions`.
-
-    Attributes:
-        sink: First tokens that are never encoded; 0 if left out.
-        recent: Last tokens that are not encoded yet; 0 if left out.
-        flush: How tokens leave the recent region. Left out: `block` for codecs that encode several
-            tokens together, `sliding` for the others.
-        dtype: Stored dtype of exact tokens. Left out: that of a 16-bit model, else float16.
-    """
-
-    sink: int
-    recent: int
-    flush: Literal["sliding", "block"]
-    dtype: str
 
 
 @register_pass
@@ -58,6 +45,9 @@ class QuantizeKv(GraphPass):
         regions: Exact regions of both streams.
         key_regions: Options that differ for keys.
         value_regions: Options that differ for values.
+        layers: Options that differ at some layers, by their names: `{"0-1,-1": {"key": None}}`
+            leaves keys of the first two layers and of the last one as they are. Of two entries
+            that name a layer the later one wins.
     """
 
     key: Mapping[str, Any] | None
@@ -65,6 +55,7 @@ class QuantizeKv(GraphPass):
     regions: RegionOptions | None = None
     key_regions: RegionOptions | None = None
     value_regions: RegionOptions | None = None
+    layers: Mapping[str, LayerOptions] | None = None
     numerics: ClassVar[Numerics] = approx("kl")
     requires: ClassVar[tuple[Requirement, ...]] = (
         Requirement("cache.inserted", (True,), because="there would be no cache to quantise yet"),
@@ -76,34 +67,39 @@ class QuantizeKv(GraphPass):
     )
 
     def __post_init__(self) -> None:
-        """Check codecs and regions as far as that goes without a model."""
-        if self.key is None and self.value is None:
-            raise RecipeError("KVX107", "a codec must be given for key, value or both", where=WHERE)
-        for stream in STREAMS:
-            codec = self._codec(stream)
-            if codec is not None:
-                _check_regions(self._region_options(stream), codec, stream)
+        """Check codecs, regions and layers as far as that goes without a model."""
+        check_options(self._base, self.layers or {}, WHERE)
 
     def ensures(self) -> Mapping[str, FactValue]:
-        """State which codec each stream has."""
-        codecs = {SHORT[stream]: self._codec(stream) for stream in STREAMS}
-        return {f"{short}.codec": codec.name for short, codec in codecs.items() if codec}
+        """State which codec each stream has, at any layer."""
+        everywhere = ({}, *(self.layers or {}).values())
+        facts: dict[str, FactValue] = {}
+        for stream in STREAMS:
+            asked = [stream_options(stream, self._base, own).codec for own in everywhere]
+            names = [codec.name for codec in asked if codec is not None]
+            if names:
+                facts[f"{SHORT[stream]}.codec"] = names[0]
+        return facts
 
     def match(self, program: Program) -> list[Match | NoMatch]:
         """Match every site; sites that share a cache change alike.
 
         Raises:
             PassError: KVX203 if a codec cannot take a head_dim, KVX205 if its groups of tokens
-                would cross a page.
+                would cross a page or a layer is named that the model does not have.
         """
         if program.plan is None:
             return [NoMatch("there is no cache", hint="put insert-cache before it")]
+        own = self._options_of_layers(program)
         found: list[Match | NoMatch] = []
         for site in program.plan.sites:
+            asked = {
+                name: stream_options(name, self._base, *own[site.owner]) for name in site.streams
+            }
             streams = {
-                stream: self._planned(stream, site.streams[stream], program)
-                for stream in site.streams
-                if self._codec(stream) is not None
+                name: _planned(options, site.streams[name], program)
+                for name, options in asked.items()
+                if options.codec is not None
             }
             found.append(self._check(program, site, streams))
         return found
@@ -117,9 +113,8 @@ class QuantizeKv(GraphPass):
         self, program: Program, site: SitePlan, streams: Mapping[str, StreamPlan]
     ) -> Match | NoMatch:
         assert program.plan is not None, "match found a plan"
-        if not streams:  # only a codec for values, which are a view of the keys here
-            reason = "values are part of the latent, which takes the codec of keys"
-            return NoMatch(reason, site.layer, hint="give key a codec")
+        if not streams:
+            return self._left_alone(site)
         if all(site.streams[name] == stream for name, stream in streams.items()):
             return NoMatch("already stored so", site.layer, done=True)
         at = program.site(site.layer).module
@@ -132,65 +127,45 @@ class QuantizeKv(GraphPass):
             _check_pages(program.plan.layout.page_size, stream, at)
         return Match(site.layer, data=streams)
 
-    def _planned(self, stream: str, present: StreamPlan, program: Program) -> StreamPlan:
-        codec = self._codec(stream)
-        assert codec is not None, "called for streams that have a codec"
-        options = self._region_options(stream)
-        flush = options.get("flush") or _default_flush(codec)
-        half = program.info.dtype if program.dtype.itemsize == 2 else "float16"
-        return dataclasses.replace(
-            present,
-            codec=codec.to_dict(),
-            planes=codec.planes(present.head_dim),
-            tokens_per_group=codec.tokens_per_group,
-            regions=Regions(
-                options.get("sink", 0),
-                options.get("recent", 0),
-                flush,
-                options.get("dtype", half),
-            ),
-            read=ReadForm(),
-        )
+    def _left_alone(self, site: SitePlan) -> NoMatch:
+        if "value" not in site.streams and self.key is None:
+            reason = "values are part of the latent, which takes the codec of keys"
+            return NoMatch(reason, site.layer, hint="give key a codec")
+        return NoMatch("the options of this layer give it no codec", site.layer)
 
-    def _codec(self, stream: str) -> Codec | None:
-        options = self.key if stream == "key" else self.value
-        return None if options is None else make_codec(options)
+    def _options_of_layers(self, program: Program) -> dict[int, list[LayerOptions]]:
+        """Return what `layers` says of each layer, in order."""
+        layers = sorted(site.layer for site in program.sites)
+        found: dict[int, list[LayerOptions]] = {layer: [] for layer in layers}
+        for name, options in (self.layers or {}).items():
+            for layer in named_layers(name, layers, WHERE):
+                found[layer].append(options)
+        return found
 
-    def _region_options(self, stream: str) -> RegionOptions:
-        own = self.key_regions if stream == "key" else self.value_regions
-        return {**(self.regions or {}), **(own or {})}
+    @property
+    def _base(self) -> Mapping[str, Any]:
+        """The options of all layers, in the form of `LayerOptions`."""
+        return {
+            "key": self.key,
+            "value": self.value,
+            "regions": self.regions,
+            "key_regions": self.key_regions,
+            "value_regions": self.value_regions,
+        }
 
 
-def _default_flush(codec: Codec) -> Literal["sliding", "block"]:
-    return "block" if codec.tokens_per_group > 1 else "sliding"
-
-
-def _check_regions(options: RegionOptions, codec: Codec, stream: str) -> None:
-    known = RegionOptions.__annotations__
-    for name in options:
-        if name not in known:
-            hint = nearest_hint(name, known)
-            raise RecipeError("KVX102", f"unknown region option '{name}'", where=WHERE, hint=hint)
-    for name in ("sink", "recent"):
-        tokens = options.get(name, 0)
-        if not isinstance(tokens, int) or tokens < 0:
-            rule = f"{name} of {stream} must be a number of tokens, 0 or more"
-            raise RecipeError("KVX107", rule, where=WHERE, got=repr(tokens))
-    if "dtype" in options:
-        dtype_from_name(options["dtype"])
-    flush = options.get("flush") or _default_flush(codec)
-    if flush not in ("sliding", "block"):
-        rule = f"flush of {stream} must be sliding or block"
-        raise RecipeError("KVX107", rule, where=WHERE, got=repr(flush))
-    recent, group = options.get("recent", 0), codec.tokens_per_group
-    if flush == "block" and recent % group:
-        raise RecipeError(
-            "KVX107",
-            f"recent of {stream} must be a multiple of the {group} tokens of a group",
-            where=WHERE,
-            got=recent,
-            hint=f"use recent: {-(-recent // group) * group}, or flush: sliding",
-        )
+def _planned(options: StreamOptions, present: StreamPlan, program: Program) -> StreamPlan:
+    codec = options.codec
+    assert codec is not None, "called for streams that have a codec"
+    half = program.info.dtype if program.dtype.itemsize == 2 else "float16"
+    return dataclasses.replace(
+        present,
+        codec=codec.to_dict(),
+        planes=codec.planes(present.head_dim),
+        tokens_per_group=codec.tokens_per_group,
+        regions=options.planned_regions(half),
+        read=ReadForm(),
+    )
 
 
 def _check_codec(codec: Codec, head_dim: int, at: str) -> None:

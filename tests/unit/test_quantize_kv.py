@@ -108,6 +108,52 @@ def test_without_a_cache_there_is_nothing_to_quantise():
     assert not requirement.is_met(llama_program().facts)
 
 
+def codecs(program, stream):
+    return [site.streams[stream].codec.get("bits") for site in program.plan.sites]
+
+
+def test_layers_have_their_own_options():
+    quantize = QuantizeKv(
+        INT4,
+        INT4,
+        regions={"sink": 4},
+        layers={
+            "0-1,-1": {"key": {"codec": "int", "bits": 8}, "key_regions": {"recent": 16}},
+            "1": {"value": None, "regions": {"sink": 2}},
+        },
+    )
+    quantised, found = apply(quantize, cached_program(layers=4))
+    assert fired(found) == 4
+    assert codecs(quantised, "key") == [8, 8, 4, 8]
+    assert codecs(quantised, "value") == [4, None, 4, 4]
+    regions = [site.key.regions for site in quantised.plan.sites]
+    assert [(r.sink, r.recent) for r in regions] == [(4, 16), (2, 16), (4, 0), (4, 16)]
+
+
+def test_boundary_layers_can_be_left_as_they_are():
+    exact = {"key": None, "value": None}
+    quantised, found = apply(
+        QuantizeKv(INT4, INT4, layers={"0,-1": exact}), cached_program(layers=4)
+    )
+    assert fired(found) == 2
+    assert reasons(found) == ["the options of this layer give it no codec"] * 2
+    assert codecs(quantised, "key") == codecs(quantised, "value") == [None, 4, 4, None]
+    assert quantised.facts["k.codec"] == "int"
+
+
+def test_a_codec_of_some_layers_only_is_a_fact():
+    quantise = QuantizeKv(None, None, layers={"-2--1": {"value": INT4}})
+    quantised, found = apply(quantise, cached_program(layers=3))
+    assert fired(found) == 2
+    assert (quantised.facts["k.codec"], quantised.facts["v.codec"]) == ("none", "int")
+
+
+@pytest.mark.parametrize("name", ["4", "-5", "0-9"])
+def test_a_layer_that_the_model_does_not_have_is_refused(name):
+    with pytest.raises(PassError, match=r"KVX205 \[quantize-kv\].*it has 0 to 3"):
+        QuantizeKv(INT4, INT4, layers={name: {}}).match(cached_program(layers=4))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,6 +166,17 @@ def test_without_a_cache_there_is_nothing_to_quantise():
         ({"key": INT4, "value": None, "regions": {"recnt": 1}}, "KVX102.*did you mean 'recent'"),
         ({"key": INT4, "value": None, "regions": {"flush": "now"}}, "KVX107.*flush"),
         ({"key": INT4, "value": None, "regions": {"dtype": "half16"}}, "KVX105.*half16"),
+        ({"key": INT4, "value": None, "layers": {"first": {}}}, "KVX107.*layers must.*'first'"),
+        ({"key": INT4, "value": None, "layers": {"0": {"kay": INT4}}}, "KVX102.*mean 'key'"),
+        ({"key": None, "value": None, "layers": {"0": {}}}, "KVX107.*a codec must be given"),
+        (
+            {"key": INT4, "value": None, "layers": {"0": {"key": {"codec": "int", "bit": 4}}}},
+            "KVX102.*did you mean 'bits'",
+        ),
+        (
+            {"key": CHANNEL, "value": None, "layers": {"0": {"key_regions": {"recent": 33}}}},
+            "multiple of the 32.*got 33",
+        ),
     ],
 )
 @pytest.mark.parametrize(
