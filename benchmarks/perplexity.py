@@ -22,10 +22,10 @@ import kvxform
 from kvxform.capture import capture, open_source
 from kvxform.evaluate.perplexity import evaluate
 from kvxform.evaluate.runners import make_runner
-from kvxform.evaluate.texts import encode_text, read_text
 from kvxform.pipeline import run_pipeline
 from kvxform.recipe import load_recipe
 from kvxform.runtime.model import OptimizedModel
+from kvxform.texts import encode_text, read_text
 from kvxform.tokenizer import load_tokenizer
 
 MODEL = "smollm2-135m"

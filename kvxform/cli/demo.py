@@ -58,8 +58,8 @@ def run(
 ) -> None:
     """Optimise, verify, export, generate and measure; print one table."""
     import kvxform
-    from kvxform.evaluate.texts import encode_text, read_text
     from kvxform.runtime.onnx_session import OnnxSession
+    from kvxform.texts import encode_text, read_text
 
     words = read_text(text)
     out.mkdir(parents=True, exist_ok=True)

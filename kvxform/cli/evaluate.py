@@ -38,7 +38,7 @@ def run(
     """Measure perplexity on a text, and KL divergence to a reference model."""
     from kvxform.evaluate.perplexity import evaluate
     from kvxform.evaluate.runners import make_runner
-    from kvxform.evaluate.texts import encode_text, read_text
+    from kvxform.texts import encode_text, read_text
 
     words = read_text(text)
     opened = open_target(target, recipe)

@@ -16,7 +16,7 @@ import torch
 import kvxform
 from kvxform.evaluate.perplexity import evaluate
 from kvxform.evaluate.runners import make_runner
-from kvxform.evaluate.texts import encode_text, read_text
+from kvxform.texts import encode_text, read_text
 from kvxform.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.gpu

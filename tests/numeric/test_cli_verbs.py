@@ -14,7 +14,7 @@ from checkpoints import byte_tokenizer, write_llama
 from transformers import LlamaForCausalLM
 
 from kvxform.cli.main import main
-from kvxform.evaluate.texts import default_text
+from kvxform.texts import default_text
 
 PROMPT = "hello"
 

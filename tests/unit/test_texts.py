@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvxform.errors import KvxformError
-from kvxform.evaluate.texts import default_text, encode_text, read_text
+from kvxform.texts import default_text, encode_text, read_text
 
 
 def test_the_default_text_is_long_and_always_the_same():
