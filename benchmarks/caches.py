@@ -25,7 +25,7 @@ from problems import (
 from torch import Tensor
 
 from kvxform.codecs.base import make_codec
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.capability import is_interpreted
 from kvxform.codegen.triton.emit import emit

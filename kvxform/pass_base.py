@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, fx
 
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
 from kvxform.ir.program import META_KEYS, AttentionSite, Program
@@ -216,6 +216,7 @@ class Rewriter:
             if node.op in ("call_function", "get_attr") and not node.users:
                 graph.erase_node(node)
         used = {n.target for n in graph.nodes if n.op == "get_attr"}
+        used |= {b.weight for s in self.program.sites for b in (s.k_basis, s.v_basis)}
         for name in [n for n in self.program.weights if n not in used]:
             del self.program.weights[name]
         graph.lint()

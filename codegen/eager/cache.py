@@ -23,6 +23,7 @@ from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.execution import CacheSizes
 from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
+from kvxform.ir.rotary import KeyRead
 from kvxform.ir.scoring import Scoring
 
 PAYLOADS = ("kv", "latent")
@@ -109,27 +110,35 @@ class PagedCache:
         Masks follow the slots of the step. While positions are dense, these are `positions`.
         """
         step = self._current(layer)
-        key, value = self._read(self._owner[layer], step, q.dtype)
+        key, value = self._read(self._owner[layer], step, q.dtype, scoring.key_read)
         out = attend_step(q, key, value, step, scoring)
         view = self._views.get(layer)  # weights times all of K; the value is the first channels
         return out if view is None else out[..., :view]
 
-    def _read(self, owner: int, step: Step, dtype: torch.dtype) -> tuple[StreamRead, StreamRead]:
+    def _read(
+        self, owner: int, step: Step, dtype: torch.dtype, key_read: KeyRead | None
+    ) -> tuple[StreamRead, StreamRead]:
         """Return K and V of `owner`, decoded once per step for all layers that read them."""
         if owner in self._reads:
             left, reads = self._reads.pop(owner)
         else:
             left, appended = self._readers[owner], self._appended.pop(owner)
-            reads = self._stores[owner].read(step, appended, dtype)
+            key, value = self._stores[owner].read(step, appended, dtype)
+            if key_read is not None:
+                key = key.as_keys(key_read, step.rotary_table(key_read, dtype))
+            reads = key, value
         if left > 1:
             self._reads[owner] = (left - 1, reads)
         return reads
 
-    def logical(
+    def stored(
         self, layer: int, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
-        return self._stores[self._owner[layer]].logical(row, length, pages, dtype)
+        """Return K and V of one row in the stored basis, un-paged and decoded; V may be all of K.
+
+        Each is `[Hk, length, D]`.
+        """
+        return self._stores[self._owner[layer]].stored(row, length, pages, dtype)
 
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""
@@ -184,8 +193,8 @@ def check_plan(plan: CachePlan, page_size: int) -> None:
         if site.payload not in PAYLOADS:
             rule = f"payload must be {' or '.join(PAYLOADS)}"
             _refuse(rule, site.payload, site.layer, "cache K and V")
-        if site.key.rope == "pre":
-            _refuse("keys must be cached after RoPE", "pre", site.layer, "cache keys after RoPE")
+        if site.key.rope == "pre" and site.key.read.form == "folded":
+            _refuse("keys stored before RoPE must be decoded to be read", "folded", site.layer, "")
         for stream in site.streams.values():
             _check_stream(stream, site.layer, page_size)
 

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvxform.codecs.base import make_codec
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
-from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan, StreamPlan
 
 
 class SiteStore:
-    """K and V of one owner layer, in one store of 2 Hk heads where both are kept alike.
+    """K and V of one owner layer, in one store of 2 Hk heads where both are kept alike, by heads.
 
     One store means half the work in every step; heads of K come first, then those of V. Where
     values are a view of the keys, only K is stored.
@@ -39,7 +40,7 @@ class SiteStore:
     ) -> None:
         self._site, self._page_size, self._device = site, page_size, device
         streams = list(site.streams.values())
-        self.is_joint = len(streams) == 2 and _as_stored(streams[0]) == _as_stored(streams[1])
+        self.is_joint = len(streams) == 2 and _are_alike(*streams)
         self._stores = tuple(
             StreamStore(
                 stream,
@@ -70,19 +71,16 @@ class SiteStore:
         heads = self._site.num_kv_heads
         return reads[0].heads(0, heads), reads[0].heads(heads, 2 * heads)
 
-    def logical(
+    def stored(
         self, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
+        """Return K and V of one row, un-paged and decoded, each `[Hk, length, D]`."""
         table = torch.tensor([list(pages)], dtype=torch.int32)
         step = Step([row], [length - 1], [1], table, self._page_size, self._device)
-        found = [store.logical(step, row, length, dtype) for store in self._stores]
+        found = [store.stored(step, row, length, dtype) for store in self._stores]
         if self.is_joint:
             found = list(found[0].chunk(2))
-        k, value = self._site.key.basis.unrotate(found[0]), self._site.value
-        if isinstance(value, KeyView):
-            return k, k[..., : value.head_dim]
-        return k, value.basis.unrotate(found[1])
+        return found[0], found[-1]
 
     def commit(self, step: Step) -> None:
         """Let a finished step take effect."""
@@ -125,6 +123,10 @@ class SiteStore:
     def row_bytes(self) -> int:
         """Return bytes of the real sink and recent buffers of one row."""
         return sum(store.row_bytes() for store in self._stores)
+
+
+def _are_alike(key: StreamPlan, value: StreamPlan) -> bool:
+    return _as_stored(key) == _as_stored(value) and make_codec(key.codec).is_headwise
 
 
 def _as_stored(stream: StreamPlan) -> tuple[object, ...]:

@@ -48,6 +48,7 @@ class _Specialiser:
             kvx.ROPE: self._rope,
             kvx.RMS_NORM: self._rms_norm,
             kvx.HADAMARD: self._hadamard,
+            kvx.ROTATE: lambda node: self._same(node, kvx.rotate),
             kvx.ATTENTION: lambda node: self._same(node, kvx.attention),
             kvx.CACHE_APPEND: lambda node: self._same(node, append),
             kvx.CACHED_ATTENTION: self._cached_attention,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvxform.codegen.eager.flush import FlushRule, RuleStep
+from kvxform.ir.rotary import KeyRead
 from kvxform.ir.scoring import Span
 
 
@@ -75,12 +76,20 @@ class Step:
         self._visible: dict[Span, Tensor | None] = {}
         self._hidden: dict[tuple[QueryRun, Span], tuple[int, Tensor] | None] = {}
         self._rules: dict[FlushRule, RuleStep] = {}
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def rule(self, rule: FlushRule) -> RuleStep:
         """Return the shared index tensors of a flush rule."""
         if rule not in self._rules:
             self._rules[rule] = RuleStep(self, rule)
         return self._rules[rule]
+
+    def rotary_table(self, read: KeyRead, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of all positions; see `KeyRead.table`."""
+        key = (read.inv_freq.data_ptr(), read.inv_freq.dtype, read.attention_scaling, dtype)
+        if key not in self._tables:
+            self._tables[key] = read.table(self.total, dtype)
+        return self._tables[key]
 
     @functools.cached_property
     def times(self) -> Tensor:

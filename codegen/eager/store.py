@@ -17,6 +17,7 @@ from kvxform.codegen.eager.flush import FlushRule, RuleStep
 from kvxform.codegen.eager.folded_body import FoldedBody, fold_body
 from kvxform.codegen.eager.step import Step
 from kvxform.ir.plan import StreamPlan
+from kvxform.ir.rotary import KeyRead
 
 FOLD_QUERIES = 8  # with more new tokens, decoding a value once is cheaper than folding scales
 
@@ -37,6 +38,16 @@ class StreamRead:
     sink: Tensor | None = None
     body: Tensor | FoldedBody | None = None
     fresh: Tensor | None = None
+
+    def as_keys(self, read: KeyRead, table: tuple[Tensor, Tensor]) -> StreamRead:
+        """Return the keys of a stream that is stored before RoPE; see `KeyRead.apply`."""
+        assert not isinstance(self.body, FoldedBody), "check_plan lets no such stream through"
+        places = (0, self.rule_step.rule.sink, self.rule_step.fresh_start)
+        parts = [
+            None if part is None else read.apply(part, first, table)
+            for part, first in zip((self.sink, self.body, self.fresh), places, strict=True)
+        ]
+        return StreamRead(self.rule_step, *parts)
 
     def heads(self, first: int, last: int) -> StreamRead:
         """Return heads `first` to `last` - 1 alone."""
@@ -94,7 +105,7 @@ class StreamStore:
             p.name: torch.zeros(
                 num_pages,
                 page_size // p.tokens_per_row,
-                num_kv_heads,
+                p.heads(num_kv_heads),
                 p.width,
                 dtype=p.torch_dtype,
                 device=device,
@@ -198,7 +209,7 @@ class StreamStore:
             planes[spec.name] = _gather(self.pools[spec.name], step, rows).transpose(1, 2)
         return planes  # NHD -> HND
 
-    def logical(self, step: Step, row: int, length: int, dtype: torch.dtype) -> Tensor:
+    def stored(self, step: Step, row: int, length: int, dtype: torch.dtype) -> Tensor:
         """Return the `length` tokens of one row, decoded, `[Hk, length, D]`.
 
         Args:

@@ -168,12 +168,12 @@ class TritonCache:
             self._staged.pop(owner, None)
         return out
 
-    def logical(
+    def stored(
         self, layer: int, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
+        """Return K and V of one row, un-paged and decoded, each `[Hk, length, D]`."""
         storage = self.storages[self._owner[layer]]
-        return storage.logical(row, length, self._kernel_pages(pages), dtype)
+        return storage.stored(row, length, self._kernel_pages(pages), dtype)
 
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""

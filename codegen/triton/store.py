@@ -62,15 +62,13 @@ class SiteStorage:
         """The buffers that a step overwrites, `[num_rows, Hk, capacity, D]`."""
         return {name: x for name, x in self.buffers.items() if name.endswith("_recent")}
 
-    def logical(
+    def stored(
         self, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
+        """Return K and V of one row, un-paged and decoded, each `[Hk, length, D]`."""
         planes = self._planes(list(pages))
         found = [
-            stream.basis.unrotate(
-                self._logical_stream(name, stream, row, length, planes[name], dtype)
-            )
+            self._stored_stream(name, stream, row, length, planes[name], dtype)
             for name, stream in self._plan.streams.items()
         ]
         return found[0], found[1]
@@ -84,7 +82,7 @@ class SiteStorage:
             for name, stream in self.spec.streams.items()
         }
 
-    def _logical_stream(
+    def _stored_stream(
         self,
         name: str,
         stream: StreamPlan,

@@ -4,11 +4,15 @@
 - `exact`: codec `none`, values as they are
 - `integer`: codec `int`, uniform integers with scales and zero points
 - `folded`: attention over codes with scales applied per query, token or step
+- `token_norm`: codec `token-norm`, norms per token in front of another codec
+- `norms`, `tables`: stored norms; codebooks kept on disk
 - `packing`: codes of 2, 3, 4 and 8 bits in bytes
-- `hadamard`: bases (rotations) of a stream
+- `basis`: bases (rotations) of a stream
+- `hadamard`: block Hadamard transforms
 """
 
 from __future__ import annotations
 
 from kvxform.codecs import exact as exact  # importing a codec module registers its codec
 from kvxform.codecs import integer as integer
+from kvxform.codecs import token_norm as token_norm

@@ -6,52 +6,11 @@ Source: QuaRot, arXiv 2404.00456, section 4; block form: SAW-INT4, arXiv 2604.19
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvxform.errors import PassError
-
-
-@dataclass(frozen=True)
-class Basis:
-    """The rotation a stream is expressed in: stored = x @ R.
-
-    Attributes:
-        kind: `identity` or `hadamard`.
-        block: Channels rotated together; a power of two that divides head_dim (hadamard only).
-        seed: Seed of random signs applied before the transform, or None for no signs.
-    """
-
-    kind: str = "identity"
-    block: int = 0
-    seed: int | None = None
-
-    def __str__(self) -> str:
-        """Return the fact value: `identity`, `hadamard(64)` or `hadamard(64, seed=1)`."""
-        if self.kind == "identity":
-            return "identity"
-        seed = "" if self.seed is None else f", seed={self.seed}"
-        return f"{self.kind}({self.block}{seed})"
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Return `x @ R` along the last axis, in the dtype of `x`."""
-        if self.kind == "identity":
-            return x
-        return block_hadamard(x, self.block, make_signs(x.shape[-1], self.seed))
-
-    def unrotate(self, x: Tensor) -> Tensor:
-        """Return `x @ R.T`: the inverse of `rotate`."""
-        if self.kind == "identity":
-            return x
-        y = block_hadamard(x, self.block, None)
-        signs = make_signs(x.shape[-1], self.seed)
-        return y if signs is None else y * signs.to(y)
-
-    def matrix(self, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return R, shape `[dim, dim]`."""
-        return self.rotate(torch.eye(dim, dtype=dtype))
 
 
 def largest_block(dim: int) -> int:
@@ -76,29 +35,6 @@ def check_block(block: int, dim: int, where: str, at: str = "") -> None:
             at=at,
             hint=f"use block: {largest}" if largest > 1 else "leave the rotation out",
         )
-
-
-def make_basis(block: int | None, seed: int | None, dim: int, where: str, at: str) -> Basis:
-    """Return the Hadamard basis of vectors of `dim` channels.
-
-    Args:
-        block: Channels rotated together; None means the largest block that fits.
-        seed: Seed of random signs, or None.
-        dim: Channels of one head.
-        where: Pass that asks, for the error text.
-        at: Module path of the site, for the error text.
-
-    Raises:
-        PassError: KVX204, see `check_block`.
-    """
-    block = largest_block(dim) if block is None else block
-    check_block(block, dim, where, at)
-    return Basis("hadamard", block, seed)
-
-
-def basis_fact(block: int | None, seed: int | None) -> str:
-    """Return the fact value of options; only the kind where the size depends on the model."""
-    return "hadamard" if block is None else str(Basis("hadamard", block, seed))
 
 
 @functools.cache

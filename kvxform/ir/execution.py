@@ -70,10 +70,13 @@ class LiveCache(Protocol):
     def abort(self) -> None:
         """Forget a step that failed."""
 
-    def logical(
+    def stored(
         self, layer: int, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Return K and V of one row, un-paged, decoded and un-rotated, each `[Hk, length, D]`."""
+        """Return K and V of one row, un-paged and decoded, each `[Hk, length, D]`.
+
+        They are in the basis that the plan stores them in; see `ir.logical`.
+        """
 
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvxform.codecs.basis import rotate_heads
 from kvxform.codecs.hadamard import block_hadamard
 from kvxform.ir.cache import resolve_handle
+from kvxform.ir.rotary import rotary_table, turn_pairs
 from kvxform.ir.scoring import Scoring, attend
 
 _LIBRARY = torch.library.Library("kvx", "DEF")
@@ -33,12 +35,18 @@ _SCHEMAS = (
     "Tensor? sink_logits=None, Tensor? alibi_slopes=None, "
     "Tensor? bias=None, ScalarType? softmax_dtype=None) -> Tensor",
     "hadamard(Tensor x, *, int block, Tensor? signs=None) -> Tensor",
+    # x @ matrix, one matrix a KV head [Hk, D, D], or one for each g heads [Hk / g, g D, g D]
+    "rotate(Tensor x, Tensor matrix) -> Tensor",
     # store new tokens of a layer in the cache behind the handle; returns the handle; no v if
     # values are a view of the keys
     "cache_append(Tensor k, Tensor? v, Tensor cache, *, int layer) -> Tensor",
+    # with inv_freq, the cache holds keys before RoPE: they are un-rotated by key_basis and take the
+    # attributes of rope when they are read; see `ir.rotary.KeyRead`
     "cached_attention(Tensor q, Tensor cache, Tensor positions, *, int layer, float scale, "
     "int v_head_dim, bool causal=True, int? window=None, int? chunk=None, float? softcap=None, "
-    "Tensor? sink_logits=None, Tensor? alibi_slopes=None) -> Tensor",
+    "Tensor? sink_logits=None, Tensor? alibi_slopes=None, Tensor? inv_freq=None, "
+    "int rotary_dim=0, float attention_scaling=1.0, bool interleaved=False, "
+    "Tensor? key_basis=None) -> Tensor",
 )
 
 
@@ -84,17 +92,9 @@ def rope(
         attention_scaling: Factor of cosine and sine (YaRN, arXiv 2309.00071).
         interleaved: Pair neighbouring channels instead of halves.
     """
-    angles = positions[:, None, :, None].to(inv_freq.dtype) * inv_freq  # [B, 1, S, rotary_dim / 2]
-    cos = (angles.cos() * attention_scaling).to(x.dtype)
-    sin = (angles.sin() * attention_scaling).to(x.dtype)
-    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        out = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([out, rest], -1) if rest.shape[-1] else out
+    table = rotary_table(positions[:, None], inv_freq, attention_scaling, x.dtype)
+    assert 2 * table[0].shape[-1] == rotary_dim, "one frequency a pair"
+    return turn_pairs(x, table, interleaved=interleaved)
 
 
 def attention(
@@ -120,6 +120,11 @@ def attention(
 def hadamard(x: Tensor, *, block: int, signs: Tensor | None = None) -> Tensor:
     """Rotate the last axis by a block Hadamard matrix; see `codecs.hadamard`."""
     return block_hadamard(x, block, signs)
+
+
+def rotate(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rotate the heads of x `[B, H, S, D]`; see `codecs.basis.rotate_heads`."""
+    return rotate_heads(x, matrix)
 
 
 def cache_append(k: Tensor, v: Tensor | None, cache: Tensor, *, layer: int) -> Tensor:
@@ -170,6 +175,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
     "rope": (rope, _fake_like_x),
     "attention": (attention, _fake_attention),
     "hadamard": (hadamard, _fake_like_x),
+    "rotate": (rotate, _fake_like_x),
     "cache_append": (cache_append, _fake_append),
     "cached_attention": (cached_attention, _fake_cached),
 }
@@ -184,7 +190,8 @@ RMS_NORM = torch.ops.kvx.rms_norm.default
 ROPE = torch.ops.kvx.rope.default
 ATTENTION = torch.ops.kvx.attention.default
 HADAMARD = torch.ops.kvx.hadamard.default
+ROTATE = torch.ops.kvx.rotate.default
 CACHE_APPEND = torch.ops.kvx.cache_append.default
 CACHED_ATTENTION = torch.ops.kvx.cached_attention.default
 ATTENTION_OPS = (ATTENTION, CACHED_ATTENTION)
-DIALECT = (RMS_NORM, ROPE, ATTENTION, HADAMARD, CACHE_APPEND, CACHED_ATTENTION)
+DIALECT = (RMS_NORM, ROPE, ATTENTION, HADAMARD, ROTATE, CACHE_APPEND, CACHED_ATTENTION)

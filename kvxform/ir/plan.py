@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvxform.codecs.base import PlaneSpec, dtype_from_name
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 
 BASELINE_BITS = 16  # what "before" means: a bfloat16 or float16 cache of the same geometry
 
@@ -105,13 +105,14 @@ class StreamPlan:
         free = cached_tokens - self.regions.sink - keep
         return max(0, free // chunk * chunk)
 
-    def body_bytes_per_token(self) -> float:
-        """Return bytes of one encoded token of one head, metadata included."""
-        return sum(p.row_bytes / p.tokens_per_row for p in self.planes)
+    def body_bytes_per_token(self, num_heads: int) -> float:
+        """Return bytes of one encoded token of `num_heads` KV heads, metadata included."""
+        return sum(p.bytes_per_token(num_heads) for p in self.planes)
 
-    def page_bytes(self, page_size: int) -> int:
-        """Return bytes of one page of one head."""
-        return sum(p.row_bytes * (page_size // p.tokens_per_row) for p in self.planes)
+    def page_bytes(self, page_size: int, num_heads: int) -> int:
+        """Return bytes of one page of `num_heads` KV heads."""
+        rows = ((p, page_size // p.tokens_per_row) for p in self.planes)
+        return sum(p.heads(num_heads) * p.row_bytes * count for p, count in rows)
 
     def exact_bytes(self) -> int:
         """Return bytes of the sink and recent buffers of one head of one sequence."""
@@ -201,8 +202,9 @@ class CachePlan:
     def bytes_per_token(self) -> float:
         """Bytes that one more encoded token costs in a long sequence, metadata included."""
         return sum(
-            s.num_kv_heads * sum(st.body_bytes_per_token() for st in s.streams.values())
+            st.body_bytes_per_token(s.num_kv_heads)
             for s in self.owners
+            for st in s.streams.values()
         )
 
     @property
@@ -240,8 +242,9 @@ class CachePlan:
     def page_bytes(self, page_size: int) -> int:
         """Return bytes of one page over all layers and heads."""
         return sum(
-            s.num_kv_heads * sum(st.page_bytes(page_size) for st in s.streams.values())
+            st.page_bytes(page_size, s.num_kv_heads)
             for s in self.owners
+            for st in s.streams.values()
         )
 
     def exact_bytes_per_sequence(self) -> int:
@@ -269,7 +272,8 @@ class CachePlan:
                 body = stream.body_tokens(cached_tokens)
                 rest = cached_tokens - body
                 exact = rest * stream.head_dim * dtype_from_name(stream.regions.dtype).itemsize
-                total += site.num_kv_heads * (body * stream.body_bytes_per_token() + exact)
+                total += body * stream.body_bytes_per_token(site.num_kv_heads)
+                total += site.num_kv_heads * exact
         return total * batch_size
 
     def extra_flops_per_token(self) -> int:

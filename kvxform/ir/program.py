@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.ir.calibration import Calibration
 from kvxform.ir.facts import Facts
 from kvxform.ir.plan import CachePlan

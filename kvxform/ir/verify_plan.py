@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from kvxform.codecs.base import Codec, dtype_from_name, make_codec
-from kvxform.codecs.hadamard import Basis, check_block
+from kvxform.codecs.basis import Basis
+from kvxform.codecs.hadamard import check_block
 from kvxform.errors import KvxformError, PassError
 from kvxform.ir.plan import CachePlan, KeyView, SitePlan, StreamPlan
 from kvxform.ir.program import AttentionSite, Program
@@ -127,8 +128,8 @@ def _check_stream(name: str, stream: StreamPlan, plan: CachePlan) -> None:
 def _check_basis(basis: Basis, head_dim: int) -> None:
     if basis.kind == "hadamard":
         check_block(basis.block, head_dim, "verifier")
-    elif basis != Basis():
-        raise PassError("KVX215", "a basis must be identity or hadamard", got=basis)
+    elif basis.kind != "matrix" and basis != Basis():
+        raise PassError("KVX215", "a basis must be identity, hadamard or matrix", got=basis)
 
 
 def _check_planes(name: str, stream: StreamPlan, codec: Codec) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 import kvxform.ir.ops as kvx
+from kvxform.codecs.basis import Basis
 from kvxform.ir.latent import SLICE
 from kvxform.ir.program import AttentionSite, LatentSpec, Program, Projection
 from kvxform.ir.types import TensorType
@@ -27,6 +28,8 @@ def verify_sites(program: Program) -> None:
         if node.target is kvx.CACHED_ATTENTION:
             _check_cache_chain(program, site, node)
         _check_projections(program, site)
+        _check_basis(program, site, "k", site.k_basis, site.head_dim)
+        _check_basis(program, site, "v", site.v_basis, site.v_head_dim)
     if nodes:
         layer, node = nodes.popitem()
         raise invalid("an attention node must belong to a site", f"layer {layer}", node)
@@ -120,6 +123,22 @@ def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> 
         raise invalid(
             f"the keys of layer {owner} must be appended once before they are read", appended, node
         )
+
+
+def _check_basis(
+    program: Program, site: AttentionSite, name: str, basis: Basis, head_dim: int
+) -> None:
+    if basis.kind != "matrix":
+        return
+    matrices = program.weights.get(basis.weight or "")
+    if matrices is None:
+        rule = f"the basis of {name} must be a weight"
+        raise invalid(rule, basis.weight, layer=site.layer)
+    size = basis.heads * head_dim
+    wanted = (site.num_kv_heads // max(1, basis.heads), size, size)
+    if tuple(matrices.shape) != wanted or site.num_kv_heads % basis.heads:
+        rule = f"the basis of {name}, {basis.weight}, must be {list(wanted)}"
+        raise invalid(rule, list(matrices.shape), layer=site.layer)
 
 
 def _check_projections(program: Program, site: AttentionSite) -> None:

@@ -15,6 +15,7 @@ from typing import Self
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.errors import CacheFullError, KvxformError
 from kvxform.ir.execution import CacheSizes, Executable
+from kvxform.ir.logical import unrotate_pair
 from kvxform.ir.plan import CachePlan
 from kvxform.runtime.inputs import refuse
 from kvxform.runtime.pages import PageCopy, PagePool, PageTable
@@ -182,11 +183,13 @@ class RowStore:
 
     def logical_cache(self, layer: int) -> LogicalCache:
         """Return what `layer` holds for each live row; see `LogicalCache`."""
-        dtype = self._executable.program.dtype
-        pairs = [
-            self._cache.logical(layer, row, state.physical_length, self._pool.pages(row), dtype)
+        program = self._executable.program
+        pages, dtype = self._pool.pages, program.dtype
+        stored = [
+            self._cache.stored(layer, row, state.physical_length, pages(row), dtype)
             for row, state in sorted(self._rows.items())
         ]
+        pairs = [unrotate_pair(program, layer, *pair) for pair in stored]
         return LogicalCache(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def _body_tokens(self, length: int) -> int:

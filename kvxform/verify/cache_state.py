@@ -172,7 +172,8 @@ class _ScheduleRun(Replay):
         streams = self.plan.site(layer).streams
         references = dict(zip(("key", "value"), self._source_cache(layer, row), strict=True))
         for name, x in self.shadow.stored(layer, row).items():
-            error = _relative_error(streams[name].basis.unrotate(x), references[name])
+            source = streams[name].basis.unrotate(x, self.shadow.program.weights)
+            error = _relative_error(source, references[name])
             if not error <= self.check.input_error:
                 self.check.input_error, self.check.input_at = error, f"{name[0].upper()} of {at}"
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kvxform.ir.plan import CachePlan
+from kvxform.ir.program import Program
 
 
 class LogicalCacheLike(Protocol):
@@ -60,6 +61,10 @@ class SessionLike(Protocol):
 
 class ModelLike(Protocol):
     """A program that runs; see `kvxform.runtime.model.OptimizedModel`."""
+
+    @property
+    def program(self) -> Program:
+        """What runs."""
 
     @property
     def plan(self) -> CachePlan | None:

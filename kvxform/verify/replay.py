@@ -40,7 +40,7 @@ class Replay:
         self.session: SessionLike = model.new_session(
             max_batch_size=len(sequences.lengths), max_seq_len=self.max_seq_len
         )
-        self.shadow = Shadow(plan)
+        self.shadow = Shadow(model.program)
         self.ledger = PageLedger(plan, plan.page_size(self.max_seq_len))
         self.rows: dict[int, tuple[int, int]] = {}
         self.logits: dict[tuple[int, int], Tensor] = {}

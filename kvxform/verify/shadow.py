@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from kvxform.ir.cache import CacheState
+from kvxform.ir.logical import unrotate_pair
 from kvxform.ir.plan import CachePlan, KeyView
+from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring
 from kvxform.verify.equations import TwoCopies, attend, two_copies
 
@@ -27,12 +29,12 @@ class Shadow:
     """The second copy of a session's cache.
 
     Attributes:
-        plan: The plan that the equations follow.
+        program: What runs; the equations follow its plan.
         read_error: Largest error of an attention output so far, as a share of its largest value.
         read_at: Where that was.
     """
 
-    plan: CachePlan
+    program: Program
     read_error: float = 0.0
     read_at: str = ""
     _steps: list[StepTokens] = field(default_factory=list)
@@ -40,6 +42,12 @@ class Shadow:
     _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, int], tuple[TwoCopies, TwoCopies]] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> CachePlan:
+        """What is cached and how."""
+        assert self.program.plan is not None, "the model has a cache"
+        return self.program.plan
 
     def expect(self, step: StepTokens) -> None:
         """Announce the next forward pass."""
@@ -73,12 +81,8 @@ class Shadow:
 
     def held(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Return what the logical cache must be: `[Hk, T, D]`, decoded and un-rotated."""
-        site = self.plan.site(layer)
         key, value = self._two_copies(layer, row)
-        k = site.key.basis.unrotate(key.held())
-        if isinstance(site.value, KeyView):
-            return k, k[..., : site.value.head_dim]
-        return k, site.value.basis.unrotate(value.held())
+        return unrotate_pair(self.program, layer, key.held(), value.held())
 
     def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Record new tokens `[B, Hk, S, D]`, cut to the counts that were announced."""

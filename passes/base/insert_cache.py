@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 import kvxform.ir.ops as kvx
+from kvxform.codecs.basis import Basis
 from kvxform.codecs.exact import ExactCodec
-from kvxform.codecs.hadamard import Basis
 from kvxform.ir.facts import FactValue
 from kvxform.ir.plan import CachePlan, KeyView, Regions, SitePlan, StreamPlan
 from kvxform.ir.program import AttentionSite, Program, RejectedSite

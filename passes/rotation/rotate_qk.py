@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 from torch import fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.hadamard import Basis, basis_fact, is_block, make_basis, make_signs
+from kvxform.codecs.basis import Basis, basis_fact, make_basis
+from kvxform.codecs.hadamard import is_block, make_signs
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.program import AttentionSite, Program

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvxform.codecs.hadamard import Basis, basis_fact, is_block, make_basis
+from kvxform.codecs.basis import Basis, basis_fact, make_basis
+from kvxform.codecs.hadamard import is_block
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.linear import weight_uses

@@ -23,7 +23,7 @@ from programs import (
 
 import kvxform.ir.ops as kvx
 from kvxform.cli.plan import plan_data, plan_text
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.codegen.eager.specialise import multiply_heads, specialise
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.cache import make_handle

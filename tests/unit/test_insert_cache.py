@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from programs import apply, aten, fired, gpt2_program, llama_program, reasons, run, token_ids
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.ir.program import RejectedSite
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.rotation.rotate_v import RotateV

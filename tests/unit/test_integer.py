@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxform.codecs.base import make_codec
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.codecs.integer import IntCodec
 from kvxform.errors import PassError, RecipeError
 

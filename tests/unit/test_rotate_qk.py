@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from programs import DenseCache, apply, fired, gpt2_program, llama_program, reasons, run, token_ids
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.program import default_positions

@@ -8,7 +8,7 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codecs.base import PlaneSpec
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.errors import PassError
 from kvxform.ir.facts import Facts
 from kvxform.ir.plan import CachePlan, Layout, ReadForm, Regions, SitePlan, StreamPlan

@@ -11,7 +11,7 @@ from torch import fx
 import kvxform.ir.ops as kvx
 import kvxform.passes  # noqa: F401  (fills the registry)
 from kvxform.codecs.base import PlaneSpec
-from kvxform.codecs.hadamard import Basis
+from kvxform.codecs.basis import Basis
 from kvxform.errors import PassError
 from kvxform.ir.facts import Facts
 from kvxform.ir.plan import Layout, Regions

@@ -1,0 +1,123 @@
+"""The basis that a cached stream is expressed in: nothing, a block Hadamard, or dense matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.hadamard import block_hadamard, check_block, largest_block, make_signs
+
+Matrices = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The rotation a stream is expressed in: stored = x @ R.
+
+    Attributes:
+        kind: `identity`, `hadamard` or `matrix`.
+        block: Channels rotated together; a power of two that divides head_dim (hadamard only).
+        seed: Seed of random signs applied before the transform, or None for no signs.
+        weight: Name of the matrices R among the weights of the program, `[Hk / heads, heads * D,
+            heads * D]`, each of them orthogonal (matrix only).
+        heads: KV heads that are rotated together (matrix only).
+    """
+
+    kind: str = "identity"
+    block: int = 0
+    seed: int | None = None
+    weight: str | None = None
+    heads: int = 1
+
+    def __str__(self) -> str:
+        """Return the fact value: `identity`, `hadamard(64)`, `hadamard(64, seed=1)`, `matrix`."""
+        if self.kind == "hadamard":
+            seed = "" if self.seed is None else f", seed={self.seed}"
+            return f"{self.kind}({self.block}{seed})"
+        return self.kind if self.heads == 1 else f"{self.kind}({self.heads} heads)"
+
+    def rotate(self, x: Tensor, matrices: Matrices | None = None) -> Tensor:
+        """Return `x @ R` along the last axis, in the dtype of `x`.
+
+        Args:
+            x: `[..., D]`, or `[..., H, T, D]` for dense matrices, H as in `rotate_heads`.
+            matrices: Where `weight` is found; only dense matrices need it.
+        """
+        if self.kind == "identity":
+            return x
+        if self.kind == "matrix":
+            return rotate_heads(x, self._find(matrices))
+        return block_hadamard(x, self.block, make_signs(x.shape[-1], self.seed))
+
+    def unrotate(self, x: Tensor, matrices: Matrices | None = None) -> Tensor:
+        """Return `x @ R.T`: the inverse of `rotate`."""
+        if self.kind == "identity":
+            return x
+        if self.kind == "matrix":
+            return rotate_heads(x, self._find(matrices).mT)
+        y = block_hadamard(x, self.block, None)
+        signs = make_signs(x.shape[-1], self.seed)
+        return y if signs is None else y * signs.to(y)
+
+    def matrix(self, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return R of a basis that is the same for all heads, shape `[dim, dim]`."""
+        return self.rotate(torch.eye(dim, dtype=dtype))
+
+    def _find(self, matrices: Matrices | None) -> Tensor:
+        assert matrices is not None, "dense bases are used with the weights of their program"
+        assert self.weight is not None, "a dense basis has a weight"
+        return matrices[self.weight]
+
+
+def rotate_heads(x: Tensor, matrices: Tensor) -> Tensor:
+    """Return `x @ R`, with an R of its own for each KV head, or for each run of KV heads.
+
+    Args:
+        x: `[..., H, S, D]`.
+        matrices: `[Hk, D, D]` and H a multiple of Hk: head h uses matrix `h // (H / Hk)`; or
+            `[H / g, g * D, g * D]`, where g heads are joined to one vector.
+
+    Returns:
+        Same shape and dtype as `x`; computed in the wider of the two dtypes.
+    """
+    new, width = x.shape[-2:]
+    count, size, _ = matrices.shape
+    wide = x.to(torch.promote_types(x.dtype, matrices.dtype))
+    groups = wide.unflatten(-3, (count, -1))
+    joined = size != width
+    # [..., H / g, S, g * D], or the query heads of a KV head as rows: [..., Hk, H / Hk * S, D]
+    rows = groups.transpose(-3, -2).flatten(-2) if joined else groups.flatten(-3, -2)
+    # a plain product would copy the matrices for every sequence
+    turned: Tensor = torch.einsum("...knd,kde->...kne", rows, matrices.to(wide))
+    if joined:
+        groups = turned.unflatten(-1, (-1, width)).transpose(-3, -2)
+    else:
+        groups = turned.unflatten(-2, (-1, new))
+    rotated: Tensor = groups.flatten(-4, -3).to(x.dtype)
+    return rotated
+
+
+def make_basis(block: int | None, seed: int | None, dim: int, where: str, at: str) -> Basis:
+    """Return the Hadamard basis of vectors of `dim` channels.
+
+    Args:
+        block: Channels rotated together; None means the largest block that fits.
+        seed: Seed of random signs, or None.
+        dim: Channels of one head.
+        where: Pass that asks, for the error text.
+        at: Module path of the site, for the error text.
+
+    Raises:
+        PassError: KVX204, see `check_block`.
+    """
+    block = largest_block(dim) if block is None else block
+    check_block(block, dim, where, at)
+    return Basis("hadamard", block, seed)
+
+
+def basis_fact(block: int | None, seed: int | None) -> str:
+    """Return the fact value of options; only the kind where the size depends on the model."""
+    return "hadamard" if block is None else str(Basis("hadamard", block, seed))
