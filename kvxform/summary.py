@@ -114,8 +114,8 @@ def layer_records(plan: CachePlan, errors: Sequence[LayerError]) -> tuple[LayerR
                 layer=site.layer,
                 key_codec=describe_stream(site.key),
                 value_codec=_describe_value(site),
-                key_bytes=heads * site.key.body_bytes_per_token(),
-                value_bytes=heads * (values.body_bytes_per_token() if values else 0),
+                key_bytes=site.key.body_bytes_per_token(heads),
+                value_bytes=values.body_bytes_per_token(heads) if values else 0,
                 baseline_bytes=site.values_per_token * BASELINE_BITS / 8,
                 key_error=error.key if error else None,
                 value_error=error.value if error else None,
@@ -143,8 +143,10 @@ def describe_stream(stream: StreamPlan) -> str:
 
 
 def describe_codec(codec: Mapping[str, Any]) -> str:
-    """Return a codec in words."""
+    """Return a codec in words; what a codec wraps comes first."""
     name = codec["codec"]
+    if "inner" in codec:
+        return f"{describe_codec(codec['inner'])}, {name}"
     if name == "none":
         return str(codec.get("dtype", "as is"))
     bits, axis, group = codec.get("bits", ""), codec.get("axis"), codec.get("group")

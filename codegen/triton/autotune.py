@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kvxform.atomic import write_atomically
-from kvxform.ir.capture_cache import cache_folder
+from kvxform.folders import cache_folder
 from kvxform.ir.schema import canonical_json
 
 MAX_CONFIGS = 8

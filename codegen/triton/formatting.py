@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvxform.atomic import write_atomically
 from kvxform.errors import CodegenError
-from kvxform.ir.capture_cache import cache_folder
+from kvxform.folders import cache_folder
 
 _OPTIONS = ("--isolated", "--line-length=100", "--target-version=py311")
 _EXCERPT_LINES = 3

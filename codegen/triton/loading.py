@@ -10,7 +10,7 @@ from types import ModuleType
 
 from kvxform.atomic import write_atomically
 from kvxform.codegen.triton.emit import KernelSource
-from kvxform.ir.capture_cache import cache_folder
+from kvxform.folders import cache_folder
 
 _PREFIX = "kvxform_kernels_"  # modules of emitted kernels in `sys.modules`
 

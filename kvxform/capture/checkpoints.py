@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kvxform.ir.capture_cache import cache_folder
+from kvxform.folders import cache_folder
 from kvxform.ir.store import WeightStore
 
 STREAM_FROM = 1 << 30  # bytes; smaller models are kept in memory, for that is quicker

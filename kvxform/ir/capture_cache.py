@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 
-import platformdirs
 import torch
 from torch import Tensor
 
 from kvxform.atomic import write_atomically
 from kvxform.errors import ArtifactError
+from kvxform.folders import cache_folder
 from kvxform.ir.artifact import decode_program, encode_program
 from kvxform.ir.program import Program
 from kvxform.ir.schema import ProgramFile, canonical_json, parse_file
@@ -28,12 +27,6 @@ class CaptureFile(ProgramFile):
     """One entry: a program, and the values of its smallest tables by name."""
 
     tables: dict[str, tuple[float, ...]]
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: `$KVXFORM_CACHE_DIR`, or that of the user."""
-    chosen = os.environ.get("KVXFORM_CACHE_DIR")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("kvxform"))
 
 
 def load_capture(key: str) -> Program | None:

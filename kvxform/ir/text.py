@@ -13,6 +13,7 @@ grammar.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ WORDS: dict[str, Any] = {
     "channels_last": torch.channels_last,
 }
 ARROW = " <- "
+LONGEST_CONSTANT = 8  # numbers of an option that are printed
 NOTHING = "-"  # an empty field of a provenance comment
 
 
@@ -129,10 +131,7 @@ def _format_site_plan(site: SitePlan) -> str:
 
 
 def _format_stream(stream: StreamPlan) -> str:
-    options = dict(stream.codec)
-    name = options.pop("codec")
-    inside = ", ".join(f"{key}={value}" for key, value in sorted(options.items()))
-    parts = [f"{name}({inside})", f"basis {stream.basis}"]
+    parts = [_format_codec(stream.codec), f"basis {stream.basis}"]
     if stream.rope != "none":
         parts.append(f"{stream.rope}-rope")
     regions = stream.regions
@@ -142,6 +141,24 @@ def _format_stream(stream: StreamPlan) -> str:
     if stream.read.form != "element":
         parts.append(f"read {stream.read.form}")
     return ", ".join(parts)
+
+
+def _format_codec(codec: Mapping[str, Any]) -> str:
+    options = {key: _format_option(value) for key, value in sorted(codec.items())}
+    name = options.pop("codec")
+    return f"{name}({', '.join(f'{key}={value}' for key, value in options.items())})"
+
+
+def _format_option(value: Any) -> str:
+    """Return an option of a codec as text; long constants by their shape, `<2 x 64 numbers>`."""
+    if isinstance(value, Mapping):
+        return _format_codec(value)
+    sizes, inner = [], value
+    while isinstance(inner, list | tuple) and inner:
+        sizes.append(len(inner))
+        inner = inner[0]
+    is_long = math.prod(sizes) > LONGEST_CONSTANT
+    return f"<{' x '.join(map(str, sizes))} numbers>" if is_long else str(value)
 
 
 def number_nodes(graph: fx.Graph) -> dict[fx.Node, int]:

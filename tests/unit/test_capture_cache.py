@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kvxform.errors import PassError
-from kvxform.ir.capture_cache import cache_folder, load_capture, save_capture
+from kvxform.folders import cache_folder
+from kvxform.ir.capture_cache import load_capture, save_capture
 from kvxform.ir.text import format_program
 from kvxform.ir.verify import verify_program
 from tests.programs import llama_program

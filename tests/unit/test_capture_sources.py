@@ -15,7 +15,7 @@ from kvxform.capture import load_source_module
 from kvxform.capture.smollm2 import find_gguf
 from kvxform.capture.sources import open_source
 from kvxform.errors import CaptureError
-from kvxform.ir.capture_cache import cache_folder
+from kvxform.folders import cache_folder
 
 IDS = torch.tensor([[5, 17, 42, 3, 96]])
 
