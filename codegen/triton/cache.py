@@ -82,6 +82,9 @@ class TritonCache:
             for site in plan.owners
         }
         self.recordings: dict[tuple[int, int], Any] = {}  # decode steps by shape; see `graphs`
+        # Memory that its recordings share, for they run one at a time. It is gone with the last of
+        # them, so another cache must not record into it.
+        self.graph_pool: Any = None
         self._step: KernelStep | None = None
         self._staged: dict[int, Staged] = {}
         self._left: dict[int, int] = {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +112,6 @@ class DecodeGraphs:
 
     def __init__(self, forward: Forward, decoding: Decoding, device: torch.device) -> None:
         self._forward, self._decoding, self._device = forward, decoding, device
-        self._pool: Any = None  # memory that recordings share: they run one at a time
         self._refusal = "" if device.type == "cuda" else "graphs need a CUDA device"
         self.why_direct = self._refusal
 
@@ -157,11 +155,11 @@ class DecodeGraphs:
     def _record(self, recording: Recording, cache: TritonCache) -> bool:
         """Record the step without running it; return False, and why, if it cannot be."""
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if cache.graph_pool is None:
+            cache.graph_pool = torch.cuda.graph_pool_handle()
         step = recording.step.view(recording.tokens)
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=cache.graph_pool):
                 recording.logits = self._run(recording, step, cache)
         except RuntimeError as error:  # the graph of the model has a call that waits for the device
             cache.abort()

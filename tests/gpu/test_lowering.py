@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pytest
 import torch
 from lowered import both, divergence, lowered_program, prompts, relative
@@ -91,6 +92,16 @@ def test_compiled_steps(recipe):
     got = feed(triton.new_session(2, 170), ids, 150, 20)
     assert triton._executable.why_direct == ""
     assert_close(got, expected, recipe, torch.float16)
+
+
+def test_a_session_after_another_is_recorded_too():
+    program = lowered_program("exact", torch.float16)
+    _, triton = both(program)
+    ids = prompts(program, 1, 20)
+    for _ in range(3):  # memory of the recordings of the one before is gone by then
+        feed(triton.new_session(1, 64), ids, 12, 8)
+        gc.collect()
+        assert triton._executable.why_direct == ""
 
 
 def test_recordings_belong_to_a_shape_of_a_session(monkeypatch):

@@ -29,7 +29,10 @@ PROMPTS = (
     "A good recipe for bread needs flour,",
 )
 NEW_TOKENS = 32
-WINDOW, WINDOWS = 512, 6
+WINDOW = 512
+# Programs that round differently turn codes over, so their log likelihoods differ at random by
+# about 0.3 nats a token (sqrt(2 KL), KL = 0.043); over so many tokens the mean is off by 0.15 %.
+WINDOWS = 80
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_exact_gives_the_same_tokens(models):
 def test_kv4_has_the_same_perplexity(models, protocol):
     eager, triton, tokenizer = models
     ids = encode_text(tokenizer, read_text(os.environ.get("KVXFORM_TEXT")))
-    windows = WINDOWS if protocol == "quantized-prefill" else 1
+    windows = WINDOWS if protocol == "quantized-prefill" else 1  # a check that it agrees at all
     found = [
         evaluate(
             make_runner(model, WINDOW), ids, window=WINDOW, windows=windows, protocol=protocol
@@ -75,4 +78,4 @@ def test_kv4_has_the_same_perplexity(models, protocol):
     print(
         f"perplexity of {windows} windows of {WINDOW}, {protocol}: CPU {found[0]}, CUDA {found[1]}"
     )
-    assert abs(found[1] / found[0] - 1) <= 0.003
+    assert abs(found[1] / found[0] - 1) <= (0.003 if windows == WINDOWS else 0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ class FakeCache:
     max_pages, sizes, storages = 2, None, None
 
     def __init__(self):
-        self.recordings, self.steps = {}, []
+        self.recordings, self.steps, self.graph_pool = {}, [], None
 
     def kernel_table(self, block_table):
         return block_table
@@ -84,6 +85,30 @@ def test_steps_without_a_device_say_why(monkeypatch):
     assert cache.steps == [(8, True), (8, True), (16, True), (8, True)]
     assert planned == [8, 8, 16, 8]
     assert list(cache.recordings) == [(1, 8), (1, 16)]
+
+
+def test_recordings_of_one_cache_share_memory_and_those_of_another_do_not(monkeypatch):
+    used, handles = [], iter(range(9))
+
+    @contextlib.contextmanager
+    def graph(_, pool):
+        used.append(pool)
+        yield
+
+    fake = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(graphs, "LEAST_BUCKET", 8)
+    decoding = SimpleNamespace(plan=lambda *_: None)
+    runner = DecodeGraphs(lambda ids, *_: ids * 10, decoding, CPU)
+    runner._refusal = ""  # as on a device
+    for cache in (FakeCache(), FakeCache()):
+        for start in (6, 7, 8, 9):
+            step = inputs([start], [[1, 2]])
+            runner.decode(torch.tensor([[start]]), step, cache)
+        assert runner.why_direct == ""
+    assert used == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1024), (1024, 1024), (1025, 2048), (3, 1024)])
