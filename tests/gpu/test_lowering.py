@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+
 import pytest
 import torch
 from lowered import both, divergence, lowered_program, prompts, relative
