@@ -5,8 +5,8 @@
 - `emission`: state of one emission, the table of emitters
 - `builder`: nodes, names, constants, initialisers
 - `aten_math`, `aten_shape`, `aten_index`, `aten_nn`: emitters of aten operations
-- `dialect`: emitters of norm, rotary embedding, rotation
-- `attend`, `streams`, `masks`: emitters of the cached operations
+- `dialect`, `rotations`: emitters of norm, rotary embedding, rotations
+- `attend`, `streams`, `key_read`, `masks`: emitters of the cached operations
 - `codecs`: encode and decode as nodes, one file a family of codecs (`codec_*`)
 - `fallback`: operations without an emitter, through the exporter of torch
 - `ports`: cache planes as inputs and outputs

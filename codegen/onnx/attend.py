@@ -18,6 +18,7 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
+from kvxform.codegen.onnx.key_read import KeyRead
 from kvxform.codegen.onnx.masks import attention_mask
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
@@ -42,7 +43,7 @@ def appends_itself(e: Emission, node: fx.Node) -> bool:
     dtype = dtype_of(node.args[0])  # type: ignore[arg-type]
     options = e.program.attention_node(site.layer).kwargs
     plain = all(is_plain(plan, dtype) for plan in site.streams.values())
-    shaping = ("softcap", "sink_logits", "alibi_slopes")
+    shaping = ("softcap", "sink_logits", "alibi_slopes", "inv_freq")
     special = any(options.get(name) is not None for name in shaping)
     return plain and len(readers) == 1 and not special
 
@@ -74,6 +75,11 @@ def emit_cached_attention(
     causal: bool = True,
     window: int | None = None,
     chunk: int | None = None,
+    inv_freq: ir.Value | None = None,
+    rotary_dim: int = 0,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+    key_basis: ir.Value | None = None,
     **others: Any,
 ) -> ir.Value:
     """Emit attention of the new queries over the cache of the owner of this layer."""
@@ -84,6 +90,9 @@ def emit_cached_attention(
     if isinstance(found, NewTokens):
         return _fused(e, site, q, found, scoring)
     key, value = found
+    if inv_freq is not None:
+        read = KeyRead(inv_freq, rotary_dim, attention_scaling, interleaved, key_basis)
+        key = read.apply(e, site, key)
     if scoring.is_plain and key.values is not None and value.values is not None:
         mask = attention_mask(e, scoring.span)
         y = e.builder.op(

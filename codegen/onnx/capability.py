@@ -7,7 +7,15 @@ from typing import NoReturn
 import torch
 
 from kvxform.codecs.base import CODECS
-from kvxform.codegen.onnx import aten_index, aten_math, aten_nn, aten_shape, attend, dialect
+from kvxform.codegen.onnx import (
+    aten_index,
+    aten_math,
+    aten_nn,
+    aten_shape,
+    attend,
+    dialect,
+    rotations,
+)
 from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
 from kvxform.codegen.onnx.emission import find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
@@ -27,10 +35,10 @@ EMITTER_MODULES = (
     aten_shape,
     attend,
     dialect,
+    rotations,
 )  # they fill EMITTERS
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
 PAYLOADS = ("kv", "latent")
-KEY_ROPE = ("post", "none")
 
 
 def check_program(program: Program) -> Fallback:
@@ -73,8 +81,6 @@ def _check_site(site: SitePlan) -> None:
     if site.payload not in PAYLOADS:
         rule = f"payload must be {' or '.join(PAYLOADS)}"
         _refuse(rule, site.payload, at, "cache K and V")
-    if site.key.rope not in KEY_ROPE:
-        _refuse("keys must be cached after RoPE", site.key.rope, at, "cache keys after RoPE")
     for stream in site.streams.values():
         codec = str(stream.codec["codec"])
         if CODECS.get(codec) not in CODEC_EMITTERS:

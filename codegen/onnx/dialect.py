@@ -1,15 +1,12 @@
-"""Emitters of the kvx operations that do not touch the cache: norm, rotary embedding, rotation."""
+"""Emitters of the kvx operations that work on one token: norm and rotary embedding."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.hadamard import block_hadamard
 from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits, type_of
 
@@ -54,15 +51,7 @@ def emit_rope(
     interleaved: bool = False,
 ) -> ir.Value:
     """Emit RotaryEmbedding with cosines and sines of the positions, shared by all layers."""
-    tables = [
-        e.shared(
-            (function, positions.name, inv_freq.name, attention_scaling, x.dtype),
-            lambda function=function: _table(  # type: ignore[misc]
-                e, function, positions, inv_freq, attention_scaling, dtype_of(node)
-            ),
-        )
-        for function in ("Cos", "Sin")
-    ]
+    tables = rotary_tables(e, positions, inv_freq, attention_scaling, dtype_of(node))
     return e.builder.op(
         "RotaryEmbedding",
         x,
@@ -73,28 +62,19 @@ def emit_rope(
     )
 
 
-@emits(kvx.HADAMARD)
-def emit_hadamard(
-    e: Emission, node: fx.Node, x: ir.Value, *, block: int, signs: ir.Value | None = None
-) -> ir.Value:
-    """Emit a MatMul by the constant rotation, shared by all layers; 16-bit values in float32."""
-    dim = int(type_of(node).shape[-1])
-    signs_name = signs.name if signs is not None else "none"
-    matrix = hadamard_matrix_of(dim, block, _weight_of(e, node.kwargs.get("signs")))
-    rotation = e.builder.tensor(f"hadamard/dim={dim}/block={block}/signs={signs_name}", matrix)
-    wide = e.builder.cast(x, ir.DataType.FLOAT)
-    turned = e.builder.op("MatMul", wide, rotation, role="hadamard")
-    return e.builder.cast(turned, dtype_of(node))
-
-
-def hadamard_matrix_of(dim: int, block: int, signs: Tensor | None) -> Tensor:
-    """Return R of `x @ R` for `kvx::hadamard`, float32 `[dim, dim]`."""
-    eye = torch.eye(dim, dtype=torch.float64)
-    return block_hadamard(eye, block, signs).float()
-
-
-def _weight_of(e: Emission, node: Any) -> Tensor | None:
-    return e.program.weights[str(node.target)] if isinstance(node, fx.Node) else None
+def rotary_tables(
+    e: Emission, positions: ir.Value, inv_freq: ir.Value, scaling: float, dtype: ir.DataType
+) -> tuple[ir.Value, ...]:
+    """Return cosines and sines of positions, each `[*positions, rotary_dim / 2]`, made once."""
+    return tuple(
+        e.shared(
+            (function, positions.name, inv_freq.name, scaling, dtype),
+            lambda function=function: _table(  # type: ignore[misc]
+                e, function, positions, inv_freq, scaling, dtype
+            ),
+        )
+        for function in ("Cos", "Sin")
+    )
 
 
 def _ones(b: Builder, size: int, dtype: torch.dtype) -> ir.Value:

@@ -50,6 +50,19 @@ def key_distance(e: Emission) -> ir.Value:
     return e.shared(("distance",), lambda: e.builder.op("Sub", *_rows_and_columns(e, 1)))
 
 
+def key_positions(e: Emission) -> ir.Value:
+    """Return the position of every slot, int64 `[batch, total_sequence_length]`.
+
+    Padding does not count; before the first token it is at -1.
+    """
+
+    def make() -> ir.Value:
+        counts = e.builder.op("CumSum", e.inputs.attention_mask, e.builder.const(1))
+        return e.builder.op("Sub", counts, e.builder.const(1))
+
+    return e.shared(("chunks", 1), make)
+
+
 def _range(e: Emission, start: ir.Value, stop: ir.Value) -> ir.Value:
     bounds = [e.builder.op("Squeeze", x) for x in (start, stop)]
     return e.builder.op("Range", *bounds, e.builder.const(1))
@@ -84,12 +97,10 @@ def _rows_and_columns(e: Emission, chunk: int) -> tuple[ir.Value, ir.Value]:
     """
     b = e.builder
 
-    def keys() -> ir.Value:
-        counts = b.op("CumSum", e.inputs.attention_mask, b.const(1))
-        positions = b.op("Sub", counts, b.const(1))
-        return positions if chunk == 1 else b.op("Div", positions, b.const(chunk))
+    def chunks() -> ir.Value:
+        return b.op("Div", key_positions(e), b.const(chunk))
 
-    every = e.shared(("chunks", chunk), keys)
+    every = key_positions(e) if chunk == 1 else e.shared(("chunks", chunk), chunks)
     new = e.slice(every, past_length(e), total_length(e), axis=1)
     return b.op("Unsqueeze", new, b.const([1, 3])), b.op("Unsqueeze", every, b.const([1, 2]))
 
@@ -114,6 +125,23 @@ def body_length(e: Emission, plan: StreamPlan, length: ir.Value, name: str) -> i
         return b.op("Mul", b.op("Div", free, b.const(chunk)), b.const(chunk))
 
     return e.shared(("body", plan.regions.sink, keep, chunk, name), make)
+
+
+def body_end(e: Emission, plan: StreamPlan, name: str) -> ir.Value:
+    """Return the slot behind the encoded tokens, int64 `[1]`.
+
+    Args:
+        e: The emission.
+        plan: The stream; its rule is used.
+        name: `past` or `total`: before this call or after it.
+    """
+
+    def make() -> ir.Value:
+        length = past_length(e) if name == "past" else total_length(e)
+        sink = e.builder.const([plan.regions.sink])
+        return e.builder.op("Add", body_length(e, plan, length, name), sink)
+
+    return e.shared(("bound", plan.regions.sink, *plan.keep_and_chunk, name), make)
 
 
 def fresh_mask(e: Emission, plan: StreamPlan) -> ir.Value:

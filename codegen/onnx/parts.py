@@ -15,10 +15,9 @@ from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.emission import Emission, Size
 from kvxform.codegen.onnx.masks import (
     attention_mask,
-    body_length,
+    body_end,
     fresh_mask,
     key_distance,
-    past_length,
     total_length,
 )
 from kvxform.codegen.onnx.streams import StreamView, leaving_length
@@ -131,17 +130,7 @@ def _mix(e: Emission, heads: Heads, weights: ir.Value, value: StreamView) -> ir.
 
 def _cut_fresh(e: Emission, view: StreamView, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Cut columns into those before the tokens encoded in this call, these, and the rest."""
-    rule, sink = view.plan.keep_and_chunk, view.plan.regions.sink
-
-    def bound(name: str) -> ir.Value:
-        length = past_length(e) if name == "past" else total_length(e)
-        body = body_length(e, view.plan, length, name)
-        return e.builder.op("Add", body, e.builder.const([sink]))
-
-    first, last = (
-        e.shared(("bound", sink, *rule, name), lambda name=name: bound(name))  # type: ignore[misc]
-        for name in ("past", "total")
-    )
+    first, last = (body_end(e, view.plan, name) for name in ("past", "total"))
     return (
         e.slice(x, 0, first, COLUMNS),
         e.slice(x, first, last, COLUMNS),

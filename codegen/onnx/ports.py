@@ -54,7 +54,10 @@ class CachePorts:
     present: dict[str, ir.Value] = field(default_factory=dict)
 
     def enter(self, site: SitePlan, stream: str) -> dict[str, ir.Value]:
-        """Add the inputs of one stream, each `[batch_size, Hk, rows, width]`, by plane name."""
+        """Add the inputs of one stream, by plane name.
+
+        Each is `[batch_size, Hk, rows, width]`; with one head where all of them share a row.
+        """
         entered = {}
         for spec in plane_specs(site.streams[stream]):
             key = _key(site, stream, spec.name)
@@ -62,7 +65,7 @@ class CachePorts:
             entered[spec.name] = ir.Value(
                 name=f"{PAST}.{key}",
                 type=ir.TensorType(onnx_dtype(dtype_from_name(spec.dtype))),
-                shape=ir.Shape(["batch_size", site.num_kv_heads, rows, spec.width]),
+                shape=ir.Shape(["batch_size", spec.heads(site.num_kv_heads), rows, spec.width]),
             )
             self.past[key] = entered[spec.name]
         return entered
@@ -73,7 +76,8 @@ class CachePorts:
         key, rows = _key(site, stream, plane), self._rows(site, stream, spec)
         total = f"total_{rows}"
         value.name = f"{PRESENT}.{key}"
-        value.shape = ir.Shape(["batch_size", site.num_kv_heads, total, spec.width])
+        heads = spec.heads(site.num_kv_heads)
+        value.shape = ir.Shape(["batch_size", heads, total, spec.width])
         self.present[key] = value
         return value
 

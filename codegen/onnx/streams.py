@@ -67,7 +67,8 @@ def append_both(
         view = append(e, site, "key", k)
         return view, view
     alike = (key.codec, key.head_dim, key.regions) == (value.codec, value.head_dim, value.regions)
-    if not alike or key.codec["codec"] == "none" or key.regions.sink or has_tail(key):
+    exact = key.codec["codec"] == "none" or key.regions.sink or has_tail(key)
+    if not alike or exact or not make_codec(key.codec).is_headwise:
         return append(e, site, "key", k), append(e, site, "value", v)
     both = codec_emitter(key).encode(e.builder, e.builder.op("Concat", k, v, axis=HEADS))
     sizes = e.builder.const([site.num_kv_heads] * 2)
@@ -113,6 +114,7 @@ def append(
     codec = make_codec(plan.codec)
     if (
         plan.read.form == "folded"
+        and plan.rope != "pre"
         and isinstance(codec, IntCodec)
         and can_fold(codec, plan.head_dim)
     ):

@@ -36,7 +36,6 @@ REFUSED = {
     "no cache": (lambda: llama_program(dtype=torch.float32), "insert-cache"),
     "float64": (lambda: cached_program(None, None), "float64"),
     "payload": (lambda: with_site(toy(), payload="residual"), "layer 1"),
-    "keys before RoPE": (lambda: with_key(toy(), rope="pre"), "layer 1"),
     "unknown codec": (lambda: with_key(toy(), codec={"codec": "polar"}), "polar"),
     "block that cuts groups": (
         lambda: with_key(
