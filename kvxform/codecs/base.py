@@ -117,7 +117,16 @@ class Codec(ABC):
 
     name: ClassVar[str]
     is_affine: ClassVar[bool] = False  # whether `affine` gives a form
-    needs_calibration: ClassVar[bool] = False  # whether `fit` must run before `encode`
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `fit` must run before `encode`."""
+        return self.needs_fisher
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether `fit` weighs errors with gradients; it takes all alike where there are none."""
+        return False
 
     @property
     def is_headwise(self) -> bool:
@@ -159,7 +168,8 @@ class Codec(ABC):
     def fit(self, samples: CodecSamples) -> Codec:
         """Return this codec with its constants fitted on `samples`; itself if it has none.
 
-        Constants are nested tuples of floats in options, so that `to_dict` stays complete.
+        Constants are nested tuples of floats in options, so that `to_dict` stays complete. Planes
+        do not depend on them.
         """
         return self
 
