@@ -2,17 +2,20 @@
 
 - `rotation.fuse_norms`: gains of norms move into the linear layers that follow
 - `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
+- `structure.cache_prerope`: keys are cached before RoPE and turned when they are read
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
 - `rotation.rotate_qk`: queries and new keys are rotated after RoPE
 - `base.insert_cache`: stateless attention becomes append and cached attention
 - `memory.page_cache`: the cache lives in pages
 - `quantize.quantize_kv`: keys and values are stored through codecs
+- `base.fuse_projections`: linear layers that read the same values become one
 - `base.simplify`: rotations cancel; scales move from cached elements to query, token or step
 """
 
 from __future__ import annotations
 
-from kvxform.passes.base import insert_cache as insert_cache  # importing registers the pass
+from kvxform.passes.base import fuse_projections as fuse_projections  # importing registers it
+from kvxform.passes.base import insert_cache as insert_cache
 from kvxform.passes.base import simplify as simplify
 from kvxform.passes.memory import page_cache as page_cache
 from kvxform.passes.quantize import quantize_kv as quantize_kv
@@ -20,3 +23,4 @@ from kvxform.passes.rotation import fuse_norms as fuse_norms
 from kvxform.passes.rotation import rotate_qk as rotate_qk
 from kvxform.passes.rotation import rotate_v as rotate_v
 from kvxform.passes.structure import cache_latent as cache_latent
+from kvxform.passes.structure import cache_prerope as cache_prerope

@@ -309,6 +309,8 @@ class DenseCache:
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         k, v = self.stored[layer]
+        if scoring.key_read is not None:
+            k = scoring.key_read.apply(k, 0, scoring.key_read.table(k.shape[2], k.dtype))
         past = torch.arange(k.shape[2]).expand(k.shape[0], -1)
         mask = scoring.span.sees(positions, past)
         return attend(q, k, v, mask, scoring, bias=scoring.bias(positions, past))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvxform.ir.program import Program
+from kvxform.ir.rotary import KeyRead
 
 
 def unrotate_pair(program: Program, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,8 +17,27 @@ def unrotate_pair(program: Program, layer: int, k: Tensor, v: Tensor) -> tuple[T
         k: Keys in the stored basis, `[..., Hk, T, D]`.
         v: Values in the stored basis; ignored where they are a view of the keys.
     """
-    site = program.site(layer)
-    k = site.k_basis.unrotate(k, program.weights)
+    site, k = program.site(layer), source_keys(program, layer, k)
     if site.payload == "latent":
         return k, k[..., : site.v_head_dim]
     return k, site.v_basis.unrotate(v, program.weights)
+
+
+def source_keys(program: Program, layer: int, k: Tensor) -> Tensor:
+    """Return the keys of one layer as the source model attends to them, `[..., Hk, T, D]`.
+
+    Args:
+        program: See `unrotate_pair`.
+        layer: Likewise.
+        k: Stored keys of positions 0 to T - 1.
+    """
+    site = program.site(layer)
+    rope = program.site(site.owner).rope
+    assert program.plan is not None, "what is cached was planned"
+    if rope is None or program.plan.site(layer).key.rope != "pre":
+        return site.k_basis.unrotate(k, program.weights)
+    read = KeyRead(
+        program.weights[rope.inv_freq], rope.rotary_dim, rope.attention_scaling, rope.interleaved
+    )
+    plain = site.k_basis.unrotate(k, program.weights)
+    return read.apply(plain, 0, read.table(k.shape[-2], k.dtype))

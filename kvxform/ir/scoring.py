@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvxform.ir.rotary import KeyRead
+
 
 @dataclass(frozen=True)
 class Span:
@@ -58,6 +60,11 @@ class Scoring:
         sink_logits: `[H]`; one more softmax column per head without a value (gpt-oss).
         alibi_slopes: `[H]`; `slope * (p - t)` is added to the score of key p from query t, after
             the softcap (ALiBi, arXiv 2108.12409).
+        inv_freq: Set if the cache holds keys before RoPE; see `KeyRead`, as for the rest.
+        rotary_dim: Channels that turn.
+        attention_scaling: Factor of cosine and sine.
+        interleaved: Which channels are pairs.
+        key_basis: Rotation of the stored keys.
     """
 
     scale: float
@@ -67,11 +74,25 @@ class Scoring:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    inv_freq: Tensor | None = None
+    rotary_dim: int = 0
+    attention_scaling: float = 1.0
+    interleaved: bool = False
+    key_basis: Tensor | None = None
 
     @functools.cached_property
     def span(self) -> Span:
         """The part that decides which keys are seen."""
         return Span(self.causal, self.window, self.chunk)
+
+    @functools.cached_property
+    def key_read(self) -> KeyRead | None:
+        """What turns stored keys into keys, or None if they are stored as they are used."""
+        if self.inv_freq is None:
+            return None
+        return KeyRead(
+            self.inv_freq, self.rotary_dim, self.attention_scaling, self.interleaved, self.key_basis
+        )
 
     @property
     def is_plain(self) -> bool:

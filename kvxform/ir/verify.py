@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvxform.ir.program import Program
 from kvxform.ir.verify_graph import verify_graph
 from kvxform.ir.verify_plan import verify_facts, verify_plan
+from kvxform.ir.verify_rope import verify_key_reads
 from kvxform.ir.verify_sites import verify_sites
 
 
@@ -21,4 +22,6 @@ def verify_program(program: Program) -> None:
     verify_graph(program)
     verify_sites(program)
     verify_plan(program)
+    if program.plan is not None:
+        verify_key_reads(program)
     verify_facts(program)

@@ -169,10 +169,9 @@ class _ScheduleRun(Replay):
                 self.check.state_error, self.check.state_at = error, f"{name} of {at}"
 
     def _compare_inputs(self, layer: int, row: int, at: str) -> None:
-        streams = self.plan.site(layer).streams
         references = dict(zip(("key", "value"), self._source_cache(layer, row), strict=True))
         for name, x in self.shadow.stored(layer, row).items():
-            source = streams[name].basis.unrotate(x, self.shadow.program.weights)
+            source = self.shadow.in_source(layer, name, x)
             error = _relative_error(source, references[name])
             if not error <= self.check.input_error:
                 self.check.input_error, self.check.input_at = error, f"{name[0].upper()} of {at}"

@@ -7,6 +7,8 @@ seen from position t
 - as D(E(K R))[j]  if s <= j < s + b(t + 1): it has been encoded by then;
 - as K R [j], rounded to the dtype of the exact regions, otherwise.
 
+Keys that were stored before RoPE (K is what goes into it) are turned by their positions after that.
+
 Groups start at the end of the sink, so E may be applied to all tokens at once: the codes of a group
 do not depend on later tokens.
 """
@@ -79,9 +81,13 @@ def attend(
         `[H, S, Dv]`, in the basis of the values, float64.
     """
     groups = q.shape[0] // key.exact.shape[0]
+    stored = (key.exact.double(), key.encoded.double())
+    if scoring.key_read is not None:
+        table = scoring.key_read.table(key.exact.shape[1], torch.float64)
+        stored = tuple(scoring.key_read.apply(k, 0, table) for k in stored)
     k_exact, k_encoded, v_exact, v_encoded = (
-        x.double().repeat_interleave(groups, 0)  # [Hk, T, D] -> [H, T, D]
-        for x in (key.exact, key.encoded, value.exact, value.encoded)
+        x.repeat_interleave(groups, 0)  # [Hk, T, D] -> [H, T, D]
+        for x in (*stored, value.exact.double(), value.encoded.double())
     )
     wide, use_codes = q.double(), key.is_encoded[positions]  # [S, T]
     scores = scoring.scale * torch.where(

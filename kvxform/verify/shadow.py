@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvxform.ir.cache import CacheState
-from kvxform.ir.logical import unrotate_pair
+from kvxform.ir.logical import source_keys, unrotate_pair
 from kvxform.ir.plan import CachePlan, KeyView
 from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring
@@ -78,6 +78,12 @@ class Shadow:
         owner = self.plan.site(layer).owner
         stores = {"key": self._keys, "value": self._values}
         return {name: stores[name][owner, row] for name in self.plan.site(owner).streams}
+
+    def in_source(self, layer: int, stream: str, x: Tensor) -> Tensor:
+        """Return one stored stream `[Hk, T, D]` as the source model would hold it."""
+        if stream == "key":
+            return source_keys(self.program, layer, x)
+        return self.program.site(layer).v_basis.unrotate(x, self.program.weights)
 
     def held(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Return what the logical cache must be: `[Hk, T, D]`, decoded and un-rotated."""

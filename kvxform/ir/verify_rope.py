@@ -1,0 +1,53 @@
+"""Rules of the verifier for keys that are cached before RoPE."""
+
+from __future__ import annotations
+
+from torch import fx
+
+import kvxform.ir.ops as kvx
+from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.verify_graph import invalid
+
+
+def verify_key_reads(program: Program) -> None:
+    """Check that attention turns keys exactly where they were cached before RoPE.
+
+    Raises:
+        PassError: KVX215.
+    """
+    assert program.plan is not None, "the program is cached"
+    for site in program.sites:
+        node = program.attention_node(site.layer)
+        is_before = program.plan.site(site.layer).key.rope == "pre"
+        if is_before != (node.kwargs.get("inv_freq") is not None):
+            rule = "attention must turn keys if and only if they are cached before RoPE"
+            raise invalid(rule, program.plan.site(site.layer).key.rope, node)
+        wanted = _wanted(program, site) if is_before else {"key_basis": None}
+        for name, value in wanted.items():
+            found = node.kwargs.get(name, _DEFAULTS.get(name))
+            found = found.target if isinstance(found, fx.Node) else found
+            if found != value:
+                raise invalid(f"{name} must be that of the cached keys, {value}", found, node)
+
+
+_DEFAULTS = {"attention_scaling": 1.0, "interleaved": False}
+
+
+def _wanted(program: Program, site: AttentionSite) -> dict[str, object]:
+    """Return what the attention of `site` must say of its keys; weights by name."""
+    rope, append = program.site(site.owner).rope, program.append_node(site.owner)
+    assert append is not None, "the chain of handles has been checked"
+    keys = append.args[0]
+    if rope is None or (isinstance(keys, fx.Node) and keys.target is kvx.ROPE):
+        raise invalid("keys cached before RoPE must not have been turned", keys, append)
+    basis = site.k_basis
+    if basis.kind == "hadamard":
+        rule = "keys cached before RoPE must be in dense bases, which RoPE at read can undo"
+        raise invalid(rule, str(basis), append)
+    return {
+        "inv_freq": rope.inv_freq,
+        "rotary_dim": rope.rotary_dim,
+        "attention_scaling": rope.attention_scaling,
+        "interleaved": rope.interleaved,
+        "key_basis": basis.weight,
+    }
