@@ -25,6 +25,8 @@ from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
+from kvxform.rotations.keys import Turn, turn_keys
+from kvxform.rotations.values import check_basis
 
 
 @register_pass
@@ -79,20 +81,10 @@ class RotateQk(GraphPass):
         """Rotate q where it is read, k where it is read or appended, and record the basis."""
         assert match.layer is not None, "every match is at a site"
         basis = match.data["basis"]
-        attention = program.attention_node(match.layer)
-        _rotate_argument(rewriter, attention, 0, basis)
-        owner = program.site(match.layer).owner
-        if program.is_cached:
-            append = program.append_node(match.layer)
-            if append is not None:  # readers of another layer's cache append nothing
-                _rotate_argument(rewriter, append, 0, basis)
-        elif owner == match.layer:
-            _rotate_argument(rewriter, attention, 1, basis)
-        else:  # the owner comes first, so its keys are rotated by now
-            q, _, *rest = attention.args
-            rewriter.set_args(attention, (q, program.attention_node(owner).args[1], *rest))
+        turn = _hadamard_turn(rewriter, basis)
+        turn_keys(rewriter, match.layer, turn, turn)
         if program.site(match.layer).payload == "latent":
-            _absorb_in_output(rewriter, attention, basis)
+            _absorb_in_output(rewriter, program.attention_node(match.layer), basis)
         rewriter.set_basis(match.layer, key=basis)
 
     def _check(self, program: Program, site: AttentionSite) -> Match | NoMatch:
@@ -103,25 +95,21 @@ class RotateQk(GraphPass):
         if self.block is None and width % 2:
             return NoMatch(f"no Hadamard block fits head_dim {width}", site.layer, node)
         basis = make_basis(self.block, self.seed, width, self.pass_name(), site.module)
-        if site.k_basis == basis:
-            return NoMatch("already rotated", site.layer, node, done=True)
-        if site.k_basis != Basis():
-            reason = f"keys are in basis {site.k_basis}, and rotations do not stack"
-            hint = "keep one rotation of keys in the recipe"
-            return NoMatch(reason, site.layer, node, hint=hint)
-        return Match(site.layer, node, {"basis": basis})
+        problem = check_basis(site.k_basis, basis, "keys", site.layer)
+        return problem or Match(site.layer, node, {"basis": basis})
 
 
-def _rotate_argument(rewriter: Rewriter, user: fx.Node, index: int, basis: Basis) -> None:
-    """Let argument `index` of `user` pass through a Hadamard first."""
-    value = user.args[index]
-    assert isinstance(value, fx.Node), "operands of attention are nodes"
-    type_ = value.meta["type"]
-    options: dict[str, Any] = {"block": basis.block}
-    if basis.seed is not None:
-        options["signs"] = _signs_node(rewriter, user, type_, basis.seed)
-    rotated = rewriter.call_before(user, kvx.HADAMARD, (value,), options, type_=type_, like=value)
-    rewriter.set_args(user, (*user.args[:index], rotated, *user.args[index + 1 :]))
+def _hadamard_turn(rewriter: Rewriter, basis: Basis) -> Turn:
+    """Return a block Hadamard transform with the signs of `basis`."""
+
+    def turn(value: fx.Node, user: fx.Node) -> fx.Node:
+        kind = value.meta["type"]
+        options: dict[str, Any] = {"block": basis.block}
+        if basis.seed is not None:
+            options["signs"] = _signs_node(rewriter, user, kind, basis.seed)
+        return rewriter.call_before(user, kvx.HADAMARD, (value,), options, type_=kind, like=value)
+
+    return turn
 
 
 def _absorb_in_output(rewriter: Rewriter, attention: fx.Node, basis: Basis) -> None:

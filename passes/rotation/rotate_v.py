@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from kvxform.codecs.basis import Basis, basis_fact, make_basis
+from kvxform.codecs.basis import basis_fact, make_basis
 from kvxform.codecs.hadamard import is_block
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.linear import weight_uses
-from kvxform.ir.program import AttentionSite, Program, Projection
+from kvxform.ir.program import AttentionSite, Program
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
+from kvxform.rotations.values import check_basis, check_values, fold_values
 
 
 @register_pass
@@ -67,73 +66,20 @@ class RotateV(GraphPass):
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
         """Rotate W_v and its bias, un-rotate W_o of every reader, and record the basis."""
         assert match.layer is not None, "every match is at a site"
-        site, basis = program.site(match.layer), match.data["basis"]
-        assert site.v is not None, "match found it"
-        made = site.v.indices(site.num_kv_heads, site.v_head_dim)
-        out_axis = 0 if site.v.layout == "out_in" else 1
-        weight = program.weights[site.v.weight]
-        rewriter.set_weight(site.v.weight, _rotate_heads(weight, out_axis, made, basis))
-        if site.v.bias is not None:
-            bias = program.weights[site.v.bias]
-            rewriter.set_weight(site.v.bias, _rotate_heads(bias, 0, made, basis))
-        for reader in program.readers(site.layer):
-            assert reader.o is not None, "match found it"
-            read = reader.o.indices(reader.num_q_heads, reader.v_head_dim)
-            in_axis = 1 if reader.o.layout == "out_in" else 0
-            weight = program.weights[reader.o.weight]
-            rewriter.set_weight(reader.o.weight, _rotate_heads(weight, in_axis, read, basis))
-            rewriter.set_basis(reader.layer, value=basis)
+        fold_values(rewriter, match.layer, match.data["basis"])
 
     def _check(
         self, program: Program, site: AttentionSite, uses: Mapping[str, int]
     ) -> Match | NoMatch:
-        if site.payload == "latent":
-            return NoMatch(
-                "values are part of the latent, which keys rotate", site.layer, done=True
-            )
         if site.shared_with is not None:
             found = self._check(program, program.site(site.owner), uses)
             rotated = isinstance(found, Match) or found.done
             return NoMatch(f"values are those of layer {site.owner}", site.layer, done=rotated)
-        outputs = [reader.o for reader in program.readers(site.layer)]
-        if site.v is None:
-            hint = "leave only views and splits between a linear layer and the values"
-            return NoMatch("values are not made by a plain linear layer", site.layer, hint=hint)
-        if None in outputs:
-            hint = "leave only views between attention and one linear layer"
-            return NoMatch("heads are not read by a plain linear layer", site.layer, hint=hint)
+        problem = check_values(program, site, uses)
+        if problem is not None:
+            return problem
         if self.block is None and site.v_head_dim % 2:
             return NoMatch(f"no Hadamard block fits head_dim {site.v_head_dim}", site.layer)
         basis = make_basis(self.block, self.seed, site.v_head_dim, self.pass_name(), site.module)
-        if site.v_basis == basis:
-            return NoMatch("already rotated", site.layer, done=True)
-        if site.v_basis != Basis():
-            reason = f"values are in basis {site.v_basis}, and rotations do not stack"
-            return NoMatch(reason, site.layer, hint="keep one rotation of values in the recipe")
-        read = [output.weight for output in outputs if output is not None]
-        for name in filter(None, (site.v.weight, site.v.bias, *read)):
-            if uses[name] != 1:
-                reason = f"weight {name} is read in {uses[name]} places"
-                hint = "untie it: give every layer that reads it a weight of its own"
-                return NoMatch(reason, site.layer, hint=hint)
-        if site.k is not None and _overlap(site, site.k):
-            hint = "give keys and values rows of their own in the projection"
-            return NoMatch("keys and values are made by the same weights", site.layer, hint=hint)
-        return Match(site.layer, data={"basis": basis})
-
-
-def _overlap(site: AttentionSite, k: Projection) -> bool:
-    assert site.v is not None, "checked before"
-    if k.weight != site.v.weight:
-        return False
-    keys = k.indices(site.num_kv_heads, site.head_dim).flatten().tolist()
-    values = site.v.indices(site.num_kv_heads, site.v_head_dim).flatten().tolist()
-    return not set(keys).isdisjoint(values)
-
-
-def _rotate_heads(weight: Tensor, axis: int, heads: Tensor, basis: Basis) -> Tensor:
-    """Return a copy of `weight` whose heads on `axis`, indices `[heads, D]`, are rotated."""
-    index = heads.flatten().to(weight.device)
-    rows = weight.index_select(axis, index).double().movedim(axis, -1)  # [..., heads * D]
-    rotated = basis.rotate(rows.unflatten(-1, tuple(heads.shape))).flatten(-2)
-    return weight.index_copy(axis, index, rotated.movedim(-1, axis).to(weight.dtype))
+        problem = check_basis(site.v_basis, basis, "values", site.layer)
+        return problem or Match(site.layer, data={"basis": basis})
