@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvxform.calibrate import CalibrationLike
 from kvxform.capture import capture
 from kvxform.errors import CaptureError, RecipeError
 from kvxform.explain import (
@@ -37,7 +38,7 @@ def optimize(
     model: ModelSource,
     recipe: RecipeLike = "kv4",
     *,
-    calibration: Any = None,
+    calibration: CalibrationLike = None,
     target: str | None = None,
     verify: Verify = "probe",
     device: str | torch.device | None = None,
@@ -49,7 +50,8 @@ def optimize(
         model: `nn.Module`, `"smollm2-135m"`, a Hugging Face folder, a .gguf file, or an
             `ExportedProgram`; it is not changed.
         recipe: Bundled name, path of a .yaml or .json file, plain data, or a `Recipe`.
-        calibration: Must be None: no pass of this version fits statistics to data.
+        calibration: What statistics are collected on, if a pass needs any: a text file, token ids
+            `[n]` or `[windows, window]`, a `Calibration`, or None for text of the standard library.
         target: Lowering instead of that of the recipe: `eager`, `triton` or `onnx`.
         verify: `none`, `probe` (after every pass) or `full` (and all cache schedules at the end).
         device: Where weights live; by default where they are, or for target triton a CUDA device.
@@ -72,6 +74,7 @@ def optimize(
                 executor=OptimizedModel,
                 lowered=run if wanted.target.lowering == "triton" else None,
                 verify=verify,
+                calibration=calibration,
                 progress=display.show_stage,
             )
     source = dataclasses.replace(report.source, capture_error=captured.max_abs_error)
@@ -173,10 +176,10 @@ def resolve_recipe(recipe: RecipeLike, target: str | None) -> Recipe:
 
 
 def _check_options(calibration: Any, verify: str) -> None:
-    if calibration is not None:
+    if not isinstance(calibration, CalibrationLike):
         raise RecipeError(
             "KVX107",
-            "calibration must be None: no pass of this version fits statistics to data",
+            "calibration must be a text file, token ids, a Calibration or None",
             where="optimize",
             got=type(calibration).__name__,
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvxform.calibrate import CalibrationLike, make_calibration
 from kvxform.errors import PassError, VerifyError
 from kvxform.ir.program import Program
 from kvxform.ir.verify import verify_program
@@ -57,6 +58,7 @@ def run_pipeline(
     executor: Executor,
     lowered: Executor | None = None,
     verify: Verify = "probe",
+    calibration: CalibrationLike = None,
     progress: Progress | None = None,
 ) -> tuple[Program, Report]:
     """Apply `recipe` to `program`.
@@ -69,13 +71,15 @@ def run_pipeline(
             compared with the reference at the end.
         verify: `none` measures nothing, `probe` measures after every pass, `full` also runs all
             schedules of the cache-state checker at the end.
+        calibration: What to collect statistics on, if a pass needs any; see `make_calibration`.
         progress: Called when a stage begins and when it ends.
 
     Returns:
         The rewritten program and the report.
 
     Raises:
-        RecipeError: KVX213 or KVX214 if the order of passes is wrong.
+        RecipeError: KVX213 or KVX214 if the order of passes is wrong, KVX108 if there is nothing
+            to calibrate on.
         PassError: KVX210 if a pass applies nowhere, KVX212 if a contract is broken, KVX215 if a
             pass left an invalid graph.
         CodegenError: KVX401 if the target cannot run the result.
@@ -85,14 +89,24 @@ def run_pipeline(
     passes = plan_passes(recipe.passes, program.facts, auto_order=recipe.auto_order)
     is_full = verify == "full" and planned.plan is not None
     measures_target = verify != "none" and lowered is not None
-    stages = len(passes) + (verify != "none") + measures_target + is_full
+    calibrates = any(p.graph_pass.needs_calibration for p in passes)
+    stages = len(passes) + calibrates + (verify != "none") + measures_target + is_full
     clock = _Clock(stages, progress)
     prober: Prober | None = None
+    if calibrates:
+        with clock.stage("calibration"):
+            program = _calibrated(program, recipe, passes, calibration)
     if verify != "none":
         with clock.stage("source model"):
             prober = Prober(program, executor, planned.plan)
     program, records, last = _apply_passes(program, passes, prober, clock)
-    report = dataclasses.replace(plan_report, verify=verify, passes=tuple(records))
+    report = dataclasses.replace(
+        _with_plan(plan_report, program, recipe),
+        verify=verify,
+        passes=tuple(records),
+        calibration=program.calibration.name if program.calibration else None,
+    )
+    program = dataclasses.replace(program, calibration=None)
     if prober is not None and last is not None:
         report = _with_measurements(report, program, recipe, prober, last)
     if prober is not None and lowered is not None:
@@ -106,6 +120,21 @@ def run_pipeline(
         report = dataclasses.replace(report, cache=cache_measured(checks))
     _require_bounds(report)
     return program, report
+
+
+def _calibrated(
+    program: Program, recipe: Recipe, passes: Sequence[PlannedPass], given: CalibrationLike
+) -> Program:
+    """Return the source program with what its passes need to know about it."""
+    calibration = make_calibration(
+        program,
+        given,
+        tokens=recipe.calibration.tokens,
+        window=recipe.calibration.window,
+        seed=recipe.calibration.seed,
+        fisher=any(p.graph_pass.needs_fisher for p in passes),
+    )
+    return dataclasses.replace(program, calibration=calibration)
 
 
 def _apply_passes(
@@ -146,15 +175,9 @@ def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
         records.append(pass_record(planned_pass, found))
     check_target(program, recipe.target)
     report = Report(
-        source=source,
-        recipe=recipe.to_data(),
-        verify="none",
-        probes=(),
-        passes=tuple(records),
-        plan=plan_summary(program.plan) if program.plan else None,
-        layers=layer_records(program.plan, ()) if program.plan else (),
+        source=source, recipe=recipe.to_data(), verify="none", probes=(), passes=tuple(records)
     )
-    report = dataclasses.replace(report, bounds=_bounds(recipe, report))
+    report = _with_plan(report, program, recipe)
     _require_bounds(report)
     return program, report
 
@@ -258,6 +281,14 @@ def _require_lowering(name: str, stage: StageMeasure, prober: Prober) -> Lowerin
     assert stage.state is not None, "other lowerings need a cache"
     stage.state.require(tolerance, f"target {name}")
     return LoweringRecord(name, found, metric, bound, cache_measured([stage.state]))
+
+
+def _with_plan(report: Report, program: Program, recipe: Recipe) -> Report:
+    """Fill in what the plan of `program` costs."""
+    if program.plan is not None:
+        plan, layers = plan_summary(program.plan), layer_records(program.plan, ())
+        report = dataclasses.replace(report, plan=plan, layers=layers)
+    return dataclasses.replace(report, bounds=_bounds(recipe, report))
 
 
 def _with_measurements(

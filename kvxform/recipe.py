@@ -92,6 +92,17 @@ class Bounds(_Part):
     )
 
 
+class CalibrationText(_Part):
+    """How much text statistics are collected on, where a pass needs any."""
+
+    place: ClassVar[KeyPath] = ("calibration",)
+    tokens: int = Field(default=8192, ge=2, description="Tokens to read.")
+    window: int | None = Field(
+        default=None, ge=2, description="Tokens of a sequence; by default 1024 or the context."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of samples.")
+
+
 class Recipe(_Part):
     """What to do to the cache of a model, in order."""
 
@@ -101,6 +112,7 @@ class Recipe(_Part):
     passes: tuple[PassStep, ...]
     target: Target = Field(default_factory=Target)
     bounds: Bounds = Field(default_factory=Bounds)
+    calibration: CalibrationText = Field(default_factory=CalibrationText)
     auto_order: bool = Field(
         default=False, description="Move passes to a legal place instead of refusing."
     )

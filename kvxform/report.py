@@ -230,6 +230,7 @@ class Report:
         cache: State of the cache of the finished model; None if not measured.
         lowering: How the target compares with the eager lowering; None if that is the target, or
             if not measured.
+        calibration: The text that statistics come from, or None if no pass needed any.
         version: Version of this form.
     """
 
@@ -243,6 +244,7 @@ class Report:
     bounds: tuple[BoundRecord, ...] = ()
     cache: CacheMeasured | None = None
     lowering: LoweringRecord | None = None
+    calibration: str | None = None
     version: int = REPORT_VERSION
 
     @property

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 import kvxform.ir.ops as kvx
 from kvxform.calibrate.gradients import collect_gradients
 from kvxform.calibrate.moments import Picks, StreamMoments, pick_tokens, sample_limit
-from kvxform.calibrate.watching import Watcher, column_weights
 from kvxform.ir.calibration import Calibration, LayerStatistics
 from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.watching import Watcher, column_weights
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import kvxform.ir.ops as kvx
 from kvxform.calibrate.moments import Picks
-from kvxform.calibrate.watching import Watcher
 from kvxform.ir.calibration import LayerStatistics
 from kvxform.ir.program import Program
+from kvxform.ir.watching import Watcher
 
 STREAMS = ("k_pre", "k_post", "v")
 # The ops of a source program, as torch differentiates them: dispatched ops have no formula.

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvxform.cli.options import Json, Lowering, Model, Out, RecipeName, Verify, VerifyLevel
+from kvxform.cli.options import (
+    CalibrationFile,
+    Json,
+    Lowering,
+    Model,
+    Out,
+    RecipeName,
+    Verify,
+    VerifyLevel,
+)
 from kvxform.cli.output import format_bytes, print_json, print_table, talk
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ def run(
     out: Out,
     lowering: Lowering = None,
     onnx: Onnx = False,
+    calibration: CalibrationFile = None,
     verify: VerifyLevel = Verify.probe,
     json: Json = False,
 ) -> None:
@@ -29,7 +39,9 @@ def run(
     from kvxform.atomic import check_replaceable
 
     check_replaceable(out)  # before the work, not after it
-    optimized = kvxform.optimize(model, recipe, target=lowering, verify=verify.value)
+    optimized = kvxform.optimize(
+        model, recipe, calibration=calibration, target=lowering, verify=verify.value
+    )
     optimized.save(out)
     files = {"artifact": str(out), "report": str(out / "report.html")}
     if onnx:
@@ -52,6 +64,8 @@ def summarize(report: Report) -> dict[str, Any]:
         "sites_raised": report.source.sites_raised,
         "sites_rejected": len(report.source.sites_rejected),
     }
+    if report.calibration is not None:
+        data["calibration"] = report.calibration
     if plan is not None:
         data["bytes_per_token_before"] = plan.kv_bytes_per_token_before
         data["bytes_per_token"] = plan.kv_bytes_per_token
@@ -70,6 +84,8 @@ def summary_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("passes", " ".join(data["passes"])),
         ("attention sites", f"{data['sites_raised']} raised{rejected}"),
     ]
+    if "calibration" in data:
+        rows.append(("calibrated on", data["calibration"]))
     if "bytes_per_token" in data:
         before, after = data["bytes_per_token_before"], data["bytes_per_token"]
         rows += [

@@ -50,3 +50,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 VerifyLevel = Annotated[
     Verify, typer.Option("--verify", help="What is measured against the source model.")
 ]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Text that passes take statistics from; default: help topics of the library.",
+    ),
+]
