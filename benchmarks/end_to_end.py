@@ -53,11 +53,11 @@ from kvxform.capture import capture
 from kvxform.ir.capture_cache import load_capture, save_capture
 from kvxform.ir.program import Program
 from kvxform.pipeline import run_pipeline
-from kvxform.recipe import load_recipe
+from kvxform.recipe import Recipe, load_recipe
 from kvxform.runtime.model import OptimizedModel
 
 GOAL = 1.18
-# name of a row -> recipe, options of its target
+# name of a row -> recipe, with passes added to it, and options of its target
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("exact", {}),
     "int8": ("int8", {}),
@@ -65,6 +65,9 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "exact-compiled": ("exact", {"compile": True}),
     "int8-compiled": ("int8", {"compile": True}),
     "kv4-compiled": ("kv4", {"compile": True}),
+    "exact-fused": ("exact+fuse-projections", {"compile": True}),
+    "int8-fused": ("int8+fuse-projections", {"compile": True}),
+    "kv4-fused": ("kv4+fuse-projections", {"compile": True}),
 }
 HUGGINGFACE = "step/huggingface-static"
 LARGEST = ("exact", "kv4")
@@ -110,6 +113,13 @@ def find_program(options: argparse.Namespace) -> Program:
         program = load_capture(name)
     assert program is not None, "the cache folder can be written"
     return program
+
+
+def extended_recipe(name: str) -> Recipe:
+    """Return a bundled recipe, with more passes at its end: `kv4+fuse-projections`."""
+    base, *passes = name.split("+")
+    data = load_recipe(base).to_data()
+    return load_recipe({**data, "passes": [*data["passes"], *passes]})
 
 
 def row_keys(only: str) -> list[str]:
@@ -189,7 +199,7 @@ class Bench:
         """Return the program of a recipe, on the device."""
         start = time.monotonic()
         program = fill_weights(base, self.options.device)
-        loaded = load_recipe(recipe)
+        loaded = extended_recipe(recipe)
         program, _ = run_pipeline(program, loaded, executor=OptimizedModel, verify="none")
         self.tell(f"{recipe} applied, {time.monotonic() - start:.0f} s")
         return program
@@ -198,7 +208,7 @@ class Bench:
         """Return the runnable model of the present program."""
         is_triton = self.options.lowering == "triton"
         chosen = {"lowering": "triton", **target} if is_triton else {"lowering": "eager"}
-        loaded = load_recipe({**load_recipe(recipe).to_data(), "target": chosen})
+        loaded = load_recipe({**extended_recipe(recipe).to_data(), "target": chosen})
         return OptimizedModel(self.program, recipe=loaded)
 
     def huggingface(self, model: Any) -> Row:

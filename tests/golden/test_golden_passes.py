@@ -6,6 +6,7 @@ import pytest
 from programs import apply, fired, gpt2_program, latent_program, llama_program
 
 from kvxform.ir.text import format_program
+from kvxform.passes.base.fuse_projections import FuseProjections
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
@@ -33,6 +34,7 @@ CASES = {
     "quantize_kv/kivi2": (KIVI, (InsertCache(), PageCache()), llama_program),
     "cache_latent/stateless": (CacheLatent(), (), latent_program),
     "cache_latent/cached": (RotateQk(), (CacheLatent(), InsertCache()), latent_program),
+    "fuse_projections/llama": (FuseProjections(), (), llama_program),
     "simplify/kivi2": (Simplify(), (InsertCache(), PageCache(), KIVI), llama_program),
 }
 

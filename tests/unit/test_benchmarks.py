@@ -269,13 +269,14 @@ def test_end_to_end_of_a_tiny_model(tmp_path, monkeypatch, capsys):
         "--device",
         "cpu",
     ]
-    arguments += ["--budget-gb", "0.001", "--only", "huggingface,step/kv4,largest/kv4"]
+    only = "huggingface,step/kv4$,step/kv4-fused,largest/kv4"
+    arguments += ["--budget-gb", "0.001", "--only", only]
     monkeypatch.setattr("sys.argv", ["end_to_end.py", *arguments, "--json", str(path)])
     load("end_to_end").main()
     rows = {row["key"]: row for row in json.loads(path.read_text())["rows"]}
     assert not [row for row in rows.values() if "error" in row]
     assert set(rows) == {
-        "step/huggingface-static", "step/kv4", "step/kv4-compiled", "largest/kv4",
+        "step/huggingface-static", "step/kv4", "step/kv4-fused", "largest/kv4",
     }  # fmt: skip
     plain, ours = rows["step/huggingface-static"], rows["step/kv4"]
     assert ours["weight_bytes"] == pytest.approx(plain["weight_bytes"], rel=0.01)  # no norms

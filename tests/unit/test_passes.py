@@ -23,6 +23,7 @@ from programs import (
 import kvxform.passes
 from kvxform.ir.facts import DEFAULTS
 from kvxform.pass_base import PASSES, GraphPass, NoMatch
+from kvxform.passes.base.fuse_projections import FuseProjections
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
@@ -51,6 +52,7 @@ CASES = {
     "quantize-kv": (QuantizeKv(INT4, INT4), (InsertCache(), PageCache()), 2),
     "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
     "cache-latent": (CacheLatent(), (), 2),
+    "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
 }
 LATENT_MODELS = {
     "latent": latent_program,
@@ -59,6 +61,8 @@ LATENT_MODELS = {
 
 
 def models_for(case: str):
+    if case == "fuse-projections":  # gpt2 has one projection already
+        return {name: make for name, make in MODELS.items() if name != "gpt2"}
     return LATENT_MODELS if case == "cache-latent" else MODELS
 
 
