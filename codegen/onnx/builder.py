@@ -135,6 +135,10 @@ class Builder:
             self._add(name, ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name))
         return self.initializers[name]
 
+    def table(self, values: Tensor) -> ir.Value:
+        """Return a table of numbers, one initialiser for equal contents."""
+        return self.constant(ir.tensor_adapters.TorchTensor(values.contiguous()))
+
     def copy(
         self, node: ir.Node, inputs: Sequence[ir.Value | None], role: str
     ) -> tuple[ir.Value, ...]:

@@ -21,7 +21,7 @@ from kvxform.codegen.onnx.builder import Builder
 FLOAT = ir.DataType.FLOAT
 FLOAT16 = ir.DataType.FLOAT16
 UINT8 = ir.DataType.UINT8
-TOKENS, CHANNELS = 2, 3  # axes of vectors and of planes, `[B, Hk, T, D]`
+HEADS, TOKENS, CHANNELS = 1, 2, 3  # axes of vectors and of planes, `[B, Hk, T, D]`
 
 
 class CodecEmitter(Protocol):

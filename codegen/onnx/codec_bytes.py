@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from kvxform.codecs.packing import part_widths
 from kvxform.codegen.onnx.builder import Builder
 from kvxform.codegen.onnx.codec_base import FLOAT, UINT8
 
 
-def pack(b: Builder, codes: ir.Value, bits: int, width: int) -> ir.Value:
-    """Emit uint8 `[..., width * bits / 8]` of float32 codes `[..., width]`."""
-    if bits == 3:
-        high = b.op("Floor", b.op("Mul", codes, b.const(0.25, FLOAT)))
-        low = b.op("Sub", codes, b.op("Mul", high, b.const(4.0, FLOAT)))
-        return b.op("Concat", pack(b, low, 2, width), pack(b, high, 1, width), axis=-1)
-    parts = _halves(b, codes, 8 // bits, width)
-    packed = parts[0]
-    for i, part in enumerate(parts[1:], start=1):
-        packed = b.op("Add", packed, b.op("Mul", part, b.const(float(2 ** (bits * i)), FLOAT)))
-    return b.cast(packed, UINT8)
+def pack(b: Builder, codes: ir.Value, bits: int, count: int) -> ir.Value:
+    """Emit uint8 `[..., count * bits / 8]` of float32 codes `[..., count]`."""
+    rest, packed = codes, []
+    for width in part_widths(bits)[:-1]:
+        high = b.op("Floor", b.op("Mul", rest, b.const(0.5**width, FLOAT)))
+        low = b.op("Sub", rest, b.op("Mul", high, b.const(2.0**width, FLOAT)))
+        packed.append(_pack_part(b, low, width, count))
+        rest = high
+    packed.append(_pack_part(b, rest, part_widths(bits)[-1], count))
+    return join(b, packed)
 
 
-def unpack(b: Builder, packed: ir.Value, bits: int, width: int) -> ir.Value:
-    """Emit float32 codes `[..., width]` of uint8 `[..., width * bits / 8]`."""
-    if bits == 3:
-        sizes = b.const([width // 4, width // 8])
-        low, high = b.ops("Split", packed, sizes, dtypes=[UINT8, UINT8], axis=-1)
-        fours = b.op("Mul", unpack(b, high, 1, width), b.const(4.0, FLOAT))
-        return b.op("Add", unpack(b, low, 2, width), fours)
-    parts = unpack_parts(b, packed, bits)
-    return parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=-1)
+def unpack(b: Builder, packed: ir.Value, bits: int, count: int) -> ir.Value:
+    """Emit float32 codes `[..., count]` of uint8 `[..., count * bits / 8]`."""
+    widths = part_widths(bits)
+    codes, shift = None, 0
+    for part, width in zip(_cut(b, packed, bits, count), widths, strict=True):
+        found = join(b, unpack_parts(b, part, width))
+        if codes is None:
+            codes = found
+        else:
+            codes = b.op("Add", codes, b.op("Mul", found, b.const(2.0**shift, FLOAT)))
+        shift += width
+    assert codes is not None, "there is a part"
+    return codes
 
 
 def unpack_parts(b: Builder, packed: ir.Value, bits: int) -> list[ir.Value]:
@@ -44,9 +48,24 @@ def unpack_parts(b: Builder, packed: ir.Value, bits: int) -> list[ir.Value]:
     return [rest, *reversed(parts)]
 
 
-def clip(b: Builder, x: ir.Value, low: float, high: float) -> ir.Value:
-    """Emit `x` held between two numbers."""
-    return b.op("Clip", x, b.const(low, FLOAT), b.const(high, FLOAT))
+def join(b: Builder, parts: list[ir.Value]) -> ir.Value:
+    """Emit parts side by side along the last axis."""
+    return parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=-1)
+
+
+def _pack_part(b: Builder, codes: ir.Value, bits: int, count: int) -> ir.Value:
+    parts = _halves(b, codes, 8 // bits, count)
+    packed = parts[0]
+    for i, part in enumerate(parts[1:], start=1):
+        packed = b.op("Add", packed, b.op("Mul", part, b.const(2.0 ** (bits * i), FLOAT)))
+    return b.cast(packed, UINT8)
+
+
+def _cut(b: Builder, packed: ir.Value, bits: int, count: int) -> tuple[ir.Value, ...]:
+    sizes = [count * width // 8 for width in part_widths(bits)]
+    if len(sizes) == 1:
+        return (packed,)
+    return b.ops("Split", packed, b.const(sizes), dtypes=[UINT8] * len(sizes), axis=-1)
 
 
 def _halves(b: Builder, x: ir.Value, count: int, width: int) -> tuple[ir.Value, ...]:

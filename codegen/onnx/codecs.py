@@ -1,21 +1,28 @@
 """Codecs as ONNX nodes: importing this module fills the registry of emitters.
 
 - `codec_base`: what an emitter is, the registry
-- `codec_bytes`: codes in bytes
-- `codec_exact`: codec `none`
-- `codec_int`: codec `int`
+- `codec_bytes`, `codec_radix`: codes in bytes
+- `codec_scales`, `codec_lookup`: scales; nearest entries of tables
+- `codec_exact`, `codec_int`: codecs `none` and `int`
+- `codec_directions`: one norm a vector, and a table for its direction; `codec_lloyd_max`
+- `codec_token_norm`: norms of tokens in front of another codec
 """
 
 from __future__ import annotations
 
 from kvxform.codecs.base import make_codec
-from kvxform.codegen.onnx import codec_exact, codec_int
+from kvxform.codegen.onnx import codec_exact, codec_int, codec_lloyd_max, codec_token_norm
 from kvxform.codegen.onnx.codec_base import CODEC_EMITTERS, CodecEmitter, emitter_of
 from kvxform.ir.plan import StreamPlan
 
 __all__ = ["CODEC_EMITTERS", "EMITTER_MODULES", "codec_emitter"]
 
-EMITTER_MODULES = (codec_exact, codec_int)  # they fill CODEC_EMITTERS
+EMITTER_MODULES = (  # they fill CODEC_EMITTERS
+    codec_exact,
+    codec_int,
+    codec_lloyd_max,
+    codec_token_norm,
+)
 
 
 def codec_emitter(plan: StreamPlan) -> CodecEmitter:

@@ -8,44 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_codecs import check_codec, check_empty, decoded, encoded, plane_inputs
 from onnx_tools import make_model, run_model
 
 from kvxform.codecs.integer import IntCodec
 from kvxform.codegen.onnx.builder import Builder
-from kvxform.codegen.onnx.codec_int import IntEmitter
 from kvxform.codegen.onnx.segments import FoldedSegment, can_fold
 
 HEAD_DIM = 16
-FORBIDDEN = {"BitShift", "BitwiseAnd", "BitwiseOr", "Mod"}  # no CUDA kernel, or not for these types
-
-
-def encoder(codec):
-    b = Builder()
-    x = ir.Value(
-        name="x",
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(["b", "h", "t", HEAD_DIM]),
-    )
-    planes = IntEmitter(codec, HEAD_DIM).encode(b, x)
-    return make_model(b, [x], [planes[p.name] for p in codec.planes(HEAD_DIM)])
-
-
-def plane_inputs(codec):
-    dtypes = {"uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16}
-    return {
-        p.name: ir.Value(
-            name=p.name,
-            type=ir.TensorType(dtypes[p.dtype]),
-            shape=ir.Shape(["b", "h", f"rows_{p.name}", p.width]),
-        )
-        for p in codec.planes(HEAD_DIM)
-    }
-
-
-def decoder(codec):
-    b, planes = Builder(), plane_inputs(codec)
-    values = IntEmitter(codec, HEAD_DIM).decode(b, planes, ir.DataType.FLOAT)
-    return make_model(b, list(planes.values()), [b.op("Identity", values)])
 
 
 CODECS = st.builds(
@@ -55,9 +25,14 @@ CODECS = st.builds(
     group=st.sampled_from([None, 8, 4]),
     symmetric=st.booleans(),
     zero=st.sampled_from(["int", "float"]),
-    clip=st.sampled_from([1.0, 0.9]),
+    clip=st.sampled_from([1.0, 0.9, "search"]),
     include_zero=st.booleans(),
 )
+ACROSS_HEADS = [
+    IntCodec(4, across_heads=True),
+    IntCodec(2, across_heads=True, clip="search"),
+    IntCodec(2, across_heads=True, clip="search", symmetric=True),
+]
 
 
 def groups_of(codec, count):
@@ -80,19 +55,20 @@ def values(codec, count, scale, shift):
 )
 def test_encode_and_decode_equal_the_codec(codec, count, scale, shift):
     x = values(codec, count, scale, shift)
-    model = encoder(codec)
-    assert not FORBIDDEN & {node.op_type for node in model.graph}
-    names = [p.name for p in codec.planes(HEAD_DIM)]
-    found = dict(zip(names, run_model(model, [x.numpy()]), strict=True))
     if count == 0:
-        assert all(plane.shape[2] == 0 for plane in found.values())
+        check_empty(codec, HEAD_DIM)
         return
-    expected = codec.encode(x)
+    found, expected = encoded(codec, x), codec.encode(x)
     for name, plane in expected.items():
         assert torch.equal(found[name], plane), name
-    arrays = [plane.numpy() for plane in expected.values()]
-    (decoded,) = run_model(decoder(codec), arrays)
-    torch.testing.assert_close(decoded, codec.decode(expected, torch.float32), rtol=0, atol=0)
+    values_of = decoded(codec, expected, HEAD_DIM)
+    torch.testing.assert_close(values_of, codec.decode(expected, torch.float32), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("codec", ACROSS_HEADS, ids=str)
+def test_groups_across_heads_equal_the_codec(codec):
+    check_codec(codec, torch.randn(2, 3, 9, HEAD_DIM))
+    check_empty(codec, HEAD_DIM)
 
 
 FOLDABLE = [
@@ -101,6 +77,7 @@ FOLDABLE = [
     IntCodec(4, group=8),
     IntCodec(2, group=8, zero="float"),
     IntCodec(2, symmetric=True),
+    IntCodec(4, across_heads=True),
 ]
 
 
@@ -114,7 +91,7 @@ def test_the_folded_form_equals_products_with_decoded_values(codec):
         ("scores", q, q.double() @ decoded.mT),
         ("mix", p, p.double() @ decoded),
     ):
-        b, inputs = Builder(), plane_inputs(codec)
+        b, inputs = Builder(), plane_inputs(codec, HEAD_DIM)
         x = ir.Value(
             name="operand",
             type=ir.TensorType(ir.DataType.FLOAT),
@@ -140,5 +117,5 @@ def test_every_byte_unpacks_to_its_codes():
         width = HEAD_DIM * bits // 8
         codes = torch.from_numpy(every.reshape(1, 1, -1, width))
         planes = {"codes": codes, "scale": torch.ones(1, 1, codes.shape[2], 1).half()}
-        (found,) = run_model(decoder(codec), [p.numpy() for p in planes.values()])
+        found = decoded(codec, planes, HEAD_DIM)
         assert torch.equal(found, codec.decode(planes, torch.float32))
