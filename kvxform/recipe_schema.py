@@ -53,6 +53,10 @@ def _step_schema(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
 
 def _codec_schema(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     schema = _take(TypeAdapter(CODECS[name]).json_schema(), definitions)
+    definitions.pop("Codec", None)  # the interface; what an option of that type takes is `codec`
+    for key, option in schema["properties"].items():
+        if option.get("$ref") == "#/$defs/Codec":
+            schema["properties"][key] = {"$ref": "#/$defs/codec"}
     schema["properties"]["codec"] = {"const": name}
     schema["required"] = ["codec", *schema.get("required", [])]
     schema["additionalProperties"] = False

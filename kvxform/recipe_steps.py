@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import is_typeddict
+from typing_extensions import TypedDict, is_typeddict
 
 import kvxform.passes  # noqa: F401  (fills the registry of passes)
-from kvxform.codecs.base import CODECS
+from kvxform.codecs.base import CODECS, Codec, make_codec
 from kvxform.errors import KvxformError, RecipeError, nearest_hint
 from kvxform.pass_base import PASSES, GraphPass
 from kvxform.recipe_text import KeyPath, SourceMap
@@ -186,8 +186,30 @@ def _check_codecs(options: Any, path: KeyPath, source: SourceMap, where: str) ->
             hint=nearest_hint(str(name), CODECS),
         )
     own = {key: value for key, value in options.items() if key != "codec"}
-    _check_record(own, CODECS[name], path, source, f"{where}, codec {name}")
-    _validate(CODECS[name], own, path, source, f"{where}, codec {name}")
+    _check_codec_options(own, CODECS[name], path, source, f"{where}, codec {name}")
+    try:
+        make_codec(options)
+    except KvxformError as error:
+        raise _located(error, source.at(path)) from error
+
+
+def _check_codec_options(
+    options: Mapping[str, Any], cls: type[Codec], path: KeyPath, source: SourceMap, where: str
+) -> None:
+    """Check names and types of the options of one codec; codecs in them are checked before."""
+    check_keys(options, [f.name for f in dataclasses.fields(cls)], path, source, where)
+    types = get_type_hints(cls)
+    plain: dict[str, Any] = {}
+    for key, value in options.items():
+        if types[key] is not Codec:
+            plain[key] = value
+        elif not isinstance(value, Mapping) or "codec" not in value:
+            rule = f"{key} must be a codec, {{codec: name, ...}}"
+            at = source.at((*path, key))
+            raise RecipeError("KVX107", rule, where=where, got=repr(value), at=at)
+    _check_record(plain, cls, path, source, where)
+    given = TypedDict("given", {key: types[key] for key in plain})  # type: ignore[misc]
+    _validate(given, plain, path, source, where)
 
 
 def _located(error: KvxformError, at: str) -> KvxformError:
