@@ -6,7 +6,8 @@ from typing import NoReturn
 
 import torch
 
-from kvxform.codecs.base import CODECS
+from kvxform.codecs.base import layers_of, make_codec
+from kvxform.codecs.packing import BITS
 from kvxform.codegen.onnx import (
     aten_index,
     aten_math,
@@ -82,14 +83,23 @@ def _check_site(site: SitePlan) -> None:
         rule = f"payload must be {' or '.join(PAYLOADS)}"
         _refuse(rule, site.payload, at, "cache K and V")
     for stream in site.streams.values():
-        codec = str(stream.codec["codec"])
-        if CODECS.get(codec) not in CODEC_EMITTERS:
-            known = ", ".join(sorted(c.name for c in CODEC_EMITTERS))
-            _refuse(f"the codec must be one of {known}", codec, at, "use codec int")
+        _check_codec(stream, at)
         group, chunk = stream.tokens_per_group, stream.keep_and_chunk[1]
         if has_tail(stream) and chunk % group:
             rule = f"a block flush must be a multiple of the codec's group of {group} tokens"
             _refuse(rule, chunk, at, f"use recent: {-(-chunk // group) * group}")
+
+
+def _check_codec(stream: StreamPlan, at: str) -> None:
+    """Refuse a codec without an emitter, also where another codec wraps it."""
+    codec = make_codec(stream.codec)
+    for part in layers_of(codec):
+        if type(part) not in CODEC_EMITTERS:
+            known = ", ".join(sorted(c.name for c in CODEC_EMITTERS))
+            bits = codec.bits_per_value(stream.head_dim)
+            nearest = min(BITS, key=lambda n: abs(n - bits))
+            rule = f"the codec must be one of {known}"
+            _refuse(rule, part.name, at, f"use codec int with bits: {nearest}")
 
 
 def _refuse(rule: str, got: object, at: str, hint: str) -> NoReturn:

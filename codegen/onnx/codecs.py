@@ -5,13 +5,22 @@
 - `codec_scales`, `codec_lookup`: scales; nearest entries of tables
 - `codec_exact`, `codec_int`: codecs `none` and `int`
 - `codec_directions`: one norm a vector, and a table for its direction; `codec_lloyd_max`
-- `codec_token_norm`: norms of tokens in front of another codec
+- `codec_nuq`: levels in ranges
+- `codec_token_norm`, `codec_outliers`, `codec_low_rank`: around another codec
 """
 
 from __future__ import annotations
 
 from kvxform.codecs.base import make_codec
-from kvxform.codegen.onnx import codec_exact, codec_int, codec_lloyd_max, codec_token_norm
+from kvxform.codegen.onnx import (
+    codec_exact,
+    codec_int,
+    codec_lloyd_max,
+    codec_low_rank,
+    codec_nuq,
+    codec_outliers,
+    codec_token_norm,
+)
 from kvxform.codegen.onnx.codec_base import CODEC_EMITTERS, CodecEmitter, emitter_of
 from kvxform.ir.plan import StreamPlan
 
@@ -21,6 +30,9 @@ EMITTER_MODULES = (  # they fill CODEC_EMITTERS
     codec_exact,
     codec_int,
     codec_lloyd_max,
+    codec_low_rank,
+    codec_nuq,
+    codec_outliers,
     codec_token_norm,
 )
 

@@ -226,6 +226,12 @@ def make_codec(spec: Mapping[str, Any]) -> Codec:
     return cls(**{key: _from_plain(value) for key, value in options.items()})
 
 
+def layers_of(codec: Codec) -> tuple[Codec, ...]:
+    """Return a codec and the codecs inside it, from the outermost one on."""
+    inner = getattr(codec, "inner", None)
+    return (codec, *layers_of(inner)) if isinstance(inner, Codec) else (codec,)
+
+
 def require_option(condition: bool, codec: str, rule: str, got: object) -> None:
     """Raise RecipeError KVX107 unless `condition`: an option of `codec` must follow `rule`."""
     if not condition:

@@ -35,7 +35,7 @@ from kvxform.codecs.base import (
 from kvxform.codecs.integer import LARGEST_FLOAT16, IntCodec
 from kvxform.errors import PassError
 
-TOKENS, CHANNELS = "low_rank_tokens", "low_rank_channels"
+LOW_RANK_TOKENS, LOW_RANK_CHANNELS = "low_rank_tokens", "low_rank_channels"
 SEED = 0
 
 
@@ -65,7 +65,9 @@ class LowRankResidualCodec(Codec):
             self._require(isinstance(value, int) and value > 0, f"{option} must be positive", value)
         self._require(self.rank <= self.block, "rank must be at most block", self.rank)
         names = {plane.name for plane in self.inner.planes(64)}
-        self._require(TOKENS not in names, "inner must not be corrected itself", self.inner.name)
+        self._require(
+            LOW_RANK_TOKENS not in names, "inner must not be corrected itself", self.inner.name
+        )
 
     @property
     def is_headwise(self) -> bool:
@@ -99,8 +101,8 @@ class LowRankResidualCodec(Codec):
         """Return the planes of the inner codec, a row of A for each token and B for each block."""
         return (
             *self.inner.planes(head_dim),
-            PlaneSpec(TOKENS, "float16", self.rank),
-            PlaneSpec(CHANNELS, "float16", self.rank * head_dim, self.block),
+            PlaneSpec(LOW_RANK_TOKENS, "float16", self.rank),
+            PlaneSpec(LOW_RANK_CHANNELS, "float16", self.rank * head_dim, self.block),
         )
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
@@ -111,16 +113,20 @@ class LowRankResidualCodec(Codec):
         a, b = self._factors(error.unflatten(-2, (-1, self.block)))
         return {
             **planes,
-            TOKENS: _to_half(a).flatten(-3, -2),  # [..., T / block, block, r] -> [..., T, r]
-            CHANNELS: _to_half(b).flatten(-2),  # [..., T / block, D, r] -> [..., T / block, D * r]
+            LOW_RANK_TOKENS: _to_half(a).flatten(
+                -3, -2
+            ),  # [..., T / block, block, r] -> [..., T, r]
+            LOW_RANK_CHANNELS: _to_half(b).flatten(
+                -2
+            ),  # [..., T / block, D, r] -> [..., T / block, D * r]
         }
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         values = self.inner.decode(planes, wide).unflatten(-2, (-1, self.block))
-        a = planes[TOKENS].to(wide).unflatten(-2, (-1, self.block))
-        b = planes[CHANNELS].to(wide).unflatten(-1, (-1, self.rank))
+        a = planes[LOW_RANK_TOKENS].to(wide).unflatten(-2, (-1, self.block))
+        b = planes[LOW_RANK_CHANNELS].to(wide).unflatten(-1, (-1, self.rank))
         corrected: Tensor = values + a @ b.mT
         return corrected.flatten(-3, -2).to(dtype)
 
@@ -130,7 +136,7 @@ class LowRankResidualCodec(Codec):
 
     def _factors(self, error: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B of errors `[..., block, D]`, float64."""
-        b = _start(error.shape[-1])[:, : self.rank].to(error)
+        b = start(error.shape[-1])[:, : self.rank].to(error)
         a = torch.linalg.qr(error @ b).Q
         for _ in range(self.loops - 1):
             a = torch.linalg.qr(error @ (error.mT @ a)).Q
@@ -141,7 +147,7 @@ class LowRankResidualCodec(Codec):
 
 
 @functools.cache
-def _start(width: int) -> Tensor:
+def start(width: int) -> Tensor:
     """Return the P of the largest rank, float64 `[width, width]`; smaller ranks take a part."""
     generator = torch.Generator().manual_seed(SEED)
     return torch.randn(width, width, generator=generator, dtype=torch.float64)

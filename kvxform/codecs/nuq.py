@@ -48,6 +48,7 @@ from kvxform.codecs.packing import BITS, channel_multiple, pack, packed_bytes, u
 from kvxform.errors import PassError
 
 Numbers = tuple[float, ...]
+MOST_VALUES = 1 << 17  # for the fit of a table; more of them cost time and change nothing
 
 
 @register_codec
@@ -154,7 +155,7 @@ class NuqCodec(Codec):
         """Encode `x`, `[..., Hk, T, D]`, in float32."""
         x = x.float()
         center, width = self._ranges(x)
-        levels = self._table.to(x)
+        levels = self.compared_levels.to(x)
         bounds = (levels[1:] + levels[:-1]) / 2
         codes = torch.bucketize(self._split(x).sub(center).div(width), bounds)
         planes = {"codes": pack(self._join(codes).to(torch.uint8), self.bits)}
@@ -168,7 +169,7 @@ class NuqCodec(Codec):
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         codes = unpack(planes["codes"], self.bits)
-        levels = self._split(self._values.to(codes.device, wide)[codes.long()])
+        levels = self._split(self.decoded_levels.to(codes.device, wide)[codes.long()])
         if self.has_own_ranges:
             center, width = self._static(codes.device, wide)
         else:
@@ -215,11 +216,13 @@ class NuqCodec(Codec):
         scaled = self._split(x).sub(center).div(width)
         inside = scaled.abs() <= 1
         u = scaled[inside].double()
+        stride = -(-len(u) // MOST_VALUES)
+        u = u[::stride]
         if self.levels == "normal":
             levels = normal_levels(self.bits)
         else:
-            error = self._split(weights).double() * width.double().square()  # of x, not of u
-            levels = weighted_kmeans(u, error[inside], 2**self.bits)
+            error = (self._split(weights) * width.square())[inside]  # that of x, not of u
+            levels = weighted_kmeans(u, error[::stride], 2**self.bits)
         values = levels
         if self.q_norm:
             chosen = levels[torch.bucketize(u, (levels[1:] + levels[:-1]) / 2)]
@@ -241,25 +244,28 @@ class NuqCodec(Codec):
 
     def _static(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return static centres and half widths, each `[Hk, 1, D]`."""
-        center, width = self._constants
+        center, width = self.static_ranges
         return center.to(device, dtype), width.to(device, dtype)
 
     @functools.cached_property
-    def _constants(self) -> tuple[Tensor, Tensor]:
+    def static_ranges(self) -> tuple[Tensor, Tensor]:
+        """Static centres and half widths, each float32 `[Hk, 1, D]`."""
         assert self.center is not None, "static ranges have been fitted"
         assert self.width is not None, "they are fitted together"
         return torch.tensor(self.center)[:, None], torch.tensor(self.width)[:, None]
 
     @functools.cached_property
-    def _table(self) -> Tensor:
+    def compared_levels(self) -> Tensor:
+        """The levels that values are compared with, ascending, float32."""
         if self.table is None:
             assert self.levels == "normal", "levels have been fitted"
             return normal_levels(self.bits).float()
         return torch.tensor(self.table)
 
     @functools.cached_property
-    def _values(self) -> Tensor:
-        return self._table if self.values is None else torch.tensor(self.values)
+    def decoded_levels(self) -> Tensor:
+        """The levels that codes decode to, float32."""
+        return self.compared_levels if self.values is None else torch.tensor(self.values)
 
     def _split(self, x: Tensor) -> Tensor:
         """Return `[..., T / group, group, D]` where channels have stored ranges."""

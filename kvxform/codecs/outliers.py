@@ -83,7 +83,7 @@ class OutliersCodec(Codec):
         self._require(self.pick in picks, "pick must be extremes or deviation", self.pick)
         rule = f"group must be a number of tokens, 2 to {LONGEST_VECTOR}, of the channel axis"
         if self.axis == "channel":
-            self._require(2 <= self._run <= LONGEST_VECTOR, rule, self._run)
+            self._require(2 <= self.run <= LONGEST_VECTOR, rule, self.run)
         else:
             self._require(self.group is None, rule, self.group)
         names = {plane.name for plane in self.inner.planes(64)}
@@ -107,18 +107,18 @@ class OutliersCodec(Codec):
     @property
     def tokens_per_group(self) -> int:
         """Tokens that hold whole runs and whole groups of the inner codec."""
-        own = self._run if self.axis == "channel" else 1
+        own = self.run if self.axis == "channel" else 1
         return math.lcm(own, self.inner.tokens_per_group)
 
     def check(self, head_dim: int) -> None:
         """Raise PassError KVX203 if too many elements would be outliers, or too many to index."""
         self.inner.check(head_dim)
         length = self._length(head_dim)
-        if length > LONGEST_VECTOR or self._count(length) >= length:
+        if length > LONGEST_VECTOR or self.count(length) >= length:
             raise PassError(
                 "KVX203",
                 f"codec outliers needs vectors of at most {LONGEST_VECTOR} elements, "
-                f"fewer than all of them outliers; {self._count(length)} would be",
+                f"fewer than all of them outliers; {self.count(length)} would be",
                 got=length,
                 hint="use a smaller share, or the channel axis",
             )
@@ -126,8 +126,8 @@ class OutliersCodec(Codec):
     def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return the planes of the inner codec, values and indices of outliers."""
         vectors = head_dim if self.axis == "channel" else 1
-        width = vectors * self._count(self._length(head_dim))
-        rows = self._run if self.axis == "channel" else 1
+        width = vectors * self.count(self._length(head_dim))
+        rows = self.run if self.axis == "channel" else 1
         return (
             *self.inner.planes(head_dim),
             PlaneSpec(VALUE, "float16", width, rows),
@@ -161,7 +161,7 @@ class OutliersCodec(Codec):
         Outliers have no weight in the fit of codes. An inner codec with ranges of its own leaves
         out by itself what lies beyond them.
         """
-        if not (isinstance(self.inner, Ranged) and self.inner.has_own_ranges):
+        if not self.knows_ranges:
             samples = self._without_outliers(samples)
         return dataclasses.replace(self, inner=self.inner.fit(samples))
 
@@ -177,13 +177,19 @@ class OutliersCodec(Codec):
         return dataclasses.replace(samples, x=rest, weights=counted)
 
     @property
-    def _run(self) -> int:
+    def knows_ranges(self) -> bool:
+        """Whether the inner codec tells how far out an element lies."""
+        return isinstance(self.inner, Ranged) and self.inner.has_own_ranges
+
+    @property
+    def run(self) -> int:
+        """Tokens of a vector of the channel axis."""
         return self.inner.tokens_per_group if self.group is None else self.group
 
     def _length(self, head_dim: int) -> int:
-        return self._run if self.axis == "channel" else head_dim
+        return self.run if self.axis == "channel" else head_dim
 
-    def _count(self, length: int) -> int:
+    def count(self, length: int) -> int:
         """Return outliers of a vector of `length` elements."""
         if self.pick == "extremes":
             return 2 * math.ceil(self.share / 2 * length)
@@ -193,7 +199,7 @@ class OutliersCodec(Codec):
         """Return `x` as vectors in the last axis: `[..., T, D]` or `[..., T / run, D, run]`."""
         if self.axis == "token":
             return x
-        runs: Tensor = x.unflatten(-2, (-1, self._run)).transpose(-1, -2)
+        runs: Tensor = x.unflatten(-2, (-1, self.run)).transpose(-1, -2)
         return runs
 
     def _join(self, vectors: Tensor) -> Tensor:
@@ -208,11 +214,12 @@ class OutliersCodec(Codec):
     def _find(self, x: Tensor) -> Tensor:
         """Return indices of the outliers in their vectors; among equals the first one wins."""
         vectors = self._split(x)
-        count = self._count(vectors.shape[-1])
+        count = self.count(vectors.shape[-1])
         if self.pick == "extremes":
             order = vectors.argsort(dim=-1, stable=True)
             return torch.cat([order[..., : count // 2], order[..., -(count // 2) :]], -1)
-        if isinstance(self.inner, Ranged) and self.inner.has_own_ranges:
+        if self.knows_ranges:
+            assert isinstance(self.inner, Ranged), "it knows ranges"
             distance = self._split(self.inner.deviation(x))
         else:
             distance = (vectors - vectors.median(-1, keepdim=True).values).abs()

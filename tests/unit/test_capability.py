@@ -9,8 +9,11 @@ import torch
 from cached import cached_program
 from programs import llama_program
 
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.capability import takes_padding
+from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
 from kvxform.errors import CodegenError
 from kvxform.ir.plan import Regions
 
@@ -36,7 +39,6 @@ REFUSED = {
     "no cache": (lambda: llama_program(dtype=torch.float32), "insert-cache"),
     "float64": (lambda: cached_program(None, None), "float64"),
     "payload": (lambda: with_site(toy(), payload="residual"), "layer 1"),
-    "unknown codec": (lambda: with_key(toy(), codec={"codec": "polar"}), "polar"),
     "block that cuts groups": (
         lambda: with_key(
             toy({"key": CHANNEL}), regions=Regions(recent=12, flush="block"), tokens_per_group=8
@@ -52,6 +54,20 @@ def test_a_program_that_cannot_be_expressed_is_refused(name, tmp_path):
     with pytest.raises(CodegenError, match=r"^KVX401 \[onnx\]") as caught:
         export_onnx(make(), tmp_path / "out")
     assert word in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+TOKEN_NORM = {"codec": "token-norm", "over": "head", "inner": {"codec": "int", "bits": 3}}
+
+
+@pytest.mark.parametrize("without", [TokenNormCodec, IntCodec])
+def test_a_codec_without_emitter_is_refused_with_the_nearest_one(without, tmp_path, monkeypatch):
+    program = toy({"key": TOKEN_NORM})
+    monkeypatch.delitem(CODEC_EMITTERS, without)
+    with pytest.raises(CodegenError, match=rf"got {without.name}") as caught:
+        export_onnx(program, tmp_path / "out")
+    assert "layer 0" in str(caught.value)
+    assert "bits: 4" in str(caught.value)  # 3 bits, scale and zero point of 16, norm of 16
     assert not list(tmp_path.iterdir())
 
 
