@@ -5,12 +5,11 @@
 - `integer`: codec `int`, uniform integers with scales and zero points
 - `folded`: attention over codes with scales applied per query, token or step
 - `token_norm`: codec `token-norm`, norms per token in front of another codec
-- `norms`, `tables`: stored norms; codebooks kept on disk
-- `outliers`: codec `outliers`, exact elements beside the codes of another codec
-- `low_rank`: codec `low-rank-residual`, a low-rank correction of another codec
-- `nuq`: codec `nuq`, tables of levels fitted on a calibration
-- `kmeans`: weighted k-means of numbers
-- `packing`: codes of 2, 3, 4 and 8 bits in bytes
+- `directions`: what the codecs of directions share: `lloyd_max`, `fib_vq`, `octahedral`
+- `polar`: codec `polar`, blocks as a length and angles
+- `fp8`: codec `fp8`, 8-bit floating point
+- `lloyd_tables`, `fib_codebook`, `tables`: codebooks, and where they are kept
+- `packing`, `radix`: codes of some bits, and of any number of levels, in bytes
 - `basis`: bases (rotations) of a stream
 - `hadamard`: block Hadamard transforms
 """
@@ -18,8 +17,13 @@
 from __future__ import annotations
 
 from kvxform.codecs import exact as exact  # importing a codec module registers its codec
+from kvxform.codecs import fib_vq as fib_vq
+from kvxform.codecs import fp8 as fp8
 from kvxform.codecs import integer as integer
+from kvxform.codecs import lloyd_max as lloyd_max
 from kvxform.codecs import low_rank as low_rank
 from kvxform.codecs import nuq as nuq
+from kvxform.codecs import octahedral as octahedral
 from kvxform.codecs import outliers as outliers
+from kvxform.codecs import polar as polar
 from kvxform.codecs import token_norm as token_norm

@@ -5,7 +5,7 @@ With n_t a norm of token t over its channels, of one head or of all KV heads of 
     stored:  n_t,  inner.encode(x_t / n_t)          decoded:  n_t * inner.decode(...)
 
 One token with an unusual norm then no longer widens the range of the group of tokens that it is in.
-The norm is rounded to its stored float16 before it divides. Multiplying a token by a power of two
+The norm that divides is not rounded, the stored one is float16: multiplying a token by a constant
 leaves the codes of all tokens as they are.
 
 Source: OScaR, arXiv 2605.19660 (all heads: Omni-Token Scaling).
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import Codec, PlaneSpec, register_codec, require_option
+from kvxform.codecs.directions import LARGEST_NORM
 from kvxform.codecs.integer import IntCodec
-from kvxform.codecs.norms import stored_norm
 
+SMALLEST_NORM = 2.0**-14  # smallest float16 of full precision
 KINDS = ("l2", "max", "mean")
 SCOPES = ("site", "head")
 
@@ -78,8 +79,8 @@ class TokenNormCodec(Codec):
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Encode `x`, `[..., Hk, T, D]`, in float32."""
         x = x.float()
-        norm = stored_norm(self._norms(x))
-        return {**self.inner.encode(x / norm.float()), "norm": norm}
+        norm = self._norms(x).clamp(SMALLEST_NORM, LARGEST_NORM)
+        return {**self.inner.encode(x / norm), "norm": norm.half()}
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
