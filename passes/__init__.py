@@ -1,6 +1,7 @@
 """Rewrites of a Program; one file a pass, named like it in recipes.
 
 - `rotation.fuse_norms`: gains of norms move into the linear layers that follow
+- `rotation.rotate_residual`: the residual stream is rotated inside of the weights
 - `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
 - `structure.cache_prerope`: keys are cached before RoPE and turned when they are read
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
@@ -21,6 +22,7 @@ from kvxform.passes.memory import page_cache as page_cache
 from kvxform.passes.quantize import quantize_kv as quantize_kv
 from kvxform.passes.rotation import fuse_norms as fuse_norms
 from kvxform.passes.rotation import rotate_qk as rotate_qk
+from kvxform.passes.rotation import rotate_residual as rotate_residual
 from kvxform.passes.rotation import rotate_v as rotate_v
 from kvxform.passes.structure import cache_latent as cache_latent
 from kvxform.passes.structure import cache_prerope as cache_prerope

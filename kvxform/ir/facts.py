@@ -13,6 +13,7 @@ FactValue = bool | int | str
 
 DEFAULTS: Mapping[str, FactValue] = {
     "norms_fused": False,  # gains of norms are folded into the next linear layers
+    "residual.basis": "identity",  # rotation that the residual stream is expressed in
     "k.basis": "identity",  # rotation that cached keys are expressed in
     "v.basis": "identity",
     "k.rope": "post",  # keys are cached after ("post") or before ("pre") RoPE

@@ -1,13 +1,14 @@
 """fuse-norms: gains and biases of norms move into the linear layers that read the norm.
 
 With y = n * g + b, where n is the bare norm, W y + c = (W diag(g)) n + (W b + c). Legal where every
-reader of the norm is a linear layer, and nothing else reads the weights of these layers: a head
-tied to the embedding, for instance, keeps its norm. A bare norm commutes with rotations of the
-residual stream, which is what later passes need.
+reader of the norm is a linear layer, and nothing else reads the weights of these layers. A head
+that is tied to the embedding keeps its norm, unless it may have a weight of its own. A bare norm
+commutes with rotations of the residual stream, which is what later passes need.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,9 +31,11 @@ from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
 
+EMBEDDING = torch.ops.aten.embedding.default
 LAYER_NORM = torch.ops.aten.layer_norm.default
 SCALED_AT_ONCE = 1 << 22  # elements in float64
 UNTIE = "untie it: give every layer that reads it a weight of its own"
+UNTIE_HEAD = "use untie: true, which gives the head a weight of its own"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,14 @@ class NormCall:
 @register_pass
 @dataclass(frozen=True)
 class FuseNorms(GraphPass):
-    """Fold the gain of RMSNorm, and gain and bias of LayerNorm, into the next linear layers."""
+    """Fold the gain of RMSNorm, and gain and bias of LayerNorm, into the next linear layers.
 
+    Attributes:
+        untie: Give a linear layer that shares its weight with an embedding one of its own, at the
+            price of its memory, so that it can absorb the gain too.
+    """
+
+    untie: bool = False
     numerics: ClassVar[Numerics] = EXACT
     source: ClassVar[str] = "SliceGPT, arXiv 2401.15024, section 3; QuaRot, arXiv 2404.00456"
 
@@ -67,7 +76,9 @@ class FuseNorms(GraphPass):
     def match(self, program: Program) -> list[Match | NoMatch]:
         """Match every norm whose readers can absorb it."""
         uses = weight_uses(program)
-        return [_check(node, uses) for node in program.calls(kvx.RMS_NORM, LAYER_NORM)]
+        tied = _embeddings(program)
+        norms = program.calls(kvx.RMS_NORM, LAYER_NORM)
+        return [_check(node, uses, tied, untie=self.untie) for node in norms]
 
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
         """Scale the linear layers of one norm, add its bias to theirs, and bare the norm."""
@@ -82,9 +93,13 @@ class FuseNorms(GraphPass):
             if bias is not None:
                 _add_bias(program, linear, bias, rewriter)
             if gain is not None:
-                weight = program.weights[linear.weight]
+                name = linear.weight
                 factor = gain if linear.layout == "out_in" else gain[:, None]
-                rewriter.set_weight(linear.weight, _scale(weight, factor))
+                scaled = _scale(program.weights[name], factor)
+                if name in match.data["tied"]:
+                    _untie(rewriter, linear, scaled)
+                else:
+                    rewriter.set_weight(name, scaled)
             rewriter.set_args(rewriter.node(linear.node))
         bare = [None, None] if node.target is LAYER_NORM else [None]
         args = list(node.args)
@@ -115,7 +130,15 @@ def _parse(node: fx.Node) -> NormCall:
     return NormCall(1, argument(1), None, float(offset))
 
 
-def _check(node: fx.Node, uses: Mapping[str, int]) -> Match | NoMatch:
+def _embeddings(program: Program) -> dict[str, int]:
+    """Return how many embeddings read each weight."""
+    tables = (node.args[0] for node in program.calls(EMBEDDING))
+    return Counter(str(table.target) for table in tables if isinstance(table, fx.Node))
+
+
+def _check(
+    node: fx.Node, uses: Mapping[str, int], embeddings: Mapping[str, int], *, untie: bool
+) -> Match | NoMatch:
     norm = _parse(node)
     if norm.gain is None and norm.bias is None:
         return NoMatch("already without gain", node=node.name, done=True)
@@ -123,6 +146,7 @@ def _check(node: fx.Node, uses: Mapping[str, int]) -> Match | NoMatch:
         hint = "store the gain itself as a parameter of the norm"
         return NoMatch("gain or bias of the norm is computed", node=node.name, hint=hint)
     linears: list[LinearCall] = []
+    tied: list[str] = []
     for value, user in channel_users(node):
         linear = as_linear(user, value)
         if linear is None:
@@ -130,13 +154,27 @@ def _check(node: fx.Node, uses: Mapping[str, int]) -> Match | NoMatch:
         if norm.bias is not None and user.target not in (LINEAR, ADDMM):
             return NoMatch(f"{user.name} has no place for a bias", node=node.name)
         for name in filter(None, (linear.weight, linear.bias)):
-            if uses[name] != 1:
+            is_tied = embeddings.get(name, 0) == uses[name] - 1 > 0
+            if is_tied and untie:
+                tied.append(name)
+            elif uses[name] != 1:
                 reason = f"weight {name} is read in {uses[name]} places"
-                return NoMatch(reason, node=node.name, hint=UNTIE)
+                hint = UNTIE_HEAD if is_tied else UNTIE
+                return NoMatch(reason, node=node.name, hint=hint)
         linears.append(linear)
     if not linears:
         return NoMatch("nothing reads the norm", node=node.name)
-    return Match(node=node.name, data={"linears": tuple(linears)})
+    return Match(node=node.name, data={"linears": tuple(linears), "tied": tuple(tied)})
+
+
+def _untie(rewriter: Rewriter, linear: LinearCall, weight: Tensor) -> None:
+    """Let a linear layer read `weight`, under a name of its own."""
+    name = linear.weight.removesuffix(".weight") + ".untied"
+    rewriter.set_weight(name, weight)
+    node = rewriter.node(linear.node)
+    own = rewriter.get_weight_node(name, node, TensorType(weight.dtype, tuple(weight.shape)))
+    old = next(n for n in node.all_input_nodes if n.target == linear.weight)
+    rewriter.set_args(node, tuple(own if arg is old else arg for arg in node.args))
 
 
 def _add_bias(program: Program, linear: LinearCall, bias: Tensor, rewriter: Rewriter) -> None:

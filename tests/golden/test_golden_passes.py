@@ -13,6 +13,7 @@ from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
+from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.structure.cache_latent import CacheLatent
 
@@ -21,10 +22,19 @@ KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "group": 8, "zero": "float"},
     regions={"recent": 128},
 )
+UNTIED = FuseNorms(untie=True)
+
+
+def tied_llama(**options):
+    return llama_program(tied=True, **options)
+
+
 CASES = {
     "fuse_norms/llama": (FuseNorms(), (), llama_program),
     "fuse_norms/gpt2_tied": (FuseNorms(), (), gpt2_program),  # the last norm is a near miss
     "fuse_norms/gpt2_untied": (FuseNorms(), (), lambda **k: gpt2_program(tied=False, **k)),
+    "rotate_residual/llama": (RotateResidual(online_down=True), (UNTIED,), tied_llama),
+    "rotate_residual/gpt2": (RotateResidual(), (UNTIED,), gpt2_program),
     "rotate_v/gpt2": (RotateV(), (InsertCache(),), gpt2_program),
     "rotate_qk/stateless": (RotateQk(seed=1), (), llama_program),
     "rotate_qk/cached": (RotateQk(block=8), (InsertCache(),), llama_program),

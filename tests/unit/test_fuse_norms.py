@@ -106,3 +106,34 @@ def test_a_computed_gain_is_left_alone():
     norm.args = (norm.args[0], gain, *norm.args[2:])
     _, found = apply(FuseNorms(), program)
     assert reasons(found) == ["gain or bias of the norm is computed"]
+
+
+@pytest.mark.parametrize("make", [llama_program, gpt2_program])
+def test_a_tied_head_may_have_a_weight_of_its_own(make):
+    program = make(tied=True)
+    ids = token_ids(program)
+    fused, found = apply(FuseNorms(untie=True), program)
+    assert fired(found) == 5
+    for norm in fused.calls(kvx.RMS_NORM, LAYER_NORM):
+        assert norm.args[1 if norm.target is kvx.RMS_NORM else 2] is None
+    (untied,) = (name for name in fused.weights if name.endswith("untied"))
+    embedding = fused.weights[untied.removesuffix("untied") + "weight"]
+    assert torch.equal(embedding, program.weights[untied.removesuffix("untied") + "weight"])
+    assert not torch.equal(embedding, fused.weights[untied])
+    torch.testing.assert_close(run(fused, ids), run(program, ids), rtol=0, atol=1e-12)
+
+
+def test_without_untie_the_hint_names_the_option():
+    _, found = apply(FuseNorms(), llama_program(tied=True))
+    (miss,) = (match for match in found if isinstance(match, NoMatch))
+    assert miss.reason == "weight embed.weight is read in 2 places"
+    assert "untie: true" in miss.hint
+
+
+def test_a_weight_that_two_linear_layers_share_is_not_untied():
+    program = llama_program(layers=1)
+    for node in program.graph.nodes:
+        if node.target == "layers.0.mlp.up.weight":
+            node.target = "layers.0.mlp.gate.weight"
+    _, found = apply(FuseNorms(untie=True), program)
+    assert "weight layers.0.mlp.gate.weight is read in 2 places" in reasons(found)

@@ -30,6 +30,7 @@ from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
+from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.structure.cache_latent import CacheLatent
 
@@ -42,6 +43,7 @@ MODELS = {
 # pass, passes that must run before it, matches on a model of two layers
 CASES = {
     "fuse-norms": (FuseNorms(), (), 5),
+    "rotate-residual": (RotateResidual(), (FuseNorms(untie=True),), 1),
     "rotate-v": (RotateV(block=8, seed=1), (), 2),
     "rotate-v, cached": (RotateV(), (InsertCache(), PageCache()), 2),
     "rotate-qk": (RotateQk(block=8), (), 2),
