@@ -5,6 +5,9 @@
 - `integer`: codec `int`, uniform integers with scales and zero points
 - `folded`: attention over codes with scales applied per query, token or step
 - `token_norm`: codec `token-norm`, norms per token in front of another codec
+- `outliers`: codec `outliers`, exact elements beside the codes of another codec
+- `low_rank`: codec `low-rank-residual`, a low-rank correction of another codec
+- `nuq`, `kmeans`: codec `nuq`, tables of levels fitted on a calibration
 - `directions`: what the codecs of directions share: `lloyd_max`, `fib_vq`, `octahedral`
 - `polar`: codec `polar`, blocks as a length and angles
 - `fp8`: codec `fp8`, 8-bit floating point

@@ -78,7 +78,7 @@ class DirectionCodec(Codec):
         """Encode `x`, `[..., T, D]`, in float32."""
         x = x.float()
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        u = x / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        u = (x / norm.clamp_min(torch.finfo(torch.float32).tiny)).contiguous()
         planes = self.encode_directions(u)
         gain = norm if self.gain == "norm" else norm * self._factor(u, planes)
         return {**planes, "norm": gain.clamp(max=LARGEST_NORM).half()}

@@ -66,26 +66,27 @@ class FibVqCodec(DirectionCodec):
     def code_planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, one code a block."""
         return (
-            PlaneSpec("codes", "uint8", packed_level_bytes(self._blocks(head_dim), self.words)),
+            PlaneSpec("codes", "uint8", packed_level_bytes(self.blocks(head_dim), self.words)),
         )
 
     def encode_directions(self, u: Tensor) -> dict[str, Tensor]:
         """Encode `[..., D]` by the nearest word of each block."""
         head_dim = u.shape[-1]
-        padded = F.pad(u, (0, self._blocks(head_dim) * self.k - head_dim))
+        padded = F.pad(u, (0, self.blocks(head_dim) * self.k - head_dim))
         blocks = padded.reshape(-1, self.k)
         book = codebook(self.words, self.k, head_dim).to(u.device)
-        codes = nearest(blocks, book).reshape(*u.shape[:-1], self._blocks(head_dim))
+        codes = nearest(blocks, book).reshape(*u.shape[:-1], self.blocks(head_dim))
         return {"codes": pack_levels(codes, self.words)}
 
     def decode_directions(
         self, planes: Mapping[str, Tensor], head_dim: int, dtype: torch.dtype
     ) -> Tensor:
         """Look up every block."""
-        codes = unpack_levels(planes["codes"], self.words, self._blocks(head_dim))
+        codes = unpack_levels(planes["codes"], self.words, self.blocks(head_dim))
         book = codebook(self.words, self.k, head_dim).to(codes.device, dtype)
         found: Tensor = book[codes].flatten(-2)[..., :head_dim]
         return found
 
-    def _blocks(self, head_dim: int) -> int:
+    def blocks(self, head_dim: int) -> int:
+        """Return the number of codes of a vector."""
         return -(-head_dim // self.k)

@@ -65,7 +65,7 @@ class OctahedralCodec(DirectionCodec):
 
     def code_planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, all xi and then all eta, and `radius`."""
-        count = _triplets(head_dim)
+        count = triplet_count(head_dim)
         directions = packed_level_bytes(2 * count, 2**self.direction_bits)
         radius = packed_level_bytes(count, 2**self.radius_bits)
         return PlaneSpec("codes", "uint8", directions), PlaneSpec("radius", "uint8", radius)
@@ -73,7 +73,7 @@ class OctahedralCodec(DirectionCodec):
     def encode_directions(self, u: Tensor) -> dict[str, Tensor]:
         """Encode `[..., D]` by triplets."""
         head_dim = u.shape[-1]
-        points, lengths = (table.to(u.device) for table in self._tables(head_dim))
+        points, lengths = (table.to(u.device) for table in self.tables(head_dim))
         triplets = _split(u)  # [..., n, 3]
         codes = torch.bucketize(octahedral_encode(triplets), bounds_of(points))
         if self.joint:
@@ -90,16 +90,16 @@ class OctahedralCodec(DirectionCodec):
         self, planes: Mapping[str, Tensor], head_dim: int, dtype: torch.dtype
     ) -> Tensor:
         """Look up points and lengths."""
-        count = _triplets(head_dim)
+        count = triplet_count(head_dim)
         codes = unpack_levels(planes["codes"], 2**self.direction_bits, 2 * count)
         radius = unpack_levels(planes["radius"], 2**self.radius_bits, count)
-        points, lengths = (t.to(codes.device, dtype) for t in self._tables(head_dim))
+        points, lengths = (t.to(codes.device, dtype) for t in self.tables(head_dim))
         first, second = codes.unflatten(-1, (2, count)).unbind(-2)
-        unit = _directions(points)[first * len(points) + second]
+        unit = unit_vectors(points)[first * len(points) + second]
         triplets: Tensor = unit * lengths[radius].unsqueeze(-1)
         return triplets.flatten(-2)[..., :head_dim]
 
-    def _tables(self, head_dim: int) -> tuple[Tensor, Tensor]:
+    def tables(self, head_dim: int) -> tuple[Tensor, Tensor]:
         """Return the table of xi and eta and that of the length."""
         return (
             _table("point", 2**self.direction_bits, head_dim),
@@ -129,14 +129,14 @@ def _fold(points: Tensor) -> Tensor:
     return folded
 
 
-def _directions(points: Tensor) -> Tensor:
+def unit_vectors(points: Tensor) -> Tensor:
     """Return the unit vector of each pair of codes, `[L * L, 3]`."""
     return octahedral_decode(torch.cartesian_prod(points, points))
 
 
 def _best_neighbour(triplets: Tensor, codes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes `[..., 2]` of the best of nine directions, and the length along it."""
-    levels, directions = len(points), _directions(points)
+    levels, directions = len(points), unit_vectors(points)
     best = torch.full(triplets.shape[:-1], -torch.inf, device=triplets.device)
     chosen = torch.zeros_like(codes[..., 0])
     for offset in NEIGHBOURS:
@@ -149,12 +149,13 @@ def _best_neighbour(triplets: Tensor, codes: Tensor, points: Tensor) -> tuple[Te
     return torch.stack([chosen // levels, chosen % levels], -1), best
 
 
-def _triplets(head_dim: int) -> int:
+def triplet_count(head_dim: int) -> int:
+    """Return the number of triplets of a vector."""
     return -(-head_dim // 3)
 
 
 def _split(u: Tensor) -> Tensor:
-    count = _triplets(u.shape[-1])
+    count = triplet_count(u.shape[-1])
     triplets: Tensor = F.pad(u, (0, 3 * count - u.shape[-1])).unflatten(-1, (count, 3))
     return triplets
 
@@ -167,7 +168,7 @@ def _table(kind: str, levels: int, head_dim: int) -> Tensor:
 
 def _fit(kind: str, levels: int, head_dim: int) -> Tensor:
     generator = np.random.default_rng(0)
-    count = -(-SAMPLES // _triplets(head_dim))
+    count = -(-SAMPLES // triplet_count(head_dim))
     vectors = torch.from_numpy(generator.standard_normal((count, head_dim)))
     triplets = _split(F.normalize(vectors, dim=-1))
     if kind == "length":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kvxform.codecs.base import Codec, PlaneSpec, register_codec, require_option
 from kvxform.codecs.lloyd_tables import bounds_of, fit_density
-from kvxform.codecs.packing import pack, packed_bytes, unpack
+from kvxform.codecs.radix import pack_levels, packed_level_bytes, unpack_levels
 from kvxform.codecs.tables import cached_table
 from kvxform.errors import PassError
 
@@ -41,8 +41,7 @@ class PolarCodec(Codec):
     """Codes of angles, and one length for 16 values.
 
     Attributes:
-        bits: Bits of an angle of levels 1 to 4, each 1, 2, 4 or 8 (3 where head_dim is a multiple
-            of 64).
+        bits: Bits of an angle of levels 1 to 4, each 1 to 8.
     """
 
     name: ClassVar[str] = "polar"
@@ -50,24 +49,22 @@ class PolarCodec(Codec):
 
     def __post_init__(self) -> None:
         """Check the options on their own."""
-        fits = len(self.bits) == LEVELS and all(b in (1, 2, 3, 4, 8) for b in self.bits)
-        require_option(fits, self.name, "bits must be four numbers of 1, 2, 3, 4 or 8", self.bits)
+        fits = len(self.bits) == LEVELS and all(b in range(1, 9) for b in self.bits)
+        require_option(fits, self.name, "bits must be four numbers of 1 to 8", self.bits)
 
     def check(self, head_dim: int) -> None:
-        """Raise PassError KVX203 unless the blocks are whole and their codes fill bytes."""
-        sizes = (head_dim // 2 ** (level + 1) for level in range(LEVELS))
-        whole = all(n * b % 8 == 0 for n, b in zip(sizes, self.bits, strict=True))
-        if head_dim % BLOCK or not whole:
+        """Raise PassError KVX203 unless `head_dim` is a multiple of 16."""
+        if head_dim % BLOCK:
             raise PassError(
                 "KVX203",
-                "codec polar needs a head_dim of whole blocks whose angles fill bytes",
+                f"codec polar needs a head_dim that is a multiple of {BLOCK}",
                 got=head_dim,
-                hint="a multiple of 64 always fits with bits of 2 or more at level 4",
+                hint="use codec lloyd-max, or int",
             )
 
     def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, level after level, and `norm`, the length of each block."""
-        widths = self._widths(head_dim)
+        widths = self.widths(head_dim)
         lengths = PlaneSpec("norm", "float16", head_dim // BLOCK)
         return PlaneSpec("codes", "uint8", sum(widths)), lengths
 
@@ -76,27 +73,37 @@ class PolarCodec(Codec):
         angles, length = to_polar(x.float())
         packed = []
         for level, angle in enumerate(angles):
-            bounds = bounds_of(self._table(level)).to(angle.device)
-            codes = torch.bucketize(angle, bounds, out_int32=True)
-            packed.append(pack(codes.to(torch.uint8), self.bits[level]))
+            bounds = bounds_of(self.table(level)).to(angle.device)
+            codes = torch.bucketize(angle.contiguous(), bounds, out_int32=True)
+            packed.append(pack_levels(codes, 2 ** self.bits[level]))
         return {"codes": torch.cat(packed, -1), "norm": length.clamp(max=LARGEST_LENGTH).half()}
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         length = planes["norm"].to(wide)
-        parts = planes["codes"].split(self._widths(length.shape[-1] * BLOCK), -1)
+        head_dim = length.shape[-1] * BLOCK
+        parts = planes["codes"].split(self.widths(head_dim), -1)
         angles = []
         for level, part in enumerate(parts):
-            table = self._table(level).to(part.device, wide)
-            angles.append(table[unpack(part, self.bits[level]).long()])
+            table = self.table(level).to(part.device, wide)
+            codes = unpack_levels(part, 2 ** self.bits[level], _count(head_dim, level))
+            angles.append(table[codes])
         return from_polar(angles, length).to(dtype)
 
-    def _table(self, level: int) -> Tensor:
+    def table(self, level: int) -> Tensor:
+        """Return the decoded angles of level `level` + 1, ascending, float32."""
         return angle_table(level + 1, 2 ** self.bits[level])
 
-    def _widths(self, head_dim: int) -> list[int]:
-        return [packed_bytes(head_dim >> (level + 1), b) for level, b in enumerate(self.bits)]
+    def widths(self, head_dim: int) -> list[int]:
+        """Return the bytes of the codes of each level."""
+        sizes = ((_count(head_dim, level), 2**bits) for level, bits in enumerate(self.bits))
+        return [packed_level_bytes(count, levels) for count, levels in sizes]
+
+
+def _count(head_dim: int, level: int) -> int:
+    """Return the angles of level `level` + 1."""
+    return head_dim >> (level + 1)
 
 
 def to_polar(x: Tensor) -> tuple[list[Tensor], Tensor]:

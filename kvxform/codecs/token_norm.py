@@ -13,6 +13,7 @@ Source: OScaR, arXiv 2605.19660 (all heads: Omni-Token Scaling).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -20,7 +21,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvxform.codecs.base import Codec, PlaneSpec, register_codec, require_option
+from kvxform.codecs.base import (
+    Codec,
+    CodecSamples,
+    PlaneSpec,
+    register_codec,
+    require_option,
+)
 from kvxform.codecs.directions import LARGEST_NORM
 from kvxform.codecs.integer import IntCodec
 
@@ -63,6 +70,16 @@ class TokenNormCodec(Codec):
         return self.over == "head" and self.inner.is_headwise
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the inner codec is to be fitted."""
+        return self.inner.needs_calibration
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the inner codec weighs errors."""
+        return self.inner.needs_fisher
+
+    @property
     def tokens_per_group(self) -> int:
         """Tokens of a group of the inner codec."""
         return self.inner.tokens_per_group
@@ -86,6 +103,17 @@ class TokenNormCodec(Codec):
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         return (self.inner.decode(planes, wide) * planes["norm"].to(wide)).to(dtype)
+
+    def fit(self, samples: CodecSamples) -> TokenNormCodec:
+        """Return the codec with its inner codec fitted on normalised tokens.
+
+        A squared gradient grows with the square of the norm that it is taken off. No envelope is
+        known of normalised tokens.
+        """
+        norm = self._norms(samples.x.float()).clamp(SMALLEST_NORM, LARGEST_NORM)
+        weights = None if samples.weights is None else samples.weights * norm.square()
+        inner = self.inner.fit(CodecSamples(samples.x / norm, weights))
+        return dataclasses.replace(self, inner=inner)
 
     def _norms(self, x: Tensor) -> Tensor:
         """Return norms `[..., 1 or Hk, T, 1]`."""
