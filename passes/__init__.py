@@ -5,6 +5,7 @@
 - `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
 - `structure.cache_prerope`: keys are cached before RoPE and turned when they are read
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
+- `rotation.spectral_rotation`: K and V in eigenbases that calibration has found
 - `rotation.rotate_qk`: queries and new keys are rotated after RoPE
 - `base.insert_cache`: stateless attention becomes append and cached attention
 - `memory.page_cache`: the cache lives in pages
@@ -24,5 +25,6 @@ from kvxform.passes.rotation import fuse_norms as fuse_norms
 from kvxform.passes.rotation import rotate_qk as rotate_qk
 from kvxform.passes.rotation import rotate_residual as rotate_residual
 from kvxform.passes.rotation import rotate_v as rotate_v
+from kvxform.passes.rotation import spectral_rotation as spectral_rotation
 from kvxform.passes.structure import cache_latent as cache_latent
 from kvxform.passes.structure import cache_prerope as cache_prerope

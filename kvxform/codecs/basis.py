@@ -83,19 +83,19 @@ def rotate_heads(x: Tensor, matrices: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as `x`; computed in the wider of the two dtypes.
     """
-    new, width = x.shape[-2:]
+    heads, new, width = x.shape[-3:]
     count, size, _ = matrices.shape
     wide = x.to(torch.promote_types(x.dtype, matrices.dtype))
-    groups = wide.unflatten(-3, (count, -1))
+    groups = wide.unflatten(-3, (count, heads // count))
     joined = size != width
     # [..., H / g, S, g * D], or the query heads of a KV head as rows: [..., Hk, H / Hk * S, D]
     rows = groups.transpose(-3, -2).flatten(-2) if joined else groups.flatten(-3, -2)
     # a plain product would copy the matrices for every sequence
     turned: Tensor = torch.einsum("...knd,kde->...kne", rows, matrices.to(wide))
     if joined:
-        groups = turned.unflatten(-1, (-1, width)).transpose(-3, -2)
+        groups = turned.unflatten(-1, (heads // count, width)).transpose(-3, -2)
     else:
-        groups = turned.unflatten(-2, (-1, new))
+        groups = turned.unflatten(-2, (heads // count, new))
     rotated: Tensor = groups.flatten(-4, -3).to(x.dtype)
     return rotated
 

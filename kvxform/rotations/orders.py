@@ -79,6 +79,16 @@ def hadamard_of_order(order: int) -> Tensor:
     return normalised
 
 
+def hadamard_of_width(size: int) -> Tensor:
+    """Return the Kronecker product of `hadamard_factors(size)`, float64 `[size, size]`."""
+    factors = hadamard_factors(size)
+    assert factors is not None, "a pass has looked"
+    product = torch.ones(1, 1, dtype=torch.float64)
+    for order in factors:
+        product = torch.kron(product, hadamard_of_order(order))
+    return product
+
+
 @functools.cache
 def random_orthogonal(size: int, seed: int) -> Tensor:
     """Return a matrix drawn evenly from all orthogonal ones, float64 `[size, size]`."""

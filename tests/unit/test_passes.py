@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from programs import (
 )
 
 import kvxform.passes
+from kvxform.calibrate.collecting import collect
 from kvxform.ir.facts import DEFAULTS
 from kvxform.pass_base import PASSES, GraphPass, NoMatch
 from kvxform.passes.base.fuse_projections import FuseProjections
@@ -32,6 +34,7 @@ from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
+from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 
 INT4 = {"codec": "int", "bits": 4}
@@ -46,6 +49,8 @@ CASES = {
     "rotate-residual": (RotateResidual(), (FuseNorms(untie=True),), 1),
     "rotate-v": (RotateV(block=8, seed=1), (), 2),
     "rotate-v, cached": (RotateV(), (InsertCache(), PageCache()), 2),
+    "spectral-rotation": (SpectralRotation(), (), 4),
+    "spectral-rotation, cached": (SpectralRotation(values=False), (InsertCache(),), 2),
     "rotate-qk": (RotateQk(block=8), (), 2),
     "rotate-qk, cached": (RotateQk(seed=2), (InsertCache(),), 2),
     "insert-cache": (InsertCache(), (), 2),
@@ -76,6 +81,14 @@ def pair(request):
     return request.param
 
 
+def calibrated(model, graph_pass):
+    """Return the model with the statistics that the pass asks for."""
+    if not graph_pass.needs_calibration:
+        return model
+    ids = token_ids(model, batch=2, tokens=32, seed=3)
+    return dataclasses.replace(model, calibration=collect(model, ids, name="toy"))
+
+
 @pytest.fixture
 def case(pair):
     return CASES[pair[0]]
@@ -83,7 +96,7 @@ def case(pair):
 
 @pytest.fixture
 def model(pair):
-    return models_for(pair[0])[pair[1]]()
+    return calibrated(models_for(pair[0])[pair[1]](), CASES[pair[0]][0])
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
