@@ -22,6 +22,7 @@ import torch
 
 PACKAGES = (
     "kvxform", "torch", "triton", "transformers", "numpy", "flashinfer-python", "xformers",
+    "optimum-quanto", "hqq",
 )  # fmt: skip
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""`kvxform eval`: perplexity of anything that runs, and KL divergence to a reference."""
+"""`kvxform eval`: one target's perplexity and KL divergence, or a table of many cache formats."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from kvxform.cli.options import Json, OptionalRecipe, ProtocolName, Target
+from kvxform.cli.options import CalibrationFile, Json, OptionalRecipe, ProtocolName, Target
 from kvxform.cli.output import print_json, print_table, progress_bar
-from kvxform.cli.targets import need_tokenizer, open_target
+from kvxform.cli.quality import TableRequest, run_table
+from kvxform.cli.targets import check_source, need_tokenizer, open_target
 
 TextFile = Annotated[
     Path | None,
@@ -23,6 +24,18 @@ ProtocolOption = Annotated[
 Reference = Annotated[
     str | None, typer.Option("--reference", help="Source model to compare with, as MODEL.")
 ]
+Recipes = Annotated[
+    str | None,
+    typer.Option("--recipes", help="Formats to compare in one table, with commas between; or all."),
+]
+DecodeWindow = Annotated[
+    int, typer.Option("--decode-window", help="Table: tokens of a window decoded one by one.")
+]
+Passkey = Annotated[
+    str, typer.Option("--passkey", help="Table: lengths of passkey prompts, commas between.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="Table: where to run, as cuda.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Table: an SVG to write.")]
 
 
 def run(
@@ -33,15 +46,25 @@ def run(
     windows: Windows = 6,
     protocol: ProtocolOption = ProtocolName.quantized_prefill,
     reference: Reference = None,
+    recipes: Recipes = None,
+    calibration: CalibrationFile = None,
+    decode_window: DecodeWindow = 128,
+    passkey: Passkey = "1024",
+    device: Device = None,
+    plot: Plot = None,
     json: Json = False,
 ) -> None:
-    """Measure perplexity on a text, and KL divergence to a reference model."""
+    """Measure perplexity on a text: of one target, or of many cache formats in one table."""
+    if recipes is not None:
+        options = (text, calibration, window, windows, decode_window, passkey, device, plot, json)
+        run_table(TableRequest(check_source(target, recipe), recipes, *options))
+        return
     from kvxform.evaluate.perplexity import evaluate
     from kvxform.evaluate.runners import make_runner
     from kvxform.texts import encode_text, read_text
 
     words = read_text(text)
-    opened = open_target(target, recipe)
+    opened = open_target(target, recipe, calibration=calibration)
     token_ids = encode_text(need_tokenizer(opened.tokenizer, target), words)
     other = None if reference is None else make_runner(open_target(reference, None).model, window)
     with progress_bar("windows", windows) as advance:

@@ -23,9 +23,13 @@ def is_onnx_package(target: str) -> bool:
 
 
 def open_model(
-    target: str, recipe: str | None, *, verify: Literal["none", "probe", "full"] = "none"
+    target: str,
+    recipe: str | None,
+    *,
+    verify: Literal["none", "probe", "full"] = "none",
+    calibration: Path | None = None,
 ) -> OptimizedModel:
-    """Load an artifact, or optimise a model.
+    """Load an artifact, or optimise a model; `calibration` is a text for the latter.
 
     Raises:
         KvxformError: KVX801 if a recipe is missing or makes no sense, and all of the library's.
@@ -35,7 +39,8 @@ def open_model(
     if is_artifact(target):
         refuse_recipe(target, recipe)
         return kvxform.load(target)
-    return kvxform.optimize(target, need_recipe(target, recipe), verify=verify)
+    wanted = need_recipe(target, recipe)
+    return kvxform.optimize(target, wanted, verify=verify, calibration=calibration)
 
 
 def need_recipe(target: str, recipe: str | None) -> str:
@@ -73,7 +78,7 @@ class Opened:
     eos_token_ids: tuple[int, ...]
 
 
-def open_target(target: str, recipe: str | None) -> Opened:
+def open_target(target: str, recipe: str | None, *, calibration: Path | None = None) -> Opened:
     """Open anything that can run; a model without a recipe is the source model itself."""
     if is_onnx_package(target):
         from kvxform.runtime.onnx_session import OnnxSession
@@ -84,7 +89,7 @@ def open_target(target: str, recipe: str | None) -> Opened:
         return Opened(session, load_tokenizer(target), tuple(session.info["eos_token_ids"]))
     if recipe is None and not is_artifact(target):
         return open_source_model(target)
-    model = open_model(target, recipe)
+    model = open_model(target, recipe, calibration=calibration)
     return Opened(model, model.tokenizer, model.program.info.eos_token_ids)
 
 
@@ -96,6 +101,22 @@ def open_source_model(model: str) -> Opened:
     source = open_source(model)
     tokenizer = load_tokenizer(source.info.tokenizer_path)
     return Opened(source.model, tokenizer, source.info.eos_token_ids)
+
+
+def check_source(target: str, recipe: str | None) -> str:
+    """Return `target` if it is a MODEL without a recipe.
+
+    Raises:
+        KvxformError: KVX801 if it is something that is finished, or has a recipe.
+    """
+    if recipe is not None or is_artifact(target) or is_onnx_package(target):
+        raise KvxformError(
+            "KVX801",
+            "a table of recipes starts from one source model",
+            got=repr(target),
+            hint="give a MODEL and --recipes, without -r",
+        )
+    return target
 
 
 def need_tokenizer(tokenizer: Any, target: str) -> Any:

@@ -26,7 +26,7 @@ from kvxform.errors import KvxformError
 from kvxform.evaluate.runners import Runner
 
 Protocol = Literal["quantized-prefill", "decode"]
-_ROWS = 64  # positions scored at a time: bounds float64 temporaries to `_ROWS * vocab`
+_ROWS = 64  # positions scored at a time: bounds float64 temporaries to `_ROWS * B * vocab`
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def evaluate(
     windows: int = 6,
     protocol: Protocol = "quantized-prefill",
     reference: Runner | None = None,
+    batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Measure `runner` on the first `windows * window` tokens of a text.
@@ -77,6 +78,7 @@ def evaluate(
         windows: Number of windows.
         protocol: `quantized-prefill` or `decode`.
         reference: The source model; always run statelessly, since its cache is exact.
+        batch_size: Windows that run side by side, a row each.
         progress: Called with the number of windows done.
 
     Raises:
@@ -87,14 +89,17 @@ def evaluate(
         rule = f"the protocol must be one of {', '.join(get_args(Protocol))}"
         raise KvxformError("KVX704", rule, where="eval", got=repr(protocol))
     sums = torch.zeros(4, dtype=torch.float64)  # nll, nll of the reference, KL, agreements
-    for done, row in enumerate(rows):
-        expected = None if reference is None else reference.logits(row[None])[0]
-        for start, logits in _pieces(runner, row, protocol):
-            end = start + len(logits)
-            part = None if expected is None else expected[start:end]
-            sums += _score(logits, row[start + 1 : end + 1], part)
+    done = 0
+    for batch in rows.split(batch_size):
+        expected = None if reference is None else reference.logits(batch)
+        for start, logits in _pieces(runner, batch, protocol):
+            end = start + logits.shape[1]
+            part = None if expected is None else expected[:, start:end].flatten(0, 1)
+            targets = batch[:, start + 1 : end + 1].flatten()
+            sums += _score(logits.flatten(0, 1), targets, part)
+        done += len(batch)
         if progress is not None:
-            progress(done + 1)
+            progress(done)
     scored = windows * (window - 1)
     nll, reference_nll, kl, agreed = (sums / scored).tolist()
     compared = reference is not None
@@ -130,21 +135,21 @@ def _cut(token_ids: Tensor, window: int, windows: int) -> Tensor:
     return token_ids[: window * windows].view(windows, window)
 
 
-def _pieces(runner: Runner, row: Tensor, protocol: Protocol) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first position, logits `[n, vocab]`); the last position predicts nothing we score."""
-    last = len(row) - 1
+def _pieces(runner: Runner, rows: Tensor, protocol: Protocol) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first position, logits `[B, n, vocab]`); the last position predicts nothing."""
+    last = rows.shape[1] - 1
     if protocol == "quantized-prefill":
-        logits = runner.logits(row[None])[0]
+        logits = runner.logits(rows)
         for start in range(0, last, _ROWS):
-            yield start, logits[start : min(start + _ROWS, last)]
+            yield start, logits[:, start : min(start + _ROWS, last)]
         return
-    held = [runner.prefill(row[None, :1])]
+    held = [runner.prefill(rows[:, :1])]
     for position in range(1, last):
         if len(held) == _ROWS:
-            yield position - _ROWS, torch.cat(held)
+            yield position - _ROWS, torch.stack(held, 1)
             held = []
-        held.append(runner.decode(row[position : position + 1]))
-    yield last - len(held), torch.cat(held)
+        held.append(runner.decode(rows[:, position]))
+    yield last - len(held), torch.stack(held, 1)
 
 
 def _score(logits: Tensor, targets: Tensor, expected: Tensor | None) -> Tensor:

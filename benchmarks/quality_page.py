@@ -1,0 +1,169 @@
+"""Fill docs/quality.md, the plot and the method pages from benchmarks/results/quality.json.
+
+    python benchmarks/quality_page.py            # pages, and the plot if matplotlib is there
+    python benchmarks/quality_page.py --check    # says whether pages are up to date
+
+Text is written by hand but for blocks: `<!-- table: NAME -->` to `<!-- end -->` in docs/quality.md,
+and `<!-- measured -->` to `<!-- /measured -->` in docs/methods/*.md. A method page gets the rows of
+the recipes that it names in backquotes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from performance_page import ROOT, Results, describe_source, read_results
+from results import Row, format_table
+
+from kvxform.evaluate.plotting import draw_quality
+from kvxform.evaluate.tables import HEADINGS, change, order, table_rows
+
+PAGE = ROOT / "docs" / "quality.md"
+METHODS = ROOT / "docs" / "methods"
+PLOT = ROOT / "docs" / "images" / "quality.svg"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MEASURED = re.compile(r"(<!-- measured -->\n)(.*?)(<!-- /measured -->)", re.DOTALL)
+MISSING = "Not measured yet.\n"
+OWN = ("kvx-",)
+
+
+def main() -> int:
+    """Rewrite the pages, or compare them; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    results = read_results(options.results)
+    stale = [path for path, new in fill_all(results).items() if new != read(path)]
+    if options.check:
+        print(f"out of date: {[str(path) for path in stale]}" if stale else "up to date")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(fill_all(results)[path], encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
+    if rows_of(results):
+        draw_quality(rows_of(results), PLOT, highlight=OWN)
+    return 0
+
+
+def read(path: Path) -> str:
+    """Return the text of a page."""
+    return path.read_text(encoding="utf-8")
+
+
+def fill_all(results: Results) -> dict[Path, str]:
+    """Return all pages filled anew."""
+    pages = {PAGE: fill_page(read(PAGE), results)}
+    methods = sorted(METHODS.glob("*.md")) if METHODS.is_dir() else []
+    return pages | {path: fill_method(read(path), results) for path in methods}
+
+
+def rows_of(results: Results) -> list[Row]:
+    """Return the rows that were measured, the source first, then by falling bits."""
+    file = results.get("quality")
+    rows = [row for row in file["rows"] if "error" not in row] if file else []
+    return sorted(rows, key=order)
+
+
+def fill_page(page: str, results: Results) -> str:
+    """Return docs/quality.md with its blocks filled."""
+    rows = rows_of(results)
+
+    def fill(found: re.Match[str]) -> str:
+        body = TABLES[found["name"]](rows, results) if rows else MISSING
+        return f"{found[1]}{body}{found[4]}"
+
+    return BLOCK.sub(fill, page)
+
+
+def fill_method(page: str, results: Results) -> str:
+    """Return a method page with the rows of the recipes that it names."""
+    named = set(re.findall(r"`([\w.-]+)`", page))
+    rows = [row for row in rows_of(results) if row["name"] in named]
+    body = method_table(rows, results) if rows else MISSING
+    return MEASURED.sub(lambda found: f"{found[1]}{body}{found[3]}", page)
+
+
+def summary_table(rows: Sequence[Row], results: Results) -> str:
+    """Return the table of everything, and where its numbers come from."""
+    return f"{format_table(HEADINGS, table_rows(rows))}\n\n{sources(rows, results)}"
+
+
+def method_table(rows: Sequence[Row], results: Results) -> str:
+    """Return the table of a method page: fewer columns, one line on where it comes from."""
+    columns = [HEADINGS.index(name) for name in METHOD_COLUMNS]
+    cells = [[line[i] for i in columns] for line in table_rows(rows)]
+    return f"{format_table(METHOD_COLUMNS, cells)}\n\n{sources(rows, results)}"
+
+
+METHOD_COLUMNS = (
+    "format", "bits", "bits at 1k", "perplexity", "change", "KL", "attention", "passkey",
+)  # fmt: skip
+
+
+def passkey_table(rows: Sequence[Row], results: Results) -> str:
+    """Return found numbers by length and depth; a cell is the share, and nats of a digit."""
+    lengths = sorted({p["length"] for row in rows for p in row["passkeys"]})
+    depths = sorted({d for row in rows for p in row["passkeys"] for d in p["depths"]})
+    if not lengths:
+        return MISSING
+    length = lengths[-1]
+    lines = []
+    for row in rows:
+        for passkey in row["passkeys"]:
+            if passkey["length"] == length:
+                cells = zip(passkey["found"], passkey["nll"], strict=True)
+                by_depth = [f"{share:.0%} ({nats:.2f})" for share, nats in cells]
+                lines.append((row["name"], *by_depth))
+    header = (f"{length} tokens, number at", *(f"{depth:.0%}" for depth in depths))
+    return f"{format_table(header, lines)}\n"
+
+
+def encode_table(rows: Sequence[Row], results: Results) -> str:
+    """Return seconds of building tables and tokens per second of encoding."""
+    timed = [row for row in rows if row["encoding"]]
+    lines = [
+        (row["name"], f"{row['encoding']['build_s']:.2f}", f"{row['encoding']['tokens_per_s']:.0f}")
+        for row in timed
+    ]
+    return f"{format_table(('format', 'tables, seconds', 'tokens a second'), lines)}\n"
+
+
+def decode_table(rows: Sequence[Row], results: Results) -> str:
+    """Return both protocols over the tokens of protocol `decode`, where there are both."""
+    lines = [
+        (
+            row["name"],
+            f"{row['decode']['perplexity']:.3f}",
+            f"{change(row['decode']):+.2%}",
+            f"{row['decode']['kl']:.4f}",
+            f"{row['decode']['top1_agreement']:.1%}",
+        )
+        for row in rows
+        if row["decode"]
+    ]
+    return f"{format_table(('format', 'perplexity', 'change', 'KL', 'top-1'), lines)}\n"
+
+
+def sources(rows: Sequence[Row], results: Results) -> str:
+    """Return one line for each run that made some of the rows."""
+    runs = results["quality"]["runs"]
+    used = sorted({row["run"] for row in rows})
+    return "".join(f"{describe_source(runs[index])}\n" for index in used)
+
+
+TABLES: dict[str, Callable[[Sequence[Row], Results], str]] = {
+    "summary": summary_table,
+    "passkey": passkey_table,
+    "encode": encode_table,
+    "decode": decode_table,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What encoding costs: seconds until the tables of the codecs are there, and tokens per second.
+
+As a program (`python -m kvxform.evaluate.encoding`) it reads codecs from stdin, encodes one group
+with each and prints the seconds; `measure_encoding` starts it with an empty cache folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.base import Codec, make_codec
+from kvxform.ir.plan import CachePlan
+
+BLOCK = 512  # tokens encoded at a time
+
+
+@dataclass(frozen=True)
+class EncodeCost:
+    """Cost of filling a cache, without the model around it.
+
+    Attributes:
+        build_s: Seconds of building all tables, measured in a process that has none in memory or
+            on disk.
+        tokens_per_s: Tokens per second through the codecs of all layers, in blocks.
+        block: Tokens of a block.
+    """
+
+    build_s: float
+    tokens_per_s: float
+    block: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return dataclasses.asdict(self)
+
+
+def measure_encoding(
+    plan: CachePlan, device: torch.device | str = "cpu", *, block: int = BLOCK, repeats: int = 5
+) -> EncodeCost:
+    """Time the codecs of `plan` on normally distributed values.
+
+    Args:
+        plan: What is cached.
+        device: Where to encode.
+        block: Tokens encoded at a time; rounded up to whole groups of a codec.
+        repeats: Timed rounds; the median counts.
+    """
+    place = torch.device(device)
+    kinds = Counter(
+        (json.dumps(stream.codec, sort_keys=True), site.num_kv_heads, stream.head_dim)
+        for site in plan.owners
+        for stream in site.streams.values()
+    )
+    block_s = 0.0
+    for (spec, heads, dim), count in kinds.items():
+        codec = make_codec(json.loads(spec))
+        tokens = -(-block // codec.tokens_per_group) * codec.tokens_per_group
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(heads, tokens, dim, generator=generator).to(place)
+        _time_encoding(codec, x)  # a first one that does not count
+        times = [_time_encoding(codec, x) for _ in range(repeats)]
+        block_s += count * statistics.median(times) * block / tokens
+    return EncodeCost(_build_elsewhere(list(kinds)), block / block_s, block)
+
+
+def _time_encoding(codec: Codec, x: Tensor) -> float:
+    start = time.perf_counter()
+    codec.encode(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - start
+
+
+def _build_elsewhere(kinds: list[tuple[str, int, int]]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvxform.evaluate.encoding"],
+            input=json.dumps(kinds),
+            env={**os.environ, "KVXFORM_CACHE_DIR": folder},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(done.stdout)
+
+
+def _build(kinds: Iterable[tuple[str, int, int]]) -> float:
+    start = time.perf_counter()
+    for spec, heads, dim in kinds:
+        codec = make_codec(json.loads(spec))
+        codec.encode(torch.ones(heads, codec.tokens_per_group, dim))
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    print(_build(json.load(sys.stdin)))
