@@ -2,10 +2,11 @@
 
 - `codec_base`: what an emitter is, the registry
 - `codec_bytes`, `codec_radix`: codes in bytes
-- `codec_scales`, `codec_lookup`: scales; nearest entries of tables
-- `codec_exact`, `codec_int`: codecs `none` and `int`
-- `codec_directions`: one norm a vector, and a table for its direction; `codec_lloyd_max`
-- `codec_nuq`: levels in ranges
+- `codec_scales`, `codec_lookup`, `codec_runs`: scales; nearest entries of tables; runs of channels
+- `codec_exact`, `codec_int`, `codec_fp8`: values on their own or in groups
+- `codec_directions`: one norm a vector, and a table for its direction: `codec_lloyd_max`,
+  `codec_fib_vq`, `codec_octahedral`
+- `codec_polar`, `codec_nuq`: angles; levels in ranges
 - `codec_token_norm`, `codec_outliers`, `codec_low_rank`: around another codec
 """
 
@@ -14,11 +15,15 @@ from __future__ import annotations
 from kvxform.codecs.base import make_codec
 from kvxform.codegen.onnx import (
     codec_exact,
+    codec_fib_vq,
+    codec_fp8,
     codec_int,
     codec_lloyd_max,
     codec_low_rank,
     codec_nuq,
+    codec_octahedral,
     codec_outliers,
+    codec_polar,
     codec_token_norm,
 )
 from kvxform.codegen.onnx.codec_base import CODEC_EMITTERS, CodecEmitter, emitter_of
@@ -28,11 +33,15 @@ __all__ = ["CODEC_EMITTERS", "EMITTER_MODULES", "codec_emitter"]
 
 EMITTER_MODULES = (  # they fill CODEC_EMITTERS
     codec_exact,
+    codec_fib_vq,
+    codec_fp8,
     codec_int,
     codec_lloyd_max,
     codec_low_rank,
     codec_nuq,
+    codec_octahedral,
     codec_outliers,
+    codec_polar,
     codec_token_norm,
 )
 

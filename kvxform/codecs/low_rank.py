@@ -65,9 +65,8 @@ class LowRankResidualCodec(Codec):
             self._require(isinstance(value, int) and value > 0, f"{option} must be positive", value)
         self._require(self.rank <= self.block, "rank must be at most block", self.rank)
         names = {plane.name for plane in self.inner.planes(64)}
-        self._require(
-            LOW_RANK_TOKENS not in names, "inner must not be corrected itself", self.inner.name
-        )
+        rule = "inner must not be corrected itself"
+        self._require(LOW_RANK_TOKENS not in names, rule, self.inner.name)
 
     @property
     def is_headwise(self) -> bool:
@@ -113,12 +112,8 @@ class LowRankResidualCodec(Codec):
         a, b = self._factors(error.unflatten(-2, (-1, self.block)))
         return {
             **planes,
-            LOW_RANK_TOKENS: _to_half(a).flatten(
-                -3, -2
-            ),  # [..., T / block, block, r] -> [..., T, r]
-            LOW_RANK_CHANNELS: _to_half(b).flatten(
-                -2
-            ),  # [..., T / block, D, r] -> [..., T / block, D * r]
+            LOW_RANK_TOKENS: _to_half(a).flatten(-3, -2),  # -> [..., T, r]
+            LOW_RANK_CHANNELS: _to_half(b).flatten(-2),  # -> [..., T / block, D * r]
         }
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -132,6 +127,8 @@ class LowRankResidualCodec(Codec):
 
     def fit(self, samples: CodecSamples) -> LowRankResidualCodec:
         """Return the codec with its inner codec fitted."""
+        if not self.needs_calibration:
+            return self
         return dataclasses.replace(self, inner=self.inner.fit(samples))
 
     def _factors(self, error: Tensor) -> tuple[Tensor, Tensor]:

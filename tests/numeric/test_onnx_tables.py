@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 from onnx_codecs import check_codec, check_empty
 from onnx_tools import make_model, run_model
 
+from kvxform.codecs.fib_vq import FibVqCodec
+from kvxform.codecs.fp8 import FORMATS, Fp8Codec
 from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.octahedral import OctahedralCodec
 from kvxform.codecs.packing import pack, unpack
+from kvxform.codecs.polar import PolarCodec
 from kvxform.codecs.radix import pack_levels, unpack_levels
 from kvxform.codegen.onnx import codec_bytes, codec_lookup, codec_radix
 from kvxform.codegen.onnx.builder import INT64, Builder
@@ -71,6 +75,11 @@ CODECS = [
     LloydMaxCodec(levels=5, gain="corrected"),
     LloydMaxCodec(levels=16, gain="projected"),
     LloydMaxCodec(levels=8, qjl=True),
+    FibVqCodec(words=16, k=2),
+    FibVqCodec(words=20, k=3, gain="projected"),
+    FibVqCodec(words=11, k=1),
+    OctahedralCodec(),
+    OctahedralCodec(direction_bits=5, radius_bits=3, joint=False, gain="corrected"),
 ]
 
 
@@ -80,3 +89,26 @@ def test_a_codec_with_a_table_is_as_in_torch(codec):
     x[:, :, 7] = 0.0
     check_codec(codec, x, ties=0.04)
     check_empty(codec, HEAD_DIM)
+
+
+@pytest.mark.parametrize("bits", [(4, 2, 2, 2), (3, 5, 3, 1), (2, 4, 1, 2), (1, 1, 1, 2)])
+def test_angles_are_coded_as_in_torch(bits):
+    x = torch.randn(2, 2, 50, 64) * torch.logspace(-3, 3, 50)[:, None]
+    x[:, :, 7] = 0.0
+    x[:, :, 8, ::2] = 0.0
+    x[:, :, 9, 1::2] = 0.0
+    check_codec(PolarCodec(bits), x, ties=0.06)
+    check_empty(PolarCodec(bits), 64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_byte_of_fp8_and_every_border_is_as_in_torch(name):
+    every = torch.arange(256, dtype=torch.uint8).view(FORMATS[name]).float()
+    finite = every[every.isfinite()].sort().values
+    middle = (finite[1:] + finite[:-1]) / 2
+    x = torch.cat([finite, middle, torch.randn(240) * 100, torch.tensor([1e9, -1e9])])
+    x = x[: len(x) // 16 * 16].where(x[: len(x) // 16 * 16] != 0, 1.0)  # no negative zeros
+    x = x.reshape(1, 1, -1, 16)
+    for codec in (Fp8Codec(name, scaled=False), Fp8Codec(name)):
+        check_codec(codec, x)
+        check_empty(codec, HEAD_DIM)
