@@ -157,7 +157,8 @@ class NuqCodec(Codec):
         center, width = self._ranges(x)
         levels = self.compared_levels.to(x)
         bounds = (levels[1:] + levels[:-1]) / 2
-        codes = torch.bucketize(self._split(x).sub(center).div(width), bounds)
+        scaled = self._split(x).sub(center).div(width).contiguous()
+        codes = torch.bucketize(scaled, bounds)
         planes = {"codes": pack(self._join(codes).to(torch.uint8), self.bits)}
         if self.has_own_ranges:
             return planes

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from kvxform.codecs.base import Codec, make_codec
 from kvxform.errors import PassError
 from kvxform.ir.facts import FactValue, Requirement
+from kvxform.ir.fitting import codec_samples
 from kvxform.ir.layers import named_layers
 from kvxform.ir.plan import ReadForm, SitePlan, StreamPlan
 from kvxform.ir.program import Program
@@ -72,21 +73,26 @@ class QuantizeKv(GraphPass):
 
     def ensures(self) -> Mapping[str, FactValue]:
         """State which codec each stream has, at any layer."""
-        everywhere = ({}, *(self.layers or {}).values())
-        facts: dict[str, FactValue] = {}
-        for stream in STREAMS:
-            asked = [stream_options(stream, self._base, own).codec for own in everywhere]
-            names = [codec.name for codec in asked if codec is not None]
-            if names:
-                facts[f"{SHORT[stream]}.codec"] = names[0]
-        return facts
+        codecs = {SHORT[stream]: self._codecs(stream) for stream in STREAMS}
+        return {f"{short}.codec": found[0].name for short, found in codecs.items() if found}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a codec has constants that are to be fitted."""
+        return any(codec.needs_calibration for name in STREAMS for codec in self._codecs(name))
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether a codec weighs errors with gradients when it is fitted."""
+        return any(codec.needs_fisher for name in STREAMS for codec in self._codecs(name))
 
     def match(self, program: Program) -> list[Match | NoMatch]:
         """Match every site; sites that share a cache change alike.
 
         Raises:
             PassError: KVX203 if a codec cannot take a head_dim, KVX205 if its groups of tokens
-                would cross a page or a layer is named that the model does not have.
+                would cross a page, a layer is named that the model does not have, or a codec
+                cannot be fitted.
         """
         if program.plan is None:
             return [NoMatch("there is no cache", hint="put insert-cache before it")]
@@ -97,7 +103,7 @@ class QuantizeKv(GraphPass):
                 name: stream_options(name, self._base, *own[site.owner]) for name in site.streams
             }
             streams = {
-                name: _planned(options, site.streams[name], program)
+                name: _planned(program, site, name, options)
                 for name, options in asked.items()
                 if options.codec is not None
             }
@@ -142,6 +148,12 @@ class QuantizeKv(GraphPass):
                 found[layer].append(options)
         return found
 
+    def _codecs(self, stream: str) -> list[Codec]:
+        """Return the codecs of one stream: that of most layers first, if it has one."""
+        everywhere = ({}, *(self.layers or {}).values())
+        asked = [stream_options(stream, self._base, own).codec for own in everywhere]
+        return [codec for codec in asked if codec is not None]
+
     @property
     def _base(self) -> Mapping[str, Any]:
         """The options of all layers, in the form of `LayerOptions`."""
@@ -154,9 +166,14 @@ class QuantizeKv(GraphPass):
         }
 
 
-def _planned(options: StreamOptions, present: StreamPlan, program: Program) -> StreamPlan:
-    codec = options.codec
+def _planned(program: Program, site: SitePlan, name: str, options: StreamOptions) -> StreamPlan:
+    """Return the new plan of a stream; its codec is fitted unless this is a dry run."""
+    codec, present = options.codec, site.streams[name]
     assert codec is not None, "called for streams that have a codec"
+    calibration = None
+    if codec.needs_calibration and program.calibration is not None:
+        codec = codec.fit(codec_samples(program, site.owner, name, present))
+        calibration = program.calibration.name
     half = program.info.dtype if program.dtype.itemsize == 2 else "float16"
     return dataclasses.replace(
         present,
@@ -165,6 +182,7 @@ def _planned(options: StreamOptions, present: StreamPlan, program: Program) -> S
         tokens_per_group=codec.tokens_per_group,
         regions=options.planned_regions(half),
         read=ReadForm(),
+        calibration=calibration,
     )
 
 

@@ -164,7 +164,7 @@ def write_shared_pages(session: Session) -> None:
 
 def copy_all_pages(session: Session) -> None:
     """A row that writes gets copies of pages that it does not write to."""
-    session._first_written = lambda length: 0
+    session._first_written = lambda before, after: 0
 
 
 def crop_and_remember(session: Session) -> None:

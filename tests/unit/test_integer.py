@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvxform.codecs.base import make_codec
+from kvxform.codecs.base import CodecSamples, make_codec
 from kvxform.codecs.basis import Basis
-from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.integer import CLIPS, IntCodec
 from kvxform.errors import PassError, RecipeError
 
 
@@ -138,6 +138,62 @@ def test_distortion_of_clipped_int_zero_codes(bits, clip, expected):
     assert relative_mse(IntCodec(bits, clip=clip), 128) == pytest.approx(expected, rel=0.015)
 
 
+@pytest.mark.parametrize("axis", ["token", "channel"])
+@pytest.mark.parametrize("zero", ["int", "float"])
+def test_a_searched_clip_is_the_best_of_each_group(axis, zero):
+    x = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(3)) * 3
+
+    def group_errors(clip):
+        codec = IntCodec(2, axis, 8, zero=zero, clip=clip)
+        squared = (round_trip(codec, x) - x).square()
+        split = squared.unflatten(-1 if axis == "token" else -2, (2, 8))
+        return split.sum(-1 if axis == "token" else -2)
+
+    fixed = torch.stack([group_errors(clip) for clip in CLIPS])
+    torch.testing.assert_close(group_errors("search"), fixed.amin(0), rtol=1e-6, atol=1e-9)
+    assert len(set(fixed.argmin(0).flatten().tolist())) > 2  # groups differ in their best clip
+
+
+def test_a_fitted_clip_is_the_best_of_the_stream():
+    x = torch.randn(2, 256, 64, generator=torch.Generator().manual_seed(3))
+    codec = IntCodec(2, clip="fit")
+    assert codec.needs_calibration
+    assert not codec.needs_fisher
+    fitted = codec.fit(CodecSamples(x))
+    assert not fitted.needs_calibration
+    errors = {clip: (round_trip(IntCodec(2, clip=clip), x) - x).square().mean() for clip in CLIPS}
+    assert fitted.clip == min(errors, key=errors.get) < 1
+    assert fitted.fit(CodecSamples(x * 9)) is fitted
+    grouped = IntCodec(2, "channel", 48, clip="fit").fit(CodecSamples(x))  # 256 is not full groups
+    assert grouped.clip in CLIPS
+
+
+def test_searching_clips_keeps_two_fifths_of_the_error_out():
+    assert relative_mse(IntCodec(2, clip="search"), 128) < 0.1385  # 0.253 without, 0.140 at best
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    zero=st.sampled_from(["int", "float"]),
+    clip=st.sampled_from([1.0, "search"]),
+    heads=st.integers(1, 3),
+)
+def test_statistics_over_heads_are_those_of_one_wide_head(bits, zero, clip, heads):
+    x = torch.randn(2, heads, 5, 16) * 10
+    codec = IntCodec(bits, zero=zero, clip=clip, across_heads=True)
+    wide = IntCodec(bits, zero=zero, clip=clip)
+    planes, expected = codec.encode(x), wide.encode(x.transpose(1, 2).flatten(-2))
+    assert planes["scale"].shape == (2, 1, 5, 1)
+    assert torch.equal(planes["scale"][:, 0], expected["scale"])
+    values = wide.decode(expected, torch.float64).unflatten(-1, (heads, 16)).transpose(1, 2)
+    assert torch.equal(codec.decode(planes, torch.float64), values)
+    form = codec.affine(planes, torch.float64)
+    torch.testing.assert_close(form.codes * form.scale + form.offset, values, rtol=0, atol=1e-12)
+    assert not codec.is_headwise
+    assert codec.bits_per_value(16, heads) == bits + 32 / (16 * heads)
+
+
 def test_three_bits_use_all_eight_levels():
     x = torch.arange(8.0).repeat(4, 1)  # 0..7: exact with 2**3 - 1 steps, not with 3**2 - 1
     assert torch.equal(round_trip(IntCodec(3), x), x.double())
@@ -223,6 +279,9 @@ def test_rotation_removes_an_outlier_channel():
         {"zero": "half"},
         {"clip": 0.0},
         {"clip": 1.5},
+        {"clip": "best"},
+        {"across_heads": True, "axis": "channel"},
+        {"across_heads": True, "group": 8},
         {"group": 0},
         {"group": 2.5},
     ],

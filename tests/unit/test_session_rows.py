@@ -137,6 +137,18 @@ def test_forked_rows_share_pages_until_they_write(name):
     assert session._pool.num_used == session.saved_pages == session.cache_bytes() == 0
 
 
+def test_tokens_that_wait_for_their_group_leave_pages_shared():
+    plan = {"key": CHANNEL, "value": CHANNEL}
+    session = OptimizedModel(cached_program(plan, PAGE)).new_session(2, LONGEST)
+    feed(session, 0, IDS[0, :20].tolist())
+    session.reorder([0, 0])
+    session.decode(IDS[1, :2])  # token 21 of a group of four
+    assert (session._pool.num_used, session.saved_pages) == (2, 2)
+    for column in range(3):
+        session.decode(IDS[2:4, column])  # token 24 fills it: the second page is written
+    assert (session._pool.num_used, session.saved_pages) == (3, 1)
+
+
 def test_a_fork_without_room_for_its_copy_loses_nothing():
     session = MODELS["exact"].new_session(2, LONGEST, num_pages=3)
     tokens = IDS[0, :40].tolist()
