@@ -6,6 +6,7 @@
 - `structure.cache_prerope`: keys are cached before RoPE and turned when they are read
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
 - `rotation.spectral_rotation`: K and V in eigenbases that calibration has found
+- `rotation.learn_rotation`: K and V in bases learnt on calibration tokens
 - `rotation.rotate_qk`: queries and new keys are rotated after RoPE
 - `base.insert_cache`: stateless attention becomes append and cached attention
 - `memory.page_cache`: the cache lives in pages
@@ -22,6 +23,7 @@ from kvxform.passes.base import simplify as simplify
 from kvxform.passes.memory import page_cache as page_cache
 from kvxform.passes.quantize import quantize_kv as quantize_kv
 from kvxform.passes.rotation import fuse_norms as fuse_norms
+from kvxform.passes.rotation import learn_rotation as learn_rotation
 from kvxform.passes.rotation import rotate_qk as rotate_qk
 from kvxform.passes.rotation import rotate_residual as rotate_residual
 from kvxform.passes.rotation import rotate_v as rotate_v

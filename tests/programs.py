@@ -361,8 +361,8 @@ def run(program: Program, input_ids: Tensor, steps: list[int] | None = None) -> 
 
 
 def to_meta(program: Program) -> Program:
-    """Return a clone whose weights have shapes but no values."""
-    clone = program.clone()
+    """Return a clone whose weights have shapes but no values, as dry runs see it."""
+    clone = dataclasses.replace(program.clone(), calibration=None)
     clone.weights = {name: weight.to("meta") for name, weight in clone.weights.items()}
     return clone
 

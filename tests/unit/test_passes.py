@@ -31,6 +31,7 @@ from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.fuse_norms import FuseNorms
+from kvxform.passes.rotation.learn_rotation import LearnRotation
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
@@ -51,6 +52,7 @@ CASES = {
     "rotate-v, cached": (RotateV(), (InsertCache(), PageCache()), 2),
     "spectral-rotation": (SpectralRotation(), (), 4),
     "spectral-rotation, cached": (SpectralRotation(values=False), (InsertCache(),), 2),
+    "learn-rotation": (LearnRotation(steps=2, keys=True), (), 4),
     "rotate-qk": (RotateQk(block=8), (), 2),
     "rotate-qk, cached": (RotateQk(seed=2), (InsertCache(),), 2),
     "insert-cache": (InsertCache(), (), 2),
