@@ -7,10 +7,12 @@
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
 - `rotation.spectral_rotation`: K and V in eigenbases that calibration has found
 - `rotation.learn_rotation`: K and V in bases learnt on calibration tokens
+- `rotation.balance_channels`: channels of K in which queries are large are stored larger
 - `rotation.rotate_qk`: queries and new keys are rotated after RoPE
 - `base.insert_cache`: stateless attention becomes append and cached attention
 - `memory.page_cache`: the cache lives in pages
 - `quantize.quantize_kv`: keys and values are stored through codecs
+- `quantize.per_layer_bits`: each layer gets the codec options that its sensitivity asks for
 - `base.fuse_projections`: linear layers that read the same values become one
 - `base.simplify`: rotations cancel; scales move from cached elements to query, token or step
 """
@@ -21,7 +23,9 @@ from kvxform.passes.base import fuse_projections as fuse_projections  # importin
 from kvxform.passes.base import insert_cache as insert_cache
 from kvxform.passes.base import simplify as simplify
 from kvxform.passes.memory import page_cache as page_cache
+from kvxform.passes.quantize import per_layer_bits as per_layer_bits
 from kvxform.passes.quantize import quantize_kv as quantize_kv
+from kvxform.passes.rotation import balance_channels as balance_channels
 from kvxform.passes.rotation import fuse_norms as fuse_norms
 from kvxform.passes.rotation import learn_rotation as learn_rotation
 from kvxform.passes.rotation import rotate_qk as rotate_qk

@@ -181,7 +181,7 @@ def _added_per_step(program: Program) -> str:
     added = [
         f"one {site.key.basis} on q and on new k"
         for site in plan.sites
-        if site.key.basis.kind != "identity"
+        if site.key.basis.kind in ("hadamard", "matrix")
     ]
     if any(site.v_basis.kind != "identity" for site in program.sites):
         added.append("rotation of V folded into weights")

@@ -1,4 +1,4 @@
-"""The basis that a cached stream is expressed in: nothing, a block Hadamard, or dense matrices."""
+"""The basis of a cached stream: its own, a block Hadamard, dense matrices, or factors alone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Matrices = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Basis:
-    """The rotation a stream is expressed in: stored = x @ R.
+    """The basis a stream is expressed in: stored = x @ R.
 
     Attributes:
-        kind: `identity`, `hadamard` or `matrix`.
+        kind: `identity`, `hadamard`, `matrix`, or `scale`: a factor for each channel.
         block: Channels rotated together; a power of two that divides head_dim (hadamard only).
         seed: Seed of random signs applied before the transform, or None for no signs.
-        weight: Name of the matrices R among the weights of the program, `[Hk / heads, heads * D,
-            heads * D]`, each of them orthogonal (matrix only).
+        weight: Name of R among the weights of the program: orthogonal matrices `[Hk / heads,
+            heads * D, heads * D]`, or factors `[Hk, 1, D]` (matrix and scale only).
         heads: KV heads that are rotated together (matrix only).
     """
 
@@ -33,7 +33,7 @@ class Basis:
     heads: int = 1
 
     def __str__(self) -> str:
-        """Return the fact value: `identity`, `hadamard(64)`, `hadamard(64, seed=1)`, `matrix`."""
+        """Return the fact value: `identity`, `hadamard(64, seed=1)`, `matrix(4 heads)`, ..."""
         if self.kind == "hadamard":
             seed = "" if self.seed is None else f", seed={self.seed}"
             return f"{self.kind}({self.block}{seed})"
@@ -43,21 +43,25 @@ class Basis:
         """Return `x @ R` along the last axis, in the dtype of `x`.
 
         Args:
-            x: `[..., D]`, or `[..., H, T, D]` for dense matrices, H as in `rotate_heads`.
-            matrices: Where `weight` is found; only dense matrices need it.
+            x: `[..., D]`, or `[..., Hk, T, D]` where R has a weight.
+            matrices: Where that weight is found.
         """
         if self.kind == "identity":
             return x
         if self.kind == "matrix":
             return rotate_heads(x, self._find(matrices))
+        if self.kind == "scale":
+            return x * self._find(matrices).to(x.dtype)
         return block_hadamard(x, self.block, make_signs(x.shape[-1], self.seed))
 
     def unrotate(self, x: Tensor, matrices: Matrices | None = None) -> Tensor:
-        """Return `x @ R.T`: the inverse of `rotate`."""
+        """Return `x @ R^-1`: the inverse of `rotate`."""
         if self.kind == "identity":
             return x
         if self.kind == "matrix":
             return rotate_heads(x, self._find(matrices).mT)
+        if self.kind == "scale":
+            return x / self._find(matrices).to(x.dtype)
         y = block_hadamard(x, self.block, None)
         signs = make_signs(x.shape[-1], self.seed)
         return y if signs is None else y * signs.to(y)
@@ -67,8 +71,8 @@ class Basis:
         return self.rotate(torch.eye(dim, dtype=dtype))
 
     def _find(self, matrices: Matrices | None) -> Tensor:
-        assert matrices is not None, "dense bases are used with the weights of their program"
-        assert self.weight is not None, "a dense basis has a weight"
+        assert matrices is not None, "used with the weights of the program"
+        assert self.weight is not None, "it has a weight"
         return matrices[self.weight]
 
 

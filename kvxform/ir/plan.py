@@ -74,6 +74,8 @@ class StreamPlan:
         regions: Unencoded parts.
         read: Where scales are applied on reading.
         calibration: Name of the statistics the codec was fitted on, or None.
+        score_bytes: Bytes of the score that a token of one head collects until it is encoded, for
+            codecs that rank tokens by attention.
     """
 
     codec: Mapping[str, Any]
@@ -85,6 +87,7 @@ class StreamPlan:
     regions: Regions = field(default_factory=Regions)
     read: ReadForm = field(default_factory=ReadForm)
     calibration: str | None = None
+    score_bytes: int = 0
 
     @property
     def keep_and_chunk(self) -> tuple[int, int]:
@@ -117,7 +120,8 @@ class StreamPlan:
     def exact_bytes(self) -> int:
         """Return bytes of the sink and recent buffers of one head of one sequence."""
         rows = self.regions.sink + self.recent_capacity
-        return rows * self.head_dim * dtype_from_name(self.regions.dtype).itemsize
+        values = rows * self.head_dim * dtype_from_name(self.regions.dtype).itemsize
+        return values + self.recent_capacity * self.score_bytes
 
 
 @dataclass(frozen=True)
@@ -284,6 +288,9 @@ class CachePlan:
             if basis.kind == "hadamard":
                 heads = site.num_q_heads + (site.num_kv_heads if site.owner == site.layer else 0)
                 total += heads * site.key.head_dim * int(math.log2(basis.block))
+            elif basis.kind == "matrix" and site.key.rope != "pre":
+                heads = site.num_q_heads + (site.num_kv_heads if site.owner == site.layer else 0)
+                total += heads * site.key.head_dim**2 * basis.heads
         return total
 
     def to_json(self) -> dict[str, Any]:

@@ -128,8 +128,9 @@ def _check_stream(name: str, stream: StreamPlan, plan: CachePlan) -> None:
 def _check_basis(basis: Basis, head_dim: int) -> None:
     if basis.kind == "hadamard":
         check_block(basis.block, head_dim, "verifier")
-    elif basis.kind != "matrix" and basis != Basis():
-        raise PassError("KVX215", "a basis must be identity, hadamard or matrix", got=basis)
+    elif basis.kind not in ("matrix", "scale") and basis != Basis():
+        rule = "a basis must be identity, hadamard, matrix or scale"
+        raise PassError("KVX215", rule, got=basis)
 
 
 def _check_planes(name: str, stream: StreamPlan, codec: Codec) -> None:

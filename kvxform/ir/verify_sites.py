@@ -128,7 +128,7 @@ def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> 
 def _check_basis(
     program: Program, site: AttentionSite, name: str, basis: Basis, head_dim: int
 ) -> None:
-    if basis.kind != "matrix":
+    if basis.kind not in ("matrix", "scale"):
         return
     matrices = program.weights.get(basis.weight or "")
     if matrices is None:
@@ -136,6 +136,8 @@ def _check_basis(
         raise invalid(rule, basis.weight, layer=site.layer)
     size = basis.heads * head_dim
     wanted = (site.num_kv_heads // max(1, basis.heads), size, size)
+    if basis.kind == "scale":
+        wanted = (site.num_kv_heads, 1, head_dim)
     if tuple(matrices.shape) != wanted or site.num_kv_heads % basis.heads:
         rule = f"the basis of {name}, {basis.weight}, must be {list(wanted)}"
         raise invalid(rule, list(matrices.shape), layer=site.layer)

@@ -43,7 +43,7 @@ def check_values(program: Program, site: AttentionSite, uses: Mapping[str, int])
         if uses[name] != 1:
             reason = f"weight {name} is read in {uses[name]} places"
             return NoMatch(reason, layer, hint=UNTIE)
-    if site.k is not None and _overlap(site, site.k, site.v):
+    if site.k is not None and share_rows(site, site.k, site.v):
         hint = "give keys and values rows of their own in the projection"
         return NoMatch("keys and values are made by the same weights", layer, hint=hint)
     return None
@@ -85,7 +85,8 @@ def fold_values(rewriter: Rewriter, layer: int, basis: Basis) -> None:
         rewriter.set_basis(reader.layer, value=basis)
 
 
-def _overlap(site: AttentionSite, k: Projection, v: Projection) -> bool:
+def share_rows(site: AttentionSite, k: Projection, v: Projection) -> bool:
+    """Whether keys and values of `site` are made by the same entries of one weight."""
     if k.weight != v.weight:
         return False
     keys = k.indices(site.num_kv_heads, site.head_dim).flatten().tolist()

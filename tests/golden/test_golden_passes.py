@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from programs import apply, fired, gpt2_program, latent_program, llama_program
 
@@ -11,10 +13,13 @@ from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
+from kvxform.passes.rotation.balance_channels import BalanceChannels
 from kvxform.passes.rotation.fuse_norms import FuseNorms
+from kvxform.passes.rotation.learn_rotation import LearnRotation
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
+from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 
 KIVI = QuantizeKv(
@@ -29,6 +34,13 @@ def tied_llama(**options):
     return llama_program(tied=True, **options)
 
 
+def no_q(**options):
+    """Return a model with something between W_q and RoPE, as capture would tell it."""
+    program = llama_program(**options)
+    program.sites = tuple(dataclasses.replace(site, q=None) for site in program.sites)
+    return program
+
+
 CASES = {
     "fuse_norms/llama": (FuseNorms(), (), llama_program),
     "fuse_norms/gpt2_tied": (FuseNorms(), (), gpt2_program),  # the last norm is a near miss
@@ -38,6 +50,10 @@ CASES = {
     "rotate_v/gpt2": (RotateV(), (InsertCache(),), gpt2_program),
     "rotate_qk/stateless": (RotateQk(seed=1), (), llama_program),
     "rotate_qk/cached": (RotateQk(block=8), (InsertCache(),), llama_program),
+    "spectral_rotation/cached": (SpectralRotation(), (InsertCache(),), llama_program),
+    "learn_rotation/gpt2": (LearnRotation(keys=True), (), gpt2_program),
+    "balance_channels/llama": (BalanceChannels(), (InsertCache(),), llama_program),
+    "balance_channels/online": (BalanceChannels(online=True), (InsertCache(),), no_q),
     "insert_cache/llama": (InsertCache(), (), llama_program),
     "insert_cache/gpt2": (InsertCache(), (RotateQk(),), gpt2_program),
     "page_cache/llama": (PageCache(64), (InsertCache(),), llama_program),

@@ -30,6 +30,7 @@ from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
+from kvxform.passes.rotation.balance_channels import BalanceChannels
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.learn_rotation import LearnRotation
 from kvxform.passes.rotation.rotate_qk import RotateQk
@@ -53,6 +54,8 @@ CASES = {
     "spectral-rotation": (SpectralRotation(), (), 4),
     "spectral-rotation, cached": (SpectralRotation(values=False), (InsertCache(),), 2),
     "learn-rotation": (LearnRotation(steps=2, keys=True), (), 4),
+    "balance-channels": (BalanceChannels(), (), 2),
+    "balance-channels, cached": (BalanceChannels(online=True), (InsertCache(),), 2),
     "rotate-qk": (RotateQk(block=8), (), 2),
     "rotate-qk, cached": (RotateQk(seed=2), (InsertCache(),), 2),
     "insert-cache": (InsertCache(), (), 2),
