@@ -130,7 +130,7 @@ def largest_reach(site: AttentionSite, keys: Tensor) -> Tensor:
     turned = slice(first, first + site.rope.rotary_dim)
     pairs = keys[..., turned].unflatten(-1, (-1, 2) if site.rope.interleaved else (2, -1))
     axis = -1 if site.rope.interleaved else -2
-    radius = pairs.norm(dim=axis, keepdim=True).amax(1)
+    radius = pairs.square().sum(axis, keepdim=True).amax(1).sqrt()
     reach[..., turned] = radius.expand(-1, *pairs.shape[2:]).flatten(-2)
     return reach
 

@@ -19,6 +19,7 @@ DEFAULTS: Mapping[str, FactValue] = {
     "k.rope": "post",  # keys are cached after ("post") or before ("pre") RoPE
     "k.codec": "none",
     "v.codec": "none",
+    "codecs.per_layer": False,  # options of codecs were chosen layer by layer
     "cache.inserted": False,
     "cache.layout": "none",  # none | contiguous | paged(<page_size>)
     "latent.cached": False,  # latent attention caches its latents, not the K and V of every head
