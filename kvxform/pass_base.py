@@ -224,8 +224,7 @@ class Rewriter:
     def _stamp(self, node: fx.Node, like: fx.Node, type_: ValueType) -> None:
         node.meta = {key: like.meta.get(key, "") for key in META_KEYS}
         node.meta["type"] = type_
-        node.meta["via"] = (*(like.meta.get("via") or ()), self.pass_name)
-        self.modified = True
+        self._touch(node)
 
     def _touch(self, node: fx.Node) -> None:
         via = tuple(node.meta.get("via") or ())

@@ -148,7 +148,7 @@ def _query_reach(program: Program, site: AttentionSite, calibration: Calibration
     """
     readers = [calibration.layers[r.layer].q_post for r in program.readers(site.owner)]
     reach = torch.stack([torch.maximum(q.low.abs(), q.high.abs()) for q in readers]).amax(0)
-    reach = reach.unflatten(0, (site.num_kv_heads, -1)).amax(1)
+    reach = reach.view(site.num_kv_heads, -1, site.head_dim).amax(1)
     if site.rope is None:
         return reach
     turned = reach[..., : site.rope.rotary_dim]
