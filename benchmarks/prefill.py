@@ -6,8 +6,8 @@
 One sequence, 32 query heads, 8 KV heads, head_dim 128, bfloat16, causal. `8k` is a first prefill of
 8192 tokens at once; `8k/2k` the same in chunks of 2048, each of which reads what was stored before.
 
-Ours appends (rotates, quantises, packs, writes pages), rotates q, gathers all stored tokens into
-dense K and V, and attends over these: every query reads keys and values as later steps will. The
+Ours appends (rotates, quantises, packs, writes pages), gathers all stored tokens into dense K and
+V, rotates q and attends over these: every query reads keys and values as later steps will. The
 baselines write K and V to pages as they are, and attend over them as they were. A turn is one CUDA
 graph.
 """

@@ -164,11 +164,12 @@ class OurPrefill:
 
         chosen = FORMATS[name]
         site = chosen.site(options.page_size, inputs.q.dtype)
-        self.inputs, self.is_rotated, self.is_quick = inputs, chosen.is_rotated, options.quick
-        self.append = module_of(AppendSpec(site, key_block=HEAD_DIM if chosen.is_rotated else 0))
+        block = HEAD_DIM if chosen.is_rotated else 0
+        self.inputs, self.is_quick = inputs, options.quick
+        self.append = module_of(AppendSpec(site, key_block=block))
         self.gather = module_of(GatherSpec(site))
         sizes = (NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, "bfloat16")
-        self.prefill = module_of(PrefillSpec(*sizes))
+        self.prefill = module_of(PrefillSpec(*sizes, query_block=block))
         table = make_block_table((inputs.length,), options.page_size, first_page=1)
         tensors = make_tensors(site, int(table.max()) + 1)
         self.stored = make_cache(self.append, tensors)
@@ -204,10 +205,7 @@ class OurPrefill:
     def parts(self) -> dict[str, list[Part]]:
         """Return what is to be done, by kind, one call a chunk."""
         starts = list(self.inputs.starts)
-        names = {"append": self._append, "rotate q": self._rotate}
-        names |= {"gather": self._gather, "attend": self._prefill}
-        if not self.is_rotated:
-            names.pop("rotate q")
+        names = {"append": self._append, "gather": self._gather, "attend": self._prefill}
         return {
             name: [functools.partial(launch, start) for start in starts]
             for name, launch in names.items()
@@ -218,12 +216,6 @@ class OurPrefill:
         k, v = self.inputs.k[:, :, own], self.inputs.v[:, :, own]
         numbers = (self.numbers[start], self.numbers[self.inputs.chunk])
         self.append.append(k, v, self.stored, self.table, *numbers, config=self.chosen["append"])
-
-    def _rotate(self, start: int) -> None:
-        from kvxform.codegen.triton.rotate import rotate
-
-        own = self.inputs.q[:, :, start : start + self.inputs.chunk]
-        self.queries[start] = rotate(own, HEAD_DIM, None)
 
     def _gather(self, start: int) -> None:
         end = self.numbers[start + self.inputs.chunk]

@@ -16,6 +16,7 @@ GROUP_TOKENS = (16, 32, 64, 128)  # groups of the channel axis that fit a tile
 MAX_PARTS = 64  # statements of each kind; heads of odd sizes are cut finely
 TABLE_BITS = 4  # a code is found by comparing with every bound between two entries
 TILES = ((32, 4), (64, 4), (16, 2), (64, 8), (32, 2), (16, 4))  # tokens and warps, best guess first
+HEADS = (4, 2, 8, 1, 4, 2)  # of a program that writes one token, tried with these
 
 
 @emits(AppendSpec)
@@ -62,6 +63,7 @@ def fragment_variables(site: SiteSpec) -> dict[str, object]:
     fields = fragment.record_fields(site)
     areas = fragment.areas(site)
     least, most = fragment.block_tokens(site), site.page_size
+    max_heads = 1 << (site.num_kv_heads - 1).bit_length()
     return {
         "chunk_words": fragment.chunk_words(site),
         "record_start": fragment.record_start(site),
@@ -75,7 +77,11 @@ def fragment_variables(site: SiteSpec) -> dict[str, object]:
         "cache_fields": {
             "pool": f"int32 `[num_pages, {site.num_kv_heads}, {fragment.chunk_words(site)}]`."
         },
-        "tiles": [tile for tile in TILES if least <= tile[0] <= most],
+        "tiles": [
+            (*tile, min(heads, max_heads))
+            for tile, heads in zip(TILES, HEADS, strict=True)
+            if least <= tile[0] <= most
+        ],
     }
 
 

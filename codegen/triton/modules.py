@@ -68,9 +68,13 @@ def unfolded(specs: SiteKernels) -> SiteKernels:
     append = specs.append
     if append is not None:
         append = dataclasses.replace(append, key_block=0, has_signs=False)
-    decode = dataclasses.replace(specs.decode, query_block=0, has_signs=False)
     return dataclasses.replace(
-        specs, append=append, decode=decode, key_hadamard=None, query_hadamard=None
+        specs,
+        append=append,
+        decode=dataclasses.replace(specs.decode, query_block=0, has_signs=False),
+        prefill=dataclasses.replace(specs.prefill, query_block=0, has_signs=False),
+        key_hadamard=None,
+        query_hadamard=None,
     )
 
 

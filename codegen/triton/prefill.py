@@ -10,6 +10,7 @@ from kvxform.codegen.triton.spec import PrefillSpec
 # (block_m, block_n, num_warps, num_stages), the best guess first
 _SHORT_CONFIGS = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2))
 _LONG_CONFIGS = ((128, 64, 8, 2), (64, 64, 4, 2))  # head_dim above 128
+BLOCKS = (16, 32, 64, 128, 256)  # of a Hadamard of queries
 _FLOAT32_CONFIGS = ((64, 32, 4, 2), (32, 32, 4, 2))
 
 
@@ -26,6 +27,10 @@ def make_context(spec: PrefillSpec, *, interpret: bool) -> Emission:
         rule = "K and V must have the same number of sink tokens"
         refuse(rule, f"{spec.key_sink} and {spec.value_sink}", "", "give both the same `sink`")
     key = DenseStream("key", spec.key_dim, (spec.key_sink, spec.key_keep, spec.key_chunk))
+    block = spec.query_block
+    if block not in (0, *BLOCKS) or spec.key_dim % (block or 1):
+        rule = f"a Hadamard block must be one of {BLOCKS} and divide {spec.key_dim}"
+        refuse(rule, block, "key", "")
     value = DenseStream(
         "value", spec.value_dim, (spec.value_sink, spec.value_keep, spec.value_chunk)
     )
@@ -36,6 +41,7 @@ def make_context(spec: PrefillSpec, *, interpret: bool) -> Emission:
         "copied": [stream for stream in (key, value) if stream.has_copies],
         "is_local": spec.window is not None or spec.chunk is not None,
         "is_product": spec.softcap is None and not spec.has_alibi,
+        "parity_shifts": [shift for shift in (4, 2, 1) if block > 1 << shift],
         "precision": dot_precision(spec.dtype),
         "extras": _extras(spec),
         "configs": _configs(spec),
@@ -47,6 +53,7 @@ def _extras(spec: PrefillSpec) -> dict[str, str]:
     """Return what the docstring says of each optional tensor, by name."""
     heads = spec.num_q_heads
     meanings = {
+        "signs": (spec.has_signs, f"Factors of channels before the Hadamard, `[{spec.key_dim}]`."),
         "sink_logits": (spec.has_sink_logits, f"A softmax column without a value, `[{heads}]`."),
         "alibi_slopes": (spec.has_alibi, f"Slopes of ALiBi, `[{heads}]`."),
         "lse": (

@@ -19,7 +19,6 @@ from kvxform.codegen.triton.kernels import (
     score_options,
 )
 from kvxform.codegen.triton.modules import SiteModules
-from kvxform.codegen.triton.rotate import rotate
 from kvxform.codegen.triton.spec import SiteSpec
 from kvxform.codegen.triton.step import KernelStep
 from kvxform.codegen.triton.store import SiteStorage
@@ -99,9 +98,6 @@ class Prefilling:
         staged: Staged | None,
     ) -> Tensor:
         """Attend from new tokens q `[B, H, S, D]`; returns `[B, H, S, Dv]`."""
-        rotation = modules.specs.query_hadamard
-        if rotation is not None:
-            q = rotate(q, rotation.block, modules.query_signs)
         out = q.new_empty(*q.shape[:3], modules.specs.prefill.value_dim)
         width = self._rows_at_once(storage.spec, step.total)
         for first in range(0, step.batch_size, width):
@@ -126,6 +122,8 @@ class Prefilling:
         q, keys, values, out = tensors
         module = modules.prefill
         options = score_options(scoring)
+        if modules.query_signs is not None:
+            options["signs"] = modules.query_signs
         if staged is not None:
             options["exact_start"] = staged.start
             if staged.keys is not None:

@@ -56,8 +56,7 @@ class SiteKernels:
         gather: Cache to dense K and V, for prefill.
         prefill: Many new queries.
         key_hadamard: What `append` does for the graph, or None.
-        query_hadamard: What `decode` does for the graph, or None. `prefill` does not: its queries
-            have to be rotated already.
+        query_hadamard: What `decode` and `prefill` do for the graph, or None.
     """
 
     layer: int
@@ -112,11 +111,12 @@ def _site_kernels(program: Program, plan: SitePlan, site: SiteSpec) -> SiteKerne
     key = None if append is None else _hadamard_before(append)
     query = _hadamard_before(attention)
     options = _scoring_options(attention)
+    options |= {"query_block": _block(query), "has_signs": _signs(query)}
     return SiteKernels(
         plan.layer,
         plan.owner,
         None if append is None else AppendSpec(site, key_block=_block(key), has_signs=_signs(key)),
-        DecodeSpec(site, query_block=_block(query), has_signs=_signs(query), **options),
+        DecodeSpec(site, **options),
         GatherSpec(site),
         prefill_spec(site, **options),
         key,
@@ -125,7 +125,7 @@ def _site_kernels(program: Program, plan: SitePlan, site: SiteSpec) -> SiteKerne
 
 
 def prefill_spec(site: SiteSpec, **options: Any) -> PrefillSpec:
-    """Return the prefill over what `gather` makes of a site; `options` are those of scores."""
+    """Return the prefill over what `gather` makes of a site; `options` are those of queries."""
     key, value = site.key, site.value
     return PrefillSpec(
         site.num_q_heads,

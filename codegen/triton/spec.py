@@ -279,7 +279,7 @@ class PrefillSpec(KernelSpec):
         key_sink: First tokens of K that every query reads exact; likewise `value_sink`.
         key_keep: Newest tokens of K that stay exact; likewise `value_keep`.
         key_chunk: Tokens of K that become codes at a time; likewise `value_chunk`.
-        window: As in `DecodeSpec`, as are the rest.
+        query_block: As in `DecodeSpec`, as are the rest.
     """
 
     kind: ClassVar[str] = "prefill"
@@ -294,6 +294,8 @@ class PrefillSpec(KernelSpec):
     value_sink: int = 0
     value_keep: int = 0
     value_chunk: int = 1
+    query_block: int = 0
+    has_signs: bool = False
     window: int | None = None
     chunk: int | None = None
     softcap: float | None = None

@@ -111,3 +111,15 @@ def test_one_token_in_a_graph_is_one_token_without_it(layout: str, name: str) ->
     eager.check(k, v)
     for plane, tensor in eager.tensors.items():
         assert_same_bits(replayed.tensors[plane], tensor, plane)
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_one_token_of_several_heads_a_program(name: str) -> None:
+    site = site_of(FRAGMENTS[name], layout="fragment", heads=(32, 8))
+    appender = Appender(AppendSpec(site), [70, 9], "cuda")
+    k, v = random_kv(site, 2, 70)
+    appender.append(k, v, [62, 0])
+    for heads, counts in ((1, (1, 1)), (2, (1, 1)), (4, (1, 0)), (8, (1, 1)), (16, (1, 1))):
+        config = appender.module.CONFIGS[0]._replace(heads=heads)
+        appender.append(k, v, counts, config=config)
+        appender.check(k, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from prefill_cases import make_case, reference, run_prefill
 from triton_cases import int_stream, live_copy, make_site, plain_stream, random_kv, store
 
 from kvxform.codecs.base import dtype_from_name
+from kvxform.codecs.hadamard import block_hadamard, make_signs
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import ColumnScoresSpec, GatherSpec, PrefillSpec, SiteSpec
@@ -43,6 +45,33 @@ def test_prefill(spec: PrefillSpec) -> None:
         torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[spec.dtype])
         if spec.has_lse:
             torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PrefillSpec(32, 8, 128, 128, "bfloat16", query_block=128, has_signs=True, has_lse=True),
+        PrefillSpec(9, 3, 64, 64, "float16", query_block=16, key_keep=9, key_chunk=8),
+        PrefillSpec(16, 2, 256, 256, "bfloat16", query_block=256),
+        PrefillSpec(4, 2, 96, 96, "float32", query_block=32, has_lse=True),
+    ],
+    ids=lambda spec: f"{spec.key_dim}-{spec.dtype}",
+)
+def test_queries_are_rotated(spec: PrefillSpec) -> None:
+    plain = dataclasses.replace(spec, query_block=0, has_signs=False)
+    case = make_case(plain, [0, 300, 37, 5], [400, 1, 190, 0], "cuda")
+    signs = make_signs(spec.key_dim, seed=1) if spec.has_signs else None
+    q = block_hadamard(case.q.double().cpu(), spec.query_block, signs).cuda()
+    wanted, wanted_lse, _ = reference(case._replace(q=q))
+    options = {} if signs is None else {"signs": signs.cuda()}
+    rotated = case._replace(spec=spec, options=options)
+    module = load(emit(spec))
+    for config in module.CONFIGS:
+        out, lse = run_prefill(module, rotated, config=config)
+        torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[spec.dtype])
+        if spec.has_lse:
+            atol = 0.05 if spec.dtype == "bfloat16" else 1e-4  # rotated queries are rounded
+            torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=atol)
 
 
 def test_prefill_and_column_scores_agree() -> None:

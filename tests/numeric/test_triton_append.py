@@ -77,6 +77,23 @@ def test_plain_values_of_a_float32_model() -> None:
     check(small(key, value, dtype="float32"))
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_one_token_of_several_heads_a_program(heads: int) -> None:
+    """Three KV heads: programs of two and of four have rows to spare."""
+    site = make_site(int_stream(64), int_stream(64, 8), heads=(3, 3), layout="fragment")
+    rope = RopeSpec(32)
+    appender = Appender(AppendSpec(site, rope=rope), [2, 3])
+    k, v = random_kv(site, 2, 3)
+    cos, sin, turned = rope_of(k, rope)
+    config = appender.module.CONFIGS[0]._replace(heads=heads)
+    for counts in ((1, 1), (0, 1), (1, 1)):
+        at = torch.tensor(appender.lengths)[:, None, None].expand(2, 1, 16)
+        angles = {"cos": cos.expand(2, -1, -1), "sin": sin.expand(2, -1, -1)}
+        angles = {name: angle.gather(1, at) for name, angle in angles.items()}
+        appender.append(k, v, counts, config=config, **angles)
+    appender.check(turned, v)
+
+
 def test_sinks_alone() -> None:
     check(small(int_stream(32, 4, sink=5), plain_stream(32, sink=5)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefill_cases import first_exact, make_case, reference, run_prefill
 
+from kvxform.codecs.basis import Basis
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import PrefillSpec
@@ -44,6 +46,29 @@ def test_chunked_prefill_of_ragged_rows() -> None:
 
 def test_values_of_another_width_and_channels_that_fill_no_tile() -> None:
     check(PrefillSpec(2, 2, 24, 40, "float16", has_lse=True), [3], [30])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PrefillSpec(2, 1, 32, 16, "float16", query_block=32, has_signs=True),
+        PrefillSpec(2, 1, 48, 48, "float32", query_block=16, has_lse=True),
+    ],
+    ids=["whole", "blocks"],
+)
+def test_queries_are_rotated(spec: PrefillSpec) -> None:
+    plain = dataclasses.replace(spec, query_block=0, has_signs=False)
+    case = make_case(plain, [3], [20])
+    signs = torch.where(torch.rand(spec.key_dim) < 0.5, -1.0, 1.0)
+    q = Basis("hadamard", spec.query_block).rotate(
+        case.q.double() * (signs if spec.has_signs else 1)
+    )
+    wanted, _, _ = reference(case._replace(q=q))
+    module = load(emit(spec, interpret=True))
+    rotated = case._replace(spec=spec, options={"signs": signs} if spec.has_signs else {})
+    out, _ = run_prefill(module, rotated, config=module.Config(32, 16, 4, 1))
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[spec.dtype])
+    assert (wanted - reference(case)[0]).abs().max() > 0.1
 
 
 def test_window() -> None:

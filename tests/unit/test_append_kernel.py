@@ -157,6 +157,8 @@ def build(spec: AppendSpec, kernel: str, tile: int = 0, num_warps: int = 4) -> B
     constants = {"TILE": tile} if tile else {"num_tokens": 1, "key_tiles": 1}
     if not tile and "TILE" in names:
         constants["TILE"] = 1
+    constants = {**constants, "HEADS": num_warps} if "HEADS" in names else constants
+    constants = {n: value for n, value in constants.items() if n in names}
     known = {n: types.get(n, "i32:16") for n in names if n not in constants}
     return Build(emit(spec).text, kernel, tuple(known.items()), tuple(constants.items()), num_warps)
 
