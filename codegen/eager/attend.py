@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvxform.codegen.eager.folded_body import FoldedBody
+from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.step import QueryRun, Step
-from kvxform.codegen.eager.store import StreamRead
 from kvxform.ir.scoring import Scoring, attend
 
 RUN_QUERIES = 128  # queries attended together: few enough that most positions need no mask

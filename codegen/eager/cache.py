@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import CODECS
+from kvxform.codecs.basis import rotate_heads
 from kvxform.codegen.eager.attend import attend_step
 from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.site import SiteStore
 from kvxform.codegen.eager.step import Step
-from kvxform.codegen.eager.store import Appended, StreamRead
+from kvxform.codegen.eager.store import Appended
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.execution import CacheSizes
 from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
-from kvxform.ir.rotary import KeyRead
 from kvxform.ir.scoring import Scoring
 
 PAYLOADS = ("kv", "latent")
@@ -72,6 +73,7 @@ class PagedCache:
         }
         self._step: Step | None = None
         self._appended: dict[int, tuple[Appended, ...]] = {}
+        self._waiting: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._reads: dict[int, tuple[int, tuple[StreamRead, StreamRead]]] = {}
 
     @functools.cached_property
@@ -95,6 +97,7 @@ class PagedCache:
         """Forget the step; the cache is as it was before `begin`."""
         self._step = None
         self._appended.clear()
+        self._waiting.clear()
         self._reads.clear()
         for store in self._stores.values():
             store.abort()
@@ -102,7 +105,10 @@ class PagedCache:
     def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
         step = self._current(layer)
-        self._appended[layer] = self._stores[layer].append(k, v, step)
+        if self._stores[layer].needs_queries:  # which come with the attention of this layer
+            self._waiting[layer] = (k, v)
+        else:
+            self._appended[layer] = self._stores[layer].append(k, v, step)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         """Attend from q `[B, H, S, D]` to the cache of the layer's owner; `[B, H, S, Dv]`.
@@ -110,13 +116,17 @@ class PagedCache:
         Masks follow the slots of the step. While positions are dense, these are `positions`.
         """
         step = self._current(layer)
-        key, value = self._read(self._owner[layer], step, q.dtype, scoring.key_read)
+        if layer in self._waiting:
+            k, v = self._waiting.pop(layer)
+            store = self._stores[layer]
+            self._appended[layer] = store.append_ranked(k, v, step, q, scoring.scale)
+        key, value = self._read(self._owner[layer], step, q.dtype, scoring)
         out = attend_step(q, key, value, step, scoring)
         view = self._views.get(layer)  # weights times all of K; the value is the first channels
         return out if view is None else out[..., :view]
 
     def _read(
-        self, owner: int, step: Step, dtype: torch.dtype, key_read: KeyRead | None
+        self, owner: int, step: Step, dtype: torch.dtype, scoring: Scoring
     ) -> tuple[StreamRead, StreamRead]:
         """Return K and V of `owner`, decoded once per step for all layers that read them."""
         if owner in self._reads:
@@ -124,9 +134,7 @@ class PagedCache:
         else:
             left, appended = self._readers[owner], self._appended.pop(owner)
             key, value = self._stores[owner].read(step, appended, dtype)
-            if key_read is not None:
-                key = key.as_keys(key_read, step.rotary_table(key_read, dtype))
-            reads = key, value
+            reads = _as_used(key, value, scoring, step, dtype)
         if left > 1:
             self._reads[owner] = (left - 1, reads)
         return reads
@@ -183,6 +191,19 @@ class PagedCache:
         return self._step
 
 
+def _as_used(
+    key: StreamRead, value: StreamRead, scoring: Scoring, step: Step, dtype: torch.dtype
+) -> tuple[StreamRead, StreamRead]:
+    """Return K and V as attention uses them: in their own basis, and keys after RoPE."""
+    read, basis = scoring.key_read, scoring.value_basis
+    if read is not None:
+        table = step.rotary_table(read, dtype)
+        key = key.turned(lambda stored, first: read.apply(stored, first, table))
+    if basis is not None:
+        value = value.turned(lambda stored, _: rotate_heads(stored, basis))
+    return key, value
+
+
 def check_plan(plan: CachePlan, page_size: int) -> None:
     """Refuse what this lowering cannot run.
 
@@ -193,14 +214,14 @@ def check_plan(plan: CachePlan, page_size: int) -> None:
         if site.payload not in PAYLOADS:
             rule = f"payload must be {' or '.join(PAYLOADS)}"
             _refuse(rule, site.payload, site.layer, "cache K and V")
-        if site.key.rope == "pre" and site.key.read.form == "folded":
-            _refuse("keys stored before RoPE must be decoded to be read", "folded", site.layer, "")
         for stream in site.streams.values():
             _check_stream(stream, site.layer, page_size)
 
 
 def _check_stream(stream: StreamPlan, layer: int, page_size: int) -> None:
     group, codec = stream.tokens_per_group, CODECS.get(stream.codec["codec"])
+    if stream.read.form == "folded" and stream.is_turned_at_read:
+        _refuse("what is turned when it is read must be decoded", "folded", layer, "")
     if stream.read.form == "folded" and not (codec is not None and codec.is_affine):
         _refuse("only affine codecs can be read folded", stream.codec["codec"], layer, "")
     rows = max((p.tokens_per_row for p in stream.planes), default=1)

@@ -21,17 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlushRule:
-    """When tokens of a stream become codes; see `StreamPlan.keep_and_chunk`."""
+    """When tokens of a stream become codes; see `StreamPlan.keep_and_chunk`.
+
+    Attributes:
+        sink: First tokens that stay exact.
+        keep: Last tokens that stay exact.
+        chunk: Tokens encoded at a time.
+        is_scored: Whether tokens collect scores until they are encoded.
+    """
 
     sink: int
     keep: int
     chunk: int
+    is_scored: bool = False
 
     @classmethod
     def of(cls, stream: StreamPlan) -> FlushRule:
         """Return the rule of `stream`."""
         keep, chunk = stream.keep_and_chunk
-        return cls(stream.regions.sink, keep, chunk)
+        return cls(stream.regions.sink, keep, chunk, stream.score_bytes > 0)
 
     @property
     def is_plain(self) -> bool:
@@ -55,11 +63,13 @@ class FlushRule:
     def can_crop(self, length: int, new_length: int) -> bool:
         """Whether every token that is exact at `new_length` is still exact at `length`.
 
-        Tokens leave the recent buffer for good when they are encoded.
+        Tokens leave the recent buffer for good when they are encoded, and scores keep what queries
+        have added that are dropped.
         """
         body = self.body_tokens(new_length)
-        has_tail = new_length > self.sink + body
-        return not has_tail or body == self.body_tokens(length)
+        if new_length == length or new_length <= self.sink + body:
+            return True
+        return body == self.body_tokens(length) and not self.is_scored
 
 
 class RuleStep:
@@ -109,6 +119,17 @@ class RuleStep:
             return None
         columns = self.stage_columns_flat(entries, body + self.rule.sink)
         return entries, columns, self.slots(entries, body)
+
+    @functools.cached_property
+    def stage_positions(self) -> Tensor:
+        """Position of each stage column, `[B, tail_before + S]`; -1 where there is no token."""
+        step = self.step
+        tail = torch.arange(self.tail_before, device=step.device)
+        new = torch.arange(step.num_new, device=step.device)
+        old = (step.starts - self._tails)[:, None] + tail
+        old = old.masked_fill(tail >= self._tails[:, None], -1)
+        fresh = (step.starts[:, None] + new).masked_fill(new >= step.counts[:, None], -1)
+        return torch.cat([old, fresh], 1)
 
     def stage_columns_flat(self, entries: Tensor, positions: Tensor) -> Tensor:
         """Return the stage columns of `positions` `[N]` of batch `entries` `[N]`."""

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import make_codec
+from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.probes import probe_scores
+from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.step import Step
-from kvxform.codegen.eager.store import Appended, StreamRead, StreamStore
+from kvxform.codegen.eager.store import Appended, StreamStore
 from kvxform.ir.plan import SitePlan, StreamPlan
 
 
@@ -40,7 +43,8 @@ class SiteStore:
     ) -> None:
         self._site, self._page_size, self._device = site, page_size, device
         streams = list(site.streams.values())
-        self.is_joint = len(streams) == 2 and _are_alike(*streams)
+        self._ranking = _ranking(streams)
+        self.is_joint = len(streams) == 2 and _are_alike(*streams) and self._ranking is None
         self._stores = tuple(
             StreamStore(
                 stream,
@@ -53,11 +57,32 @@ class SiteStore:
             for stream in (streams[:1] if self.is_joint else streams)
         )
 
+    @property
+    def needs_queries(self) -> bool:
+        """Whether an append has to wait for the queries of its tokens, which rank them."""
+        return self._ranking is not None
+
     def append(self, k: Tensor, v: Tensor | None, step: Step) -> tuple[Appended, ...]:
         """Store new tokens `[B, Hk, S, D]`; see `StreamStore.append`."""
         given = [k] if v is None else [k, v]
         new = [torch.cat(given, 1)] if self.is_joint else given
         return tuple(store.append(x, step) for store, x in zip(self._stores, new, strict=True))
+
+    def append_ranked(
+        self, k: Tensor, v: Tensor | None, step: Step, q: Tensor, scale: float
+    ) -> tuple[Appended, ...]:
+        """Store new tokens with their queries `[B, H, S, D]`; K and V are ranked alike.
+
+        Attention follows from exact keys, so that K and V have the same tokens at hand.
+        """
+        assert self._ranking is not None, "asked of sites that need queries"
+        store = self._stores[0]
+        stage, rule_step = store.stage(k, step), step.rule(store.rule)
+        attention = probe_scores(self._ranking, rule_step, stage, q, scale)
+        given = [k] if v is None else [k, v]
+        return tuple(
+            store.append(x, step, attention) for store, x in zip(self._stores, given, strict=True)
+        )
 
     def read(
         self, step: Step, appended: tuple[Appended, ...], dtype: torch.dtype
@@ -102,11 +127,11 @@ class SiteStore:
         for store in self._stores:
             store.copy_pages(old, new)
 
-    def read_rows(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def read_rows(self, rows: Sequence[int]) -> list[list[Tensor]]:
         """Return copies of all buffers of `rows`."""
         return [store.read_rows(rows) for store in self._stores]
 
-    def write_rows(self, rows: Sequence[int], buffers: list[tuple[Tensor, Tensor]]) -> None:
+    def write_rows(self, rows: Sequence[int], buffers: list[list[Tensor]]) -> None:
         """Set the buffers of `rows` to what `read_rows` returned."""
         for store, own in zip(self._stores, buffers, strict=True):
             store.write_rows(rows, own)
@@ -123,6 +148,12 @@ class SiteStore:
     def row_bytes(self) -> int:
         """Return bytes of the real sink and recent buffers of one row."""
         return sum(store.row_bytes() for store in self._stores)
+
+
+def _ranking(streams: Sequence[StreamPlan]) -> SaliencyCodec | None:
+    """Return the codec that ranks tokens of all streams by queries, if one does."""
+    codec = make_codec(streams[0].codec)
+    return codec if isinstance(codec, SaliencyCodec) and codec.needs_queries else None
 
 
 def _are_alike(key: StreamPlan, value: StreamPlan) -> bool:

@@ -13,51 +13,14 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import Codec, dtype_from_name, make_codec
-from kvxform.codegen.eager.flush import FlushRule, RuleStep
+from kvxform.codecs.saliency import SaliencyCodec
+from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.folded_body import FoldedBody, fold_body
+from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.step import Step
 from kvxform.ir.plan import StreamPlan
-from kvxform.ir.rotary import KeyRead
 
 FOLD_QUERIES = 8  # with more new tokens, decoding a value once is cheaper than folding scales
-
-
-@dataclass(frozen=True)
-class StreamRead:
-    """One stream as the queries of a step see it; tokens of one row in several copies.
-
-    Attributes:
-        rule_step: Positions and masks that belong to the copies.
-        sink: Exact first tokens `[B, Hk, sink, D]`, or None.
-        body: Body `[B, Hk, body_len, D]`, decoded or still encoded, or None if it is empty.
-        fresh: Exact copies of the positions from `rule_step.fresh_start` on, `[B, Hk, n, D]`, or
-            None if the rule keeps nothing exact past the sink.
-    """
-
-    rule_step: RuleStep
-    sink: Tensor | None = None
-    body: Tensor | FoldedBody | None = None
-    fresh: Tensor | None = None
-
-    def as_keys(self, read: KeyRead, table: tuple[Tensor, Tensor]) -> StreamRead:
-        """Return the keys of a stream that is stored before RoPE; see `KeyRead.apply`."""
-        assert not isinstance(self.body, FoldedBody), "check_plan lets no such stream through"
-        places = (0, self.rule_step.rule.sink, self.rule_step.fresh_start)
-        parts = [
-            None if part is None else read.apply(part, first, table)
-            for part, first in zip((self.sink, self.body, self.fresh), places, strict=True)
-        ]
-        return StreamRead(self.rule_step, *parts)
-
-    def heads(self, first: int, last: int) -> StreamRead:
-        """Return heads `first` to `last` - 1 alone."""
-        own = (slice(None), slice(first, last))
-        return StreamRead(
-            self.rule_step,
-            None if self.sink is None else self.sink[own],
-            None if self.body is None else self.body[own],
-            None if self.fresh is None else self.fresh[own],
-        )
 
 
 @dataclass(frozen=True)
@@ -119,17 +82,36 @@ class StreamStore:
 
         self.sink = exact_buffer(self.rule.sink)
         self.recent = exact_buffer(self.rule.capacity)
+        scored = self.rule.capacity if self.rule.is_scored else 0
+        self.scores = torch.zeros(num_rows, scored, num_kv_heads, device=device)
         self._kept: Tensor | None = None
+        self._kept_scores: Tensor | None = None
 
-    def append(self, x: Tensor, step: Step) -> Appended:
-        """Store new tokens `x` `[B, Hk, S, D]`.
+    def append(self, x: Tensor, step: Step, attention: Tensor | None = None) -> Appended:
+        """Store new tokens.
 
         Body and sink are written past the committed length, so a step that fails leaves no trace;
         the new recent buffer waits for `commit`.
+
+        Args:
+            x: `[B, Hk, S, D]`.
+            step: The step that they belong to.
+            attention: What its queries add to the scores of the tokens at hand, `[B, n, Hk]`, where
+                the codec ranks tokens by them.
         """
         if self.rule.is_plain:
             return self._append_plain(x, step)
-        return self._append_regions(x.transpose(1, 2), step)
+        return self._append_regions(x, step, attention)
+
+    def stage(self, x: Tensor, step: Step) -> Tensor:
+        """Return the exact tokens at hand once `x` `[B, Hk, S, D]` is there, `[B, n, Hk, D]`."""
+        x, rule_step = x.transpose(1, 2), step.rule(self.rule)
+        if not self.rule.capacity:
+            return x
+        exact = x.to(self._exact_dtype)  # what a buffer holds has been rounded
+        if not rule_step.tail_before:
+            return exact
+        return torch.cat([self.recent[step.rows, : rule_step.tail_before], exact], 1)
 
     def _append_plain(self, x: Tensor, step: Step) -> Appended:
         flush = step.rule(self.rule).flush
@@ -142,27 +124,40 @@ class StreamStore:
             self.pools[name].flatten(0, 1).index_copy_(0, slots, rows)
         return Appended(planes=planes if step.is_fresh else None)
 
-    def _append_regions(self, x: Tensor, step: Step) -> Appended:
+    def _append_regions(self, x: Tensor, step: Step, attention: Tensor | None) -> Appended:
         rule_step = step.rule(self.rule)
-        exact = x.to(self._exact_dtype)
         if rule_step.sink_writes is not None:
             entries, columns, positions = rule_step.sink_writes
-            self.sink[step.rows[entries], positions] = exact[entries, columns]
-        stage = exact if self.rule.capacity else x  # what a buffer holds has been rounded
-        if rule_step.tail_before:
-            stage = torch.cat([self.recent[step.rows, : rule_step.tail_before], exact], 1)
+            exact = x.transpose(1, 2)[entries, columns].to(self._exact_dtype)
+            self.sink[step.rows[entries], positions] = exact
+        stage, scores = self.stage(x, step), None
+        if attention is not None:
+            scores = self.scores.new_zeros(attention.shape)
+            scores[:, : rule_step.tail_before] = self.scores[step.rows, : rule_step.tail_before]
+            scores += attention
         if rule_step.flush is not None:
             entries, columns, slots = rule_step.flush
-            self._write_body(stage[entries, columns].to(x.dtype), slots)
+            own = None if scores is None else scores[entries, columns]
+            self._write_body(stage[entries, columns].to(x.dtype), slots, own)
         if not self.rule.capacity:
             return Appended()
         batch = torch.arange(step.batch_size, device=x.device)[:, None]
         self._kept = stage[batch, rule_step.kept_columns]
+        if scores is not None:
+            self._kept_scores = scores[batch, rule_step.kept_columns]
         return Appended(stage=stage)
 
-    def _write_body(self, tokens: Tensor, slots: Tensor) -> None:
-        """Encode `tokens` `[N, Hk, D]`, whole groups in order, into `slots` `[N]`."""
-        planes = self._codec.encode(tokens.transpose(0, 1))
+    def _write_body(self, tokens: Tensor, slots: Tensor, scores: Tensor | None) -> None:
+        """Encode `tokens` `[N, Hk, D]`, whole groups in order, into `slots` `[N]`.
+
+        `scores` `[N, Hk]` are given where the codec ranks tokens by them.
+        """
+        x = tokens.transpose(0, 1)  # [Hk, N, D]
+        if scores is None:
+            planes = self._codec.encode(x)
+        else:
+            assert isinstance(self._codec, SaliencyCodec), "no other codec takes scores"
+            planes = self._codec.encode_ranked(x, scores.T)
         for spec in self._specs:
             rows = slots[:: spec.tokens_per_row] // spec.tokens_per_row
             encoded = planes[spec.name].transpose(0, 1)  # [Hk, rows, width] -> [rows, Hk, width]
@@ -172,10 +167,12 @@ class StreamStore:
         """Let the recent buffers of a finished step take effect."""
         if self._kept is not None:
             self.recent[step.rows, : self._kept.shape[1]] = self._kept
+        if self._kept_scores is not None:
+            self.scores[step.rows, : self._kept_scores.shape[1]] = self._kept_scores
 
     def abort(self) -> None:
         """Forget the recent buffers of a step that failed."""
-        self._kept = None
+        self._kept = self._kept_scores = None
 
     def read(self, step: Step, appended: Appended, dtype: torch.dtype) -> StreamRead:
         """Return the stream in `dtype` as the queries of `step` see it."""
@@ -230,7 +227,7 @@ class StreamStore:
         """Zero what `rows` and `pages` held, so that nothing reaches their next users."""
         for pool in self.pools.values():
             pool[list(pages)] = 0
-        for buffer in (self.sink, self.recent):
+        for buffer in self._buffers:
             buffer[list(rows)] = 0
 
     def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
@@ -238,28 +235,34 @@ class StreamStore:
         for pool in self.pools.values():
             pool[list(new)] = pool[list(old)]
 
-    def read_rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return copies of the sink and recent buffers of `rows`."""
-        return self.sink[list(rows)], self.recent[list(rows)]
+    def read_rows(self, rows: Sequence[int]) -> list[Tensor]:
+        """Return copies of the buffers of `rows`."""
+        return [buffer[list(rows)] for buffer in self._buffers]
 
-    def write_rows(self, rows: Sequence[int], buffers: tuple[Tensor, Tensor]) -> None:
-        """Set the sink and recent buffers of `rows` to what `read_rows` returned."""
-        self.sink[list(rows)], self.recent[list(rows)] = buffers
+    def write_rows(self, rows: Sequence[int], copies: list[Tensor]) -> None:
+        """Set the buffers of `rows` to what `read_rows` returned."""
+        for buffer, own in zip(self._buffers, copies, strict=True):
+            buffer[list(rows)] = own
 
     def copy_from(self, other: StreamStore) -> None:
         """Take over what `other` holds, a store of the same stream and of no larger sizes."""
         for name, pool in other.pools.items():
             self.pools[name][: pool.shape[0], : pool.shape[1]] = pool
-        self.sink[: other.sink.shape[0]] = other.sink
-        self.recent[: other.recent.shape[0]] = other.recent
+        for buffer, old in zip(self._buffers, other._buffers, strict=True):
+            buffer[: old.shape[0]] = old
 
     def page_bytes(self) -> int:
         """Return bytes of one page of the real pool tensors."""
         return sum(pool[0].nbytes for pool in self.pools.values())
 
     def row_bytes(self) -> int:
-        """Return bytes of the real sink and recent buffers of one row."""
-        return self.sink[0].nbytes + self.recent[0].nbytes
+        """Return bytes of the real buffers of one row."""
+        return sum(buffer[0].nbytes for buffer in self._buffers)
+
+    @property
+    def _buffers(self) -> tuple[Tensor, ...]:
+        """What is kept for each row: sink, recent tokens and their scores."""
+        return self.sink, self.recent, self.scores
 
 
 def _gather(pool: Tensor, step: Step, rows: int) -> Tensor:

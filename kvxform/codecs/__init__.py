@@ -8,6 +8,7 @@
 - `outliers`: codec `outliers`, exact elements beside the codes of another codec
 - `low_rank`: codec `low-rank-residual`, a low-rank correction of another codec
 - `nuq`, `kmeans`: codec `nuq`, tables of levels fitted on a calibration
+- `saliency`: codec `saliency`, two codecs for tokens that matter more and less
 - `directions`: what the codecs of directions share: `lloyd_max`, `fib_vq`, `octahedral`
 - `polar`: codec `polar`, blocks as a length and angles
 - `fp8`: codec `fp8`, 8-bit floating point
@@ -29,4 +30,5 @@ from kvxform.codecs import nuq as nuq
 from kvxform.codecs import octahedral as octahedral
 from kvxform.codecs import outliers as outliers
 from kvxform.codecs import polar as polar
+from kvxform.codecs import saliency as saliency
 from kvxform.codecs import token_norm as token_norm

@@ -90,6 +90,11 @@ class StreamPlan:
     score_bytes: int = 0
 
     @property
+    def is_turned_at_read(self) -> bool:
+        """Whether stored vectors must be turned as a whole to be used; then they are decoded."""
+        return self.rope == "pre" or self.basis.inverse is not None
+
+    @property
     def keep_and_chunk(self) -> tuple[int, int]:
         """Return (tokens always kept exact at the end, tokens encoded at a time)."""
         if self.regions.flush == "block":

@@ -7,10 +7,12 @@ seen from position t
 - as D(E(K R))[j]  if s <= j < s + b(t + 1): it has been encoded by then;
 - as K R [j], rounded to the dtype of the exact regions, otherwise.
 
-Keys that were stored before RoPE (K is what goes into it) are turned by their positions after that.
+What the attention undoes when it reads comes after that: bases of K and V, and RoPE by position
+where K is what goes into RoPE.
 
 Groups start at the end of the sink, so E may be applied to all tokens at once: the codes of a group
-do not depend on later tokens.
+do not depend on later tokens. A codec that ranks tokens by attention also takes what the queries of
+a chunk pay to its keys.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, make_codec
+from kvxform.codecs.basis import rotate_heads
+from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.plan import StreamPlan
 from kvxform.ir.scoring import Scoring
 
@@ -45,8 +49,15 @@ class TwoCopies:
         return torch.where(self.is_encoded[-1, :, None], self.encoded, self.exact)
 
 
-def two_copies(stream: StreamPlan, stored: Tensor) -> TwoCopies:
-    """Apply the equations to K R or V R of one sequence, `[Hk, T, D]`, T at least 1."""
+def two_copies(stream: StreamPlan, stored: Tensor, attention: Tensor | None = None) -> TwoCopies:
+    """Apply the equations to K R or V R of one sequence.
+
+    Args:
+        stream: The plan.
+        stored: `[Hk, T, D]`, T at least 1, in the stored basis.
+        attention: What `attention_in_chunks` returns for all whole chunks after the sink, for
+            codecs that rank tokens by it.
+    """
     tokens, sink = stored.shape[1], stream.regions.sink
     exact = stored
     if sink or stream.recent_capacity:
@@ -58,11 +69,35 @@ def two_copies(stream: StreamPlan, stored: Tensor) -> TwoCopies:
     if groups:
         body = slice(sink, sink + groups * stream.tokens_per_group)
         codec = make_codec(stream.codec)
-        encoded[:, body] = codec.decode(codec.encode(source[:, body]), stored.dtype)
+        if attention is None:
+            planes = codec.encode(source[:, body])
+        else:
+            assert isinstance(codec, SaliencyCodec), "no other codec ranks tokens"
+            planes = codec.encode_ranked(source[:, body], attention)
+        encoded[:, body] = codec.decode(planes, stored.dtype)
     bodies = torch.tensor([stream.body_tokens(t + 1) for t in range(tokens)])
     index = torch.arange(tokens)
     is_encoded = (index >= sink) & (index < sink + bodies[:, None])
     return TwoCopies(exact, encoded, is_encoded.to(stored.device))
+
+
+def attention_in_chunks(codec: SaliencyCodec, q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the attention that each token gets from the probes of its chunk, `[Hk, n]`, float64.
+
+    Args:
+        codec: Says which queries are probes.
+        q: Queries of whole chunks, `[H, n, D]`, in the basis of the keys.
+        keys: Exact keys of the same tokens, `[Hk, n, D]`.
+        scale: Factor of the scores.
+    """
+    size, groups = codec.chunk, q.shape[0] // keys.shape[0]
+    rows = q.double().unflatten(1, (-1, size))  # [H, C, chunk, D]
+    columns = keys.double().unflatten(1, (-1, size)).repeat_interleave(groups, 0)
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    scores = (scale * rows @ columns.mT).masked_fill(later, -math.inf)
+    received = torch.softmax(scores, -1)[:, :, list(codec.probes)].sum(2)  # [H, C, chunk]
+    by_head: Tensor = received.unflatten(0, (-1, groups)).sum(1)
+    return by_head.flatten(1)
 
 
 def attend(
@@ -81,13 +116,16 @@ def attend(
         `[H, S, Dv]`, in the basis of the values, float64.
     """
     groups = q.shape[0] // key.exact.shape[0]
-    stored = (key.exact.double(), key.encoded.double())
-    if scoring.key_read is not None:
-        table = scoring.key_read.table(key.exact.shape[1], torch.float64)
-        stored = tuple(scoring.key_read.apply(k, 0, table) for k in stored)
+    keys, values = ((s.exact.double(), s.encoded.double()) for s in (key, value))
+    read, basis = scoring.key_read, scoring.value_basis
+    if read is not None:
+        tokens = key.exact.shape[1]
+        table = None if read.inv_freq is None else read.table(tokens, torch.float64)
+        keys = (read.apply(keys[0], 0, table), read.apply(keys[1], 0, table))
+    if basis is not None:
+        values = (rotate_heads(values[0], basis), rotate_heads(values[1], basis))
     k_exact, k_encoded, v_exact, v_encoded = (
-        x.repeat_interleave(groups, 0)  # [Hk, T, D] -> [H, T, D]
-        for x in (*stored, value.exact.double(), value.encoded.double())
+        x.repeat_interleave(groups, 0) for x in (*keys, *values)  # [Hk, T, D] -> [H, T, D]
     )
     wide, use_codes = q.double(), key.is_encoded[positions]  # [S, T]
     scores = scoring.scale * torch.where(

@@ -169,9 +169,13 @@ def wrap_schedule(sequence: int, length: int, window: int) -> Schedule:
 
 
 def _can_crop(plan: CachePlan, length: int, tokens: int) -> bool:
-    """Whether all that is exact with `tokens` tokens is still exact with `length`."""
+    """Whether all that is exact with `tokens` tokens is still exact with `length`.
+
+    Tokens that wait with a score cannot take back what dropped queries have added.
+    """
     for stream in (st for site in plan.owners for st in site.streams.values()):
         body, sink = stream.body_tokens(tokens), stream.regions.sink
-        if tokens > sink + body and body != stream.body_tokens(length):
+        has_tail = tokens > sink + body
+        if has_tail and (stream.score_bytes or body != stream.body_tokens(length)):
             return False
     return True

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvxform.codecs.base import dtype_from_name, make_codec
+from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.cache import CacheState
 from kvxform.ir.logical import source_keys, unrotate_pair
-from kvxform.ir.plan import CachePlan, KeyView
+from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
 from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring
-from kvxform.verify.equations import TwoCopies, attend, two_copies
+from kvxform.verify.equations import TwoCopies, attend, attention_in_chunks, two_copies
 
 StepTokens = Sequence[tuple[int, int]]  # (row, new tokens) of each batch entry of a forward pass
 
@@ -41,6 +43,8 @@ class Shadow:
     _done: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _keys: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _queries: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _scales: dict[int, float] = field(default_factory=dict)
     _copies: dict[tuple[int, int], tuple[TwoCopies, TwoCopies]] = field(default_factory=dict)
 
     @property
@@ -55,7 +59,7 @@ class Shadow:
 
     def reorder(self, sources: Mapping[int, int]) -> None:
         """Let each row become what its source was; forget all other rows."""
-        for store in (self._keys, self._values):
+        for store in (self._keys, self._values, self._queries):
             old = dict(store)
             store.clear()
             for row, source in sources.items():
@@ -64,7 +68,7 @@ class Shadow:
 
     def crop(self, row: int, tokens: int) -> None:
         """Keep the first `tokens` tokens of a row."""
-        for store in (self._keys, self._values):
+        for store in (self._keys, self._values, self._queries):
             for key in [key for key in store if key[1] == row]:
                 store[key] = store[key][:, :tokens]
         self._copies.clear()
@@ -94,14 +98,18 @@ class Shadow:
         """Record new tokens `[B, Hk, S, D]`, cut to the counts that were announced."""
         step = self._steps[self._done[layer]]
         self._done[layer] += 1
-        for entry, (row, count) in enumerate(step):
-            for store, new in ((self._keys, k), (self._values, v)):
-                if new is None:
-                    continue
-                part = new[entry, :, :count].clone()
-                old = store.get((layer, row))
-                store[layer, row] = part if old is None else torch.cat([old, part], 1)
+        for store, new in ((self._keys, k), (self._values, v)):
+            if new is not None:
+                _extend(store, layer, new, step)
+        for row, _ in step:
             self._copies.pop((layer, row), None)
+
+    def ask(self, layer: int, q: Tensor, scale: float) -> None:
+        """Record new queries `[B, H, S, D]` where a codec ranks tokens by them."""
+        site = self.plan.site(layer)
+        if site.owner == layer and site.key.score_bytes:
+            _extend(self._queries, layer, q, self._steps[self._done[layer] - 1])
+            self._scales[layer] = scale
 
     def check_read(self, layer: int, q: Tensor, out: Tensor, scoring: Scoring) -> None:
         """Compare attention outputs `[B, H, S, Dv]` with the equations."""
@@ -121,12 +129,34 @@ class Shadow:
         site = self.plan.site(layer)
         where = (site.owner, row)
         if where not in self._copies:
-            key = two_copies(site.key, self._keys[where])
+            attention = self._attention(site.key, where) if site.key.score_bytes else None
+            key = two_copies(site.key, self._keys[where], attention)
             value = key  # all of it, where values are its first channels
             if not isinstance(site.value, KeyView):
-                value = two_copies(site.value, self._values[where])
+                value = two_copies(site.value, self._values[where], attention)
             self._copies[where] = key, value
         return self._copies[where]
+
+    def _attention(self, stream: StreamPlan, where: tuple[int, int]) -> Tensor:
+        codec = make_codec(stream.codec)
+        assert isinstance(codec, SaliencyCodec), "no other codec ranks tokens"
+        sink, keys = stream.regions.sink, self._keys[where]
+        tokens = max(0, keys.shape[1] - sink) // codec.chunk * codec.chunk
+        body = slice(sink, sink + tokens)
+        exact = keys[:, body].to(dtype_from_name(stream.regions.dtype))
+        return attention_in_chunks(
+            codec, self._queries[where][:, body], exact, self._scales[where[0]]
+        )
+
+
+def _extend(
+    store: dict[tuple[int, int], Tensor], layer: int, new: Tensor, step: StepTokens
+) -> None:
+    """Add the tokens of a step `[B, H, S, D]` to what each of its rows has."""
+    for entry, (row, count) in enumerate(step):
+        part = new[entry, :, :count].clone()
+        old = store.get((layer, row))
+        store[layer, row] = part if old is None else torch.cat([old, part], 1)
 
 
 class _Watched:
@@ -140,6 +170,7 @@ class _Watched:
         self._state.append(layer, k, v)
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
+        self._shadow.ask(layer, q, scoring.scale)
         out = self._state.attend(layer, q, positions, scoring)
         self._shadow.check_read(layer, q, out, scoring)
         return out

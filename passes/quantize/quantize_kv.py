@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvxform.codecs.base import Codec, make_codec
+from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.errors import PassError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import codec_samples
@@ -29,6 +30,7 @@ from kvxform.ir.stream_options import (
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
 
 WHERE = "quantize-kv"
+SCORE_BYTES = 4  # float32
 SHORT = {"key": "k", "value": "v"}
 
 
@@ -131,6 +133,7 @@ class QuantizeKv(GraphPass):
                 return NoMatch(reason, site.layer, hint="keep one quantize-kv in the recipe")
             _check_codec(make_codec(stream.codec), stream.head_dim, at)
             _check_pages(program.plan.layout.page_size, stream, at)
+        _check_ranking({**site.streams, **streams}, at)
         return Match(site.layer, data=streams)
 
     def _left_alone(self, site: SitePlan) -> NoMatch:
@@ -183,7 +186,34 @@ def _planned(program: Program, site: SitePlan, name: str, options: StreamOptions
         regions=options.planned_regions(half),
         read=ReadForm(),
         calibration=calibration,
+        score_bytes=SCORE_BYTES if _is_ranked(codec) else 0,
     )
+
+
+def _is_ranked(codec: Codec) -> bool:
+    """Whether tokens are ranked by the attention that they get."""
+    return isinstance(codec, SaliencyCodec) and codec.needs_queries
+
+
+def _check_ranking(streams: Mapping[str, StreamPlan], at: str) -> None:
+    """K and V are ranked alike, by exact keys and queries in one basis."""
+    ranked = [stream for stream in streams.values() if stream.score_bytes]
+    if not ranked:
+        return
+    codecs = [make_codec(stream.codec) for stream in streams.values()]
+    asked = {
+        (c.chunk, c.share, c.score, c.probes, stream.regions)
+        for c, stream in zip(codecs, streams.values(), strict=True)
+        if isinstance(c, SaliencyCodec)
+    }
+    if len(ranked) < len(streams) or len(asked) > 1:
+        rule = "keys and values that are ranked by attention need equal chunks, probes and regions"
+        hint = "give both codec saliency with the same options, or use score: spread"
+        raise PassError("KVX205", rule, where=WHERE, got=[c.name for c in codecs], at=at, hint=hint)
+    if any(stream.rope == "pre" for stream in ranked):
+        rule = "tokens are ranked by attention to keys after RoPE"
+        hint = "cache keys after RoPE, or use score: spread"
+        raise PassError("KVX205", rule, where=WHERE, got="pre", at=at, hint=hint)
 
 
 def _check_codec(codec: Codec, head_dim: int, at: str) -> None:
