@@ -5,8 +5,9 @@ A codebook of N words starts from a spiral and is then polished on samples:
 
 1. Lengths r_n = sqrt(BetaInv((n - 1/2) / N; k / 2, b)), with the companded shape
    b = k / (k + 2) * (D - k - 2) / 2 + 1: the density of words that is best at high rates.
-2. Directions that fill the sphere evenly: the golden angle (k = 2), the Fibonacci sphere (k = 3),
-   or a Kronecker sequence with the generalised golden ratio through normal quantiles (k >= 4).
+2. Directions that fill the sphere evenly: the golden angle (k = 2), heights and angles of a
+   Fibonacci sphere (k = 3), or normal quantiles (k >= 4). From k = 3 on they come from a Kronecker
+   sequence with the generalised golden ratio, so that they do not go with the lengths.
 3. Lloyd's iteration on samples of the block, from several rotations of the start; a word that no
    sample is nearest to moves next to the word of the largest error. The best codebook is polished
    again on more samples.
@@ -28,7 +29,7 @@ from torch import Tensor
 from kvxform.codecs.lloyd_tables import sphere_table
 from kvxform.codecs.tables import cached_table
 
-VERSION = 1  # of the method; part of the names of tables
+VERSION = 2  # of the method; part of the names of tables
 RESTARTS = 4
 STEPS = 25
 SAMPLES_PER_WORD = (30, 60)  # while the start is chosen, and of the last polish
@@ -99,22 +100,22 @@ def _directions(words: int, k: int) -> Array:
         angle = index * math.pi * (3 - math.sqrt(5))
         return np.stack([np.cos(angle), np.sin(angle)], -1)
     if k == 3:
-        height = 1 - 2 * np.modf(index * (math.sqrt(5) - 1) / 2)[0]
-        angle, ring = index * math.pi * (3 - math.sqrt(5)), np.sqrt(1 - height * height)
+        share = _kronecker(index, 2)
+        height, angle = 1 - 2 * share[:, 0], 2 * math.pi * share[:, 1]
+        ring = np.sqrt(1 - height * height)
         return np.stack([ring * np.cos(angle), ring * np.sin(angle), height], -1)
     from scipy.special import ndtri
 
-    steps = _generalised_golden_ratio(k) ** -np.arange(1.0, k + 1)
-    normal = ndtri(np.modf(index[:, None] * steps)[0])
+    normal = ndtri(_kronecker(index, k))
     return np.asarray(normal / np.linalg.norm(normal, axis=-1, keepdims=True))
 
 
-def _generalised_golden_ratio(k: int) -> float:
-    """Return the root of x^(k + 1) = x + 1 above 1."""
+def _kronecker(index: Array, k: int) -> Array:
+    """Return points of [0, 1)^k: multiples of powers of the root of x^(k + 1) = x + 1 above 1."""
     ratio = 2.0
     for _ in range(64):
         ratio = (1 + ratio) ** (1 / (k + 1))
-    return ratio
+    return np.asarray(np.modf(index[:, None] * ratio ** -np.arange(1.0, k + 1))[0])
 
 
 def _build(words: int, k: int, dim: int) -> Tensor:

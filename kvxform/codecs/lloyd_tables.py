@@ -64,8 +64,8 @@ def fit_levels(samples: Array, levels: int) -> Array:
         ends[0], ends[-1] = 0, len(values)
         return np.asarray(np.diff(sums[ends]) / np.maximum(np.diff(ends), 1))
 
-    middles = (np.arange(levels) + 0.5) / levels * len(values)
-    return _iterate(values[middles.astype(int)], means, float(np.std(values)))
+    middles = (_middles(levels) * len(values)).astype(int)
+    return _iterate(values[middles], means, float(np.std(values)))
 
 
 def fit_density(
@@ -90,7 +90,7 @@ def fit_density(
         ends[0], ends[-1] = 0, points
         return np.diff(moments[ends]) / np.diff(masses[ends])
 
-    start = np.interp((np.arange(levels) + 0.5) / levels, masses[1:] / masses[-1], grid)
+    start = np.interp(_middles(levels), masses[1:] / masses[-1], grid)
     return _iterate(start, means, high - low)
 
 
@@ -100,7 +100,7 @@ def bounds_of(table: Tensor) -> Tensor:
 
 
 def _sphere(levels: int, dim: int) -> Tensor:
-    from scipy.special import betainc  # only where a table is built: it is slow to import
+    from scipy.special import betainc, betaincinv  # only where a table is built: slow to import
 
     def means(bounds: Array) -> Array:
         t = np.clip(bounds, -1, 1)
@@ -109,25 +109,24 @@ def _sphere(levels: int, dim: int) -> Tensor:
         moment = -factor * (1 - t * t) ** ((dim - 1) / 2) / (dim - 1)
         return np.diff(moment) / np.diff(mass)
 
-    return _symmetric(_iterate(_start(levels) / math.sqrt(dim), means, 1 / math.sqrt(dim)))
+    share = 2 * _middles(levels) - 1  # a fine quantiser is as dense as the cube root of f
+    start = np.sign(share) * np.sqrt(betaincinv(0.5, (dim - 3) / 6 + 1, np.abs(share)))
+    return _symmetric(_iterate(start, means, 1 / math.sqrt(dim)))
 
 
 def _normal(levels: int) -> Tensor:
-    from scipy.special import ndtr
+    from scipy.special import ndtr, ndtri
 
     def means(bounds: Array) -> Array:
         moment = -np.exp(-bounds * bounds / 2) / math.sqrt(2 * math.pi)
         return np.diff(moment) / np.diff(ndtr(bounds))
 
-    return _symmetric(_iterate(_start(levels), means, 1.0))
+    return _symmetric(_iterate(math.sqrt(3) * ndtri(_middles(levels)), means, 1.0))
 
 
-def _start(levels: int) -> Array:
-    """Return levels as dense as those of a fine quantiser: normal, with variance 3."""
-    from scipy.special import ndtri
-
-    start: Array = math.sqrt(3) * ndtri((np.arange(levels) + 0.5) / levels)
-    return start * min(1.0, 0.5 + 0.1 * levels)
+def _middles(levels: int) -> Array:
+    """Return the middles of `levels` equal parts of [0, 1]."""
+    return (np.arange(levels) + 0.5) / levels
 
 
 def _iterate(start: Array, means: Callable[[Array], Array], scale: float) -> Array:
