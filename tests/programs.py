@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
+from kvxform.codecs.basis import rotate_heads
 from kvxform.ir.cache import make_handle
 from kvxform.ir.program import (
     AttentionSite,
@@ -309,8 +310,12 @@ class DenseCache:
 
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         k, v = self.stored[layer]
-        if scoring.key_read is not None:
-            k = scoring.key_read.apply(k, 0, scoring.key_read.table(k.shape[2], k.dtype))
+        read = scoring.key_read
+        if read is not None:
+            table = None if read.inv_freq is None else read.table(k.shape[2], k.dtype)
+            k = read.apply(k, 0, table)
+        if scoring.value_basis is not None:
+            v = rotate_heads(v, scoring.value_basis)
         past = torch.arange(k.shape[2]).expand(k.shape[0], -1)
         mask = scoring.span.sees(positions, past)
         return attend(q, k, v, mask, scoring, bias=scoring.bias(positions, past))

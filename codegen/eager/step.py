@@ -84,8 +84,10 @@ class Step:
             self._rules[rule] = RuleStep(self, rule)
         return self._rules[rule]
 
-    def rotary_table(self, read: KeyRead, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of all positions; see `KeyRead.table`."""
+    def rotary_table(self, read: KeyRead, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return cosine and sine of all positions, if keys are to be turned by them."""
+        if read.inv_freq is None:
+            return None
         key = (read.inv_freq.data_ptr(), read.inv_freq.dtype, read.attention_scaling, dtype)
         if key not in self._tables:
             self._tables[key] = read.table(self.total, dtype)

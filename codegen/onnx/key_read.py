@@ -67,5 +67,5 @@ class KeyRead:
         assert x.dtype is not None, "graph values have a dtype"
         count, size, _ = (int(n) for n in self.basis.shape.numpy())
         b = e.builder
-        back = b.op("Transpose", b.cast(self.basis, x.dtype), perm=[0, 2, 1])
+        back = b.cast(self.basis, x.dtype)
         return rotate_heads(b, x, back, site.num_kv_heads, site.key.head_dim, count, size)

@@ -24,6 +24,9 @@ class Basis:
         weight: Name of R among the weights of the program: orthogonal matrices `[Hk / heads,
             heads * D, heads * D]`, or factors `[Hk, 1, D]` (matrix and scale only).
         heads: KV heads that are rotated together (matrix only).
+        inverse: Name of the inverses of R among the weights, where the stream is turned back when
+            it is read, and R need not be orthogonal (matrix only). None where queries or weights
+            have absorbed the inverse.
     """
 
     kind: str = "identity"
@@ -31,6 +34,7 @@ class Basis:
     seed: int | None = None
     weight: str | None = None
     heads: int = 1
+    inverse: str | None = None
 
     def __str__(self) -> str:
         """Return the fact value: `identity`, `hadamard(64, seed=1)`, `matrix(4 heads)`, ..."""
@@ -58,6 +62,9 @@ class Basis:
         """Return `x @ R^-1`: the inverse of `rotate`."""
         if self.kind == "identity":
             return x
+        if self.kind == "matrix" and self.inverse is not None:
+            assert matrices is not None, "used with the weights of the program"
+            return rotate_heads(x, matrices[self.inverse])
         if self.kind == "matrix":
             return rotate_heads(x, self._find(matrices).mT)
         if self.kind == "scale":

@@ -55,37 +55,41 @@ def turn_pairs(x: Tensor, table: tuple[Tensor, Tensor], *, interleaved: bool) ->
 
 @dataclass(frozen=True, eq=False)
 class KeyRead:
-    """What is done to keys on their way from a cache that holds them before RoPE to the scores.
+    """What is done to keys on their way from the cache to the scores.
 
     Attributes:
-        inv_freq: See `rotary_table`.
+        inv_freq: See `rotary_table`; None if the cache holds keys as RoPE has left them.
         rotary_dim: Channels that turn.
         attention_scaling: See `rotary_table`.
         interleaved: See `turn_pairs`.
-        basis: `[Hk / g, g D, g D]`; the cache holds `k @ basis` for every run of g heads side by
-            side. None if it holds k.
+        basis: `[Hk / g, g D, g D]`; what is stored of every run of g heads, side by side, is
+            multiplied by it first. None if it is stored as it is.
     """
 
-    inv_freq: Tensor
-    rotary_dim: int
+    inv_freq: Tensor | None = None
+    rotary_dim: int = 0
     attention_scaling: float = 1.0
     interleaved: bool = False
     basis: Tensor | None = None
 
     def table(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the rotary table of positions 0 to `tokens` - 1."""
+        """Return the rotary table of positions 0 to `tokens` - 1; only with `inv_freq`."""
+        assert self.inv_freq is not None, "only where keys are stored before RoPE"
         positions = torch.arange(tokens, device=self.inv_freq.device)
         return rotary_table(positions, self.inv_freq, self.attention_scaling, dtype)
 
-    def apply(self, stored: Tensor, first: int, table: tuple[Tensor, Tensor]) -> Tensor:
+    def apply(self, stored: Tensor, first: int, table: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the keys of stored `[..., Hk, T, D]` at positions `first` to `first` + T - 1.
 
         Args:
             stored: What the cache holds.
             first: Position of the first token.
-            table: Of at least `first` + T positions, in the dtype of `stored`; see `table`.
+            table: Of at least `first` + T positions, in the dtype of `stored`; see `table`. None
+                without `inv_freq`.
         """
-        keys = stored if self.basis is None else rotate_heads(stored, self.basis.mT)
+        keys = stored if self.basis is None else rotate_heads(stored, self.basis)
+        if table is None:
+            return keys
         own = slice(first, first + stored.shape[-2])
         cos, sin = table
         return turn_pairs(keys, (cos[own], sin[own]), interleaved=self.interleaved)

@@ -64,7 +64,8 @@ class Scoring:
         rotary_dim: Channels that turn.
         attention_scaling: Factor of cosine and sine.
         interleaved: Which channels are pairs.
-        key_basis: Rotation of the stored keys.
+        key_basis: What stored keys are multiplied by, or None.
+        value_basis: The same for values; `rotate_heads` does it.
     """
 
     scale: float
@@ -79,6 +80,7 @@ class Scoring:
     attention_scaling: float = 1.0
     interleaved: bool = False
     key_basis: Tensor | None = None
+    value_basis: Tensor | None = None
 
     @functools.cached_property
     def span(self) -> Span:
@@ -88,7 +90,7 @@ class Scoring:
     @functools.cached_property
     def key_read(self) -> KeyRead | None:
         """What turns stored keys into keys, or None if they are stored as they are used."""
-        if self.inv_freq is None:
+        if self.inv_freq is None and self.key_basis is None:
             return None
         return KeyRead(
             self.inv_freq, self.rotary_dim, self.attention_scaling, self.interleaved, self.key_basis

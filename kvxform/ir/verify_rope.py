@@ -1,16 +1,17 @@
-"""Rules of the verifier for keys that are cached before RoPE."""
+"""Rules of the verifier for what attention undoes when it reads: bases, and RoPE to come."""
 
 from __future__ import annotations
 
 from torch import fx
 
 import kvxform.ir.ops as kvx
+from kvxform.codecs.basis import Basis
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.ir.verify_graph import invalid
 
 
 def verify_key_reads(program: Program) -> None:
-    """Check that attention turns keys exactly where they were cached before RoPE.
+    """Check that attention turns keys and values exactly where they are cached so.
 
     Raises:
         PassError: KVX215.
@@ -22,32 +23,35 @@ def verify_key_reads(program: Program) -> None:
         if is_before != (node.kwargs.get("inv_freq") is not None):
             rule = "attention must turn keys if and only if they are cached before RoPE"
             raise invalid(rule, program.plan.site(site.layer).key.rope, node)
-        wanted = _wanted(program, site) if is_before else {"key_basis": None}
+        wanted: dict[str, object] = {
+            "key_basis": site.k_basis.inverse,
+            "value_basis": site.v_basis.inverse,
+        }
+        if is_before:
+            wanted |= _rope_options(program, site)
         for name, value in wanted.items():
             found = node.kwargs.get(name, _DEFAULTS.get(name))
             found = found.target if isinstance(found, fx.Node) else found
             if found != value:
-                raise invalid(f"{name} must be that of the cached keys, {value}", found, node)
+                raise invalid(f"{name} must be that of what is cached, {value}", found, node)
 
 
 _DEFAULTS = {"attention_scaling": 1.0, "interleaved": False}
 
 
-def _wanted(program: Program, site: AttentionSite) -> dict[str, object]:
-    """Return what the attention of `site` must say of its keys; weights by name."""
+def _rope_options(program: Program, site: AttentionSite) -> dict[str, object]:
+    """Return what the attention of `site` must say of RoPE; weights by name."""
     rope, append = program.site(site.owner).rope, program.append_node(site.owner)
     assert append is not None, "the chain of handles has been checked"
     keys = append.args[0]
     if rope is None or (isinstance(keys, fx.Node) and keys.target is kvx.ROPE):
         raise invalid("keys cached before RoPE must not have been turned", keys, append)
-    basis = site.k_basis
-    if basis.kind == "hadamard":
-        rule = "keys cached before RoPE must be in dense bases, which RoPE at read can undo"
-        raise invalid(rule, str(basis), append)
+    if site.k_basis != Basis() and site.k_basis.inverse is None:
+        rule = "keys cached before RoPE must be in a basis that is undone when they are read"
+        raise invalid(rule, str(site.k_basis), append)
     return {
         "inv_freq": rope.inv_freq,
         "rotary_dim": rope.rotary_dim,
         "attention_scaling": rope.attention_scaling,
         "interleaved": rope.interleaved,
-        "key_basis": basis.weight,
     }

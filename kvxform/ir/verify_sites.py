@@ -138,6 +138,10 @@ def _check_basis(
     wanted = (site.num_kv_heads // max(1, basis.heads), size, size)
     if basis.kind == "scale":
         wanted = (site.num_kv_heads, 1, head_dim)
+    inverses = program.weights.get(basis.inverse) if basis.inverse else matrices
+    if inverses is None or inverses.shape != matrices.shape:
+        rule = f"the inverse of the basis of {name} must be a weight of the same shape"
+        raise invalid(rule, basis.inverse, layer=site.layer)
     if tuple(matrices.shape) != wanted or site.num_kv_heads % basis.heads:
         rule = f"the basis of {name}, {basis.weight}, must be {list(wanted)}"
         raise invalid(rule, list(matrices.shape), layer=site.layer)

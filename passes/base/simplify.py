@@ -90,5 +90,4 @@ def _check_site(site: SitePlan) -> Match | NoMatch:
 
 def _folded(stream: StreamPlan) -> StreamPlan:
     is_affine = CODECS[stream.codec["codec"]].is_affine
-    must_decode = stream.rope == "pre"  # RoPE at read needs the keys themselves
-    return replace(stream, read=FOLDED) if is_affine and not must_decode else stream
+    return replace(stream, read=FOLDED) if is_affine and not stream.is_turned_at_read else stream

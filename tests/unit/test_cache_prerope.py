@@ -186,7 +186,7 @@ def test_heads_that_share_a_basis_are_unrotated_together():
     keys = torch.randn(2, 4, 5, 8, dtype=torch.float64)  # [B, Hk, T, D]
     basis = torch.stack([hadamard_matrix(16), torch.eye(16, dtype=torch.float64)])
     joined = keys.unflatten(1, (2, 2)).transpose(2, 3).flatten(-2)  # [B, Hk / 2, T, 2 D]
-    stored = (joined @ basis).unflatten(-1, (2, 8)).transpose(2, 3).flatten(1, 2)
+    stored = (joined @ basis.mT).unflatten(-1, (2, 8)).transpose(2, 3).flatten(1, 2)
     frequencies = torch.tensor([1.0, 0.1], dtype=torch.float64)
     read = KeyRead(frequencies, 4, basis=basis)
     positions = torch.arange(3, 8).expand(2, -1)
@@ -238,7 +238,7 @@ def test_scales_are_not_folded_before_rope():
         assert (site.key.read.form, site.value.read.form) == ("element", "folded")
     key = dataclasses.replace(simple.plan.sites[0].key, read=ReadForm("folded"))
     simple.plan = simple.plan.replace_site(0, key=key)
-    with pytest.raises(CodegenError, match="keys stored before RoPE must be decoded"):
+    with pytest.raises(CodegenError, match="turned when it is read must be decoded"):
         OptimizedModel(simple)
 
 
@@ -246,8 +246,8 @@ def test_scales_are_not_folded_before_rope():
     ("change", "rule"),
     [
         ({"inv_freq": None}, "if and only if they are cached before RoPE"),
-        ({"rotary_dim": 8}, "rotary_dim must be that of the cached keys"),
-        ({"interleaved": True}, "interleaved must be that of the cached keys"),
+        ({"rotary_dim": 8}, "rotary_dim must be that of what is cached"),
+        ({"interleaved": True}, "interleaved must be that of what is cached"),
     ],
 )
 def test_the_verifier_compares_attention_with_the_site(change, rule):
