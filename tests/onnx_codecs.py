@@ -10,6 +10,7 @@ from onnx_tools import make_model, run_model
 from torch import Tensor
 
 from kvxform.codecs.base import Codec
+from kvxform.codecs.klt import KltCodec
 from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.codegen.onnx.codec_base import emitter_of
 
@@ -96,3 +97,11 @@ def check_codec(codec: Codec, x: Tensor, *, ties: float = 0.0) -> None:
         for planes in (found, expected)
     )
     torch.testing.assert_close(have, want, rtol=1e-2, atol=1e-12 * scale**2)
+
+
+def klt_codec(bits: tuple[tuple[int, ...], ...]) -> KltCodec:
+    """Return codec klt with random constants."""
+    generator = torch.Generator().manual_seed(0)
+    mean, scale = torch.randn(2, len(bits), len(bits[0]), generator=generator)
+    constants = (tuple(map(tuple, x.tolist())) for x in (mean, scale.abs() + 0.1))
+    return KltCodec(bits, *constants)

@@ -44,6 +44,7 @@ def lowering_table() -> dict[str, dict[str, str]]:
             "onnx": names(list(onnx.DTYPES.values())),
             "triton": names(triton.DTYPES),
         },
+        "keys cached before RoPE": {"eager": "yes", "onnx": "yes", "triton": "no"},
         "different sinks of K and V": {"eager": "yes", "onnx": "yes", "triton": "no"},
         "programs without a cache": {"eager": "yes", "onnx": "no", "triton": "no"},
         "runs on": {

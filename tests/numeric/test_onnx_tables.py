@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx_codecs import check_codec, check_empty
+from onnx_codecs import check_codec, check_empty, klt_codec
 from onnx_tools import make_model, run_model
 
 from kvxform.codecs.fib_vq import FibVqCodec
@@ -99,6 +99,16 @@ def test_angles_are_coded_as_in_torch(bits):
     x[:, :, 9, 1::2] = 0.0
     check_codec(PolarCodec(bits), x, ties=0.06)
     check_empty(PolarCodec(bits), 64)
+
+
+@pytest.mark.parametrize(
+    "bits",
+    [((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), ((2,) * 8, (2,) * 8), ((1, 2, 3),)],
+)
+def test_components_of_unequal_bits_are_as_in_torch(bits):
+    codec = klt_codec(bits)
+    check_codec(codec, torch.randn(2, len(bits), 40, len(bits[0])) * 2)
+    check_empty(codec, len(bits[0]), len(bits))
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -1,0 +1,83 @@
+"""Whole models in ONNX with every codec and every change of basis, against the eager lowering."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from onnx_codecs import klt_codec
+from onnx_tools import open_export
+from programs import apply, llama_program, token_ids
+
+import kvxform.passes  # noqa: F401
+from kvxform.codecs.base import CODECS, layers_of, make_codec
+from kvxform.passes.base.insert_cache import InsertCache
+from kvxform.passes.quantize.quantize_kv import QuantizeKv
+from kvxform.passes.structure.cache_prerope import CachePrerope
+from kvxform.runtime.model import OptimizedModel
+
+HEADS, HEAD_DIM, PROMPT, NEW = 2, 16, 40, 12
+TOLERANCE = 2e-3  # where sums round differently, a code may flip
+INT2, INT4 = {"codec": "int", "bits": 2}, {"codec": "int", "bits": 4}
+RUNS = {**INT2, "axis": "channel", "group": 8}
+RANGES = [[3.0] * HEAD_DIM] * HEADS
+STREAMS = [
+    INT4 | {"clip": "search"},
+    {**INT4, "across_heads": True},
+    {"codec": "token-norm", "inner": RUNS},
+    {"codec": "token-norm", "over": "head", "inner": {**INT2, "zero": "float"}},
+    {"codec": "lloyd-max", "levels": 5},
+    {"codec": "fib-vq", "words": 16, "k": 2, "gain": "projected"},
+    {"codec": "octahedral"},
+    {"codec": "polar", "bits": [3, 4, 4, 4]},
+    {"codec": "fp8"},
+    {"codec": "nuq", "bits": 4, "axis": "token", "levels": "normal"},
+    {"codec": "nuq", "bits": 4, "levels": "normal", "center": RANGES, "width": RANGES},
+    {"codec": "outliers", "share": 0.1, "inner": RUNS, "axis": "channel"},
+    {"codec": "low-rank-residual", "inner": INT2, "rank": 2, "block": 8},
+    klt_codec((tuple(i % 5 for i in range(HEAD_DIM)),) * HEADS).to_dict(),
+    {"codec": "none", "dtype": "float16"},
+    {"codec": "outliers", "inner": {"codec": "nuq", "bits": 3, "group": 8, "levels": "normal"}},
+]
+
+
+def program_of(streams, *, prerope=False, regions=None):
+    """Return a model whose streams take these codecs in turn, two a layer."""
+    program = llama_program(
+        dtype=torch.float32, layers=-(-len(streams) // 2), kv_heads=HEADS, head_dim=HEAD_DIM
+    )
+    program.info = dataclasses.replace(program.info, context_length=None)
+    program, _ = apply(InsertCache(), program)
+    if prerope:
+        program, _ = apply(CachePrerope(), program)
+    pairs = zip(streams[::2], [*streams[1::2], INT4], strict=False)
+    layers = {str(i): {"key": k, "value": v} for i, (k, v) in enumerate(pairs)}
+    program, _ = apply(QuantizeKv(key=INT4, value=INT4, layers=layers, regions=regions), program)
+    return program
+
+
+def assert_like_eager(program, folder):
+    """Assert equal logits in one piece, after an empty cache too, and equal greedy tokens."""
+    model, session = OptimizedModel(program), open_export(program, folder)
+    prompts = token_ids(program, 2, PROMPT)
+    expected = model(prompts)
+    found = session.prefill(prompts, all_logits=True)
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())
+    )
+    options = {"max_new_tokens": NEW, "eos_token_id": -1}
+    expected_tokens = model.generate(prompts, **options)
+    assert torch.equal(session.generate(prompts, **options), expected_tokens)
+
+
+def test_every_codec_is_in_a_model():
+    used = {type(part) for spec in STREAMS for part in layers_of(make_codec(spec))}
+    assert used == set(CODECS.values())
+
+
+@pytest.mark.parametrize("prerope", [False, True])
+def test_codecs_in_whole_models_are_as_in_eager(prerope, tmp_path):
+    regions = {"sink": 3} if prerope else None
+    program = program_of(STREAMS, prerope=prerope, regions=regions)
+    assert_like_eager(program, tmp_path / "out")
