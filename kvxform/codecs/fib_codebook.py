@@ -95,7 +95,7 @@ def sample_blocks(count: int, k: int, dim: int, seed: int) -> Array:
 
 
 def _directions(words: int, k: int) -> Array:
-    index = np.arange(words) + 0.5
+    index: Array = np.arange(words, dtype=np.float64) + 0.5
     if k == 2:
         angle = index * math.pi * (3 - math.sqrt(5))
         return np.stack([np.cos(angle), np.sin(angle)], -1)
