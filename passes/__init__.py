@@ -14,6 +14,7 @@
 - `quantize.quantize_kv`: keys and values are stored through codecs
 - `quantize.per_layer_bits`: each layer gets the codec options that its sensitivity asks for
 - `base.fuse_projections`: linear layers that read the same values become one
+- `quantize.klt`: keys and values are stored as components of a calibrated basis
 - `base.simplify`: rotations cancel; scales move from cached elements to query, token or step
 """
 
@@ -24,6 +25,7 @@ from kvxform.passes.base import insert_cache as insert_cache
 from kvxform.passes.base import simplify as simplify
 from kvxform.passes.memory import page_cache as page_cache
 from kvxform.passes.quantize import per_layer_bits as per_layer_bits
+from kvxform.passes.quantize import klt as klt
 from kvxform.passes.quantize import quantize_kv as quantize_kv
 from kvxform.passes.rotation import balance_channels as balance_channels
 from kvxform.passes.rotation import fuse_norms as fuse_norms

@@ -12,6 +12,7 @@
 - `directions`: what the codecs of directions share: `lloyd_max`, `fib_vq`, `octahedral`
 - `polar`: codec `polar`, blocks as a length and angles
 - `fp8`: codec `fp8`, 8-bit floating point
+- `klt`: codec `klt`, components of a calibrated basis with bits of their own
 - `lloyd_tables`, `fib_codebook`, `tables`: codebooks, and where they are kept
 - `packing`, `radix`: codes of some bits, and of any number of levels, in bytes
 - `basis`: bases (rotations) of a stream
@@ -24,6 +25,7 @@ from kvxform.codecs import exact as exact  # importing a codec module registers 
 from kvxform.codecs import fib_vq as fib_vq
 from kvxform.codecs import fp8 as fp8
 from kvxform.codecs import integer as integer
+from kvxform.codecs import klt as klt
 from kvxform.codecs import lloyd_max as lloyd_max
 from kvxform.codecs import low_rank as low_rank
 from kvxform.codecs import nuq as nuq

@@ -1,17 +1,21 @@
-"""Codec `klt`: components of known spread, each with its own number of bits; no data per token.
+"""Codec `klt`: components of equal spread, each with its own number of bits.
 
-It stores a stream in a calibrated basis in which components are not correlated (pass `klt`). Each
-component of each head has a fixed number of bits b, from 0 to 8, given where they lower the error
-most (reverse water-filling), and a fixed mean m and deviation s:
+It stores a stream in a calibrated basis where components are not correlated and have deviation 1
+(pass `klt`). Each component of each head has a fixed number of bits b, from 0 to 8, and a mean m:
 
-    q = the nearest level to (x - m) / s in the table of 2**b levels,      x' = m + s table[q]
+    q = the nearest level to (x - m) / r in the table of 2**b levels,      x' = m + r table[q]
 
-A component of 0 bits is its mean. The codes of a token of all heads are one string of bits: first
-the lowest bit of every component that has one, head by head, then the second bits, and so on. It
-ends on a whole byte.
+A component of 0 bits is its mean. r is 1, or with `gain` the root mean square of all components of
+the token that have bits, as a power of sqrt(2) from 2**-4 to 2**3.5: 4 bits for all heads together.
 
-Source: transform coding with reverse water-filling, Cover and Thomas, Elements of Information
-Theory, section 10.3.3; its use here is our own.
+A token of all heads is one string of bits: the code of the gain, then the lowest bit of every
+component that has one, head by head, then the second bits, and so on. It ends on a whole byte.
+
+Components are sums of few heavy-tailed features rather than of many small ones. So the tables are
+those of the Laplace distribution (`tails: laplace`), not of the normal one.
+
+Source: transform coding, Cover and Thomas, Elements of Information Theory, section 10.3.3; its use
+here is our own.
 """
 
 from __future__ import annotations
@@ -19,17 +23,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvxform.codecs.base import Codec, PlaneSpec, register_codec, require_option
-from kvxform.codecs.lloyd_tables import bounds_of, normal_table
+from kvxform.codecs.lloyd_tables import bounds_of, laplace_table, normal_table
 from kvxform.errors import PassError
 
 MOST_BITS = 8
-Numbers = tuple[float, ...]
+GAIN_BITS = 4
+_UNIT_GAIN = 8  # code of the gain 1
 
 
 @register_codec
@@ -40,22 +45,26 @@ class KltCodec(Codec):
     Attributes:
         bits: Bits of each component, by KV head and component.
         mean: Mean of each component, likewise.
-        scale: Deviation of each component, likewise; its table is multiplied by it.
+        gain: Store the size of every token.
+        tails: Distribution that the tables are for.
     """
 
     name: ClassVar[str] = "klt"
-    bits: tuple[tuple[int, ...], ...] = ()
-    mean: tuple[Numbers, ...] = ()
-    scale: tuple[Numbers, ...] = ()
+    bits: tuple[tuple[int, ...], ...]
+    mean: tuple[tuple[float, ...], ...]
+    gain: bool = False
+    tails: Literal["laplace", "normal"] = "laplace"
 
     def __post_init__(self) -> None:
         """Check that there is one number of each kind for each component."""
-        sizes = {tuple(len(head) for head in part) for part in (self.bits, self.mean, self.scale)}
-        fits = len(sizes) == 1 and len(set(next(iter(sizes)))) == 1
-        require_option(fits, self.name, "bits, mean and scale must fit each other", sizes)
-        found = [b for head in self.bits for b in head]
+        sizes = {len(head) for part in (self.bits, self.mean) for head in part}
+        fits = len(sizes) == 1 and len(self.bits) == len(self.mean)
+        require_option(fits, self.name, "bits and mean must have one number a component", sizes)
+        found = {b for head in self.bits for b in head}
         is_known = all(isinstance(b, int) and 0 <= b <= MOST_BITS for b in found)
-        require_option(is_known, self.name, f"bits must be 0 to {MOST_BITS}", found)
+        require_option(is_known, self.name, f"bits must be 0 to {MOST_BITS}", sorted(found))
+        is_known = self.tails in ("laplace", "normal")
+        require_option(is_known, self.name, "tails must be laplace or normal", self.tails)
 
     @property
     def is_headwise(self) -> bool:
@@ -65,24 +74,27 @@ class KltCodec(Codec):
     def check(self, head_dim: int) -> None:
         """Raise PassError KVX203 if the constants are those of another head_dim."""
         if len(self.bits[0]) != head_dim:
-            rule = f"codec klt must be fitted on a head_dim of {head_dim}"
+            rule = f"codec klt must have constants for a head_dim of {head_dim}"
             raise PassError("KVX203", rule, got=len(self.bits[0]), hint="let pass klt make it")
 
     def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, one row a token for all heads."""
-        return (PlaneSpec("codes", "uint8", -(-sum(map(sum, self.bits)) // 8), shared=True),)
+        total = sum(map(sum, self.bits)) + (GAIN_BITS if self.gain else 0)
+        return (PlaneSpec("codes", "uint8", -(-total // 8), shared=True),)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Encode `x`, shape `[..., Hk, T, D]`."""
-        layout = _layout(self.bits)
-        unit = (_joined(x.float()) - self._constants(self.mean, x)) / self._constants(self.scale, x)
-        codes = torch.zeros(unit.shape, dtype=torch.int64, device=x.device)
-        for bits, components in layout.by_bits.items():
-            own = components.to(x.device)
-            bounds = bounds_of(normal_table(1 << bits)).to(x.device)
+        layout = _layout(self.bits, self.gain)
+        unit = x.float().transpose(-3, -2).flatten(-2) - self._mean(x)  # [..., T, Hk * D]
+        codes = torch.zeros(*unit.shape[:-1], layout.size, dtype=torch.int64, device=x.device)
+        if self.gain:
+            codes[..., -1] = _gain_code(unit[..., layout.coded.to(x.device)])
+            unit = unit / _gain(codes[..., -1:], unit.dtype)
+        for bits, places in layout.by_bits.items():
+            own = places.to(x.device)
+            bounds = bounds_of(self._table(bits)).to(x.device)
             codes[..., own] = torch.bucketize(unit[..., own].contiguous(), bounds)
-        places = layout.components.to(x.device)
-        string = (codes[..., places] >> layout.digits.to(x.device)) & 1
+        string = (codes[..., layout.places.to(x.device)] >> layout.digits.to(x.device)) & 1
         padded = torch.nn.functional.pad(string, (0, -string.shape[-1] % 8))
         powers = 1 << torch.arange(8, device=x.device)
         packed = (padded.unflatten(-1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
@@ -90,54 +102,76 @@ class KltCodec(Codec):
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`, shape `[..., Hk, T, D]`; 16-bit dtypes are computed in float32."""
-        layout, packed = _layout(self.bits), planes["codes"].squeeze(-3)
-        wide = dtype if dtype.itemsize >= 4 else torch.float32
-        string = (packed[..., None] >> torch.arange(8, device=packed.device)) & 1
+        layout, packed = _layout(self.bits, self.gain), planes["codes"].squeeze(-3)
+        wide, device = torch.promote_types(dtype, torch.float32), packed.device
+        string = (packed[..., None] >> torch.arange(8, device=device)) & 1
         string = string.flatten(-2)[..., : len(layout.digits)].long()
-        codes = string.new_zeros(*string.shape[:-1], sum(map(len, self.bits)))
-        places = layout.components.to(packed.device)
-        codes.index_add_(-1, places, string << layout.digits.to(packed.device))
-        unit = torch.zeros(codes.shape, dtype=wide, device=packed.device)
-        for bits, components in layout.by_bits.items():
-            own = components.to(packed.device)
-            unit[..., own] = normal_table(1 << bits).to(packed.device, wide)[codes[..., own]]
-        x = unit * self._constants(self.scale, unit) + self._constants(self.mean, unit)
-        return x.unflatten(-1, (len(self.bits), -1)).transpose(-3, -2).to(dtype)
+        codes = string.new_zeros(*string.shape[:-1], layout.size)
+        codes.index_add_(-1, layout.places.to(device), string << layout.digits.to(device))
+        heads = len(self.bits)
+        unit = torch.zeros(*codes.shape[:-1], heads * len(self.bits[0]), dtype=wide, device=device)
+        for bits, places in layout.by_bits.items():
+            own = places.to(device)
+            unit[..., own] = self._table(bits).to(device, wide)[codes[..., own]]
+        if self.gain:
+            unit = unit * _gain(codes[..., -1:], wide)
+        x = unit + self._mean(unit)
+        return x.unflatten(-1, (heads, -1)).transpose(-3, -2).to(dtype)
 
-    def _constants(self, numbers: tuple[Numbers, ...], like: Tensor) -> Tensor:
-        """Return one number for each component of all heads, `[Hk * D]`."""
+    def _table(self, bits: int) -> Tensor:
+        return unit_table(self.tails, bits)
+
+    def _mean(self, like: Tensor) -> Tensor:
+        """Return the means of the components of all heads, `[Hk * D]`."""
         wide = torch.promote_types(like.dtype, torch.float32)
-        return torch.tensor(numbers, dtype=wide, device=like.device).flatten()
+        return torch.tensor(self.mean, dtype=wide, device=like.device).flatten()
+
+
+def unit_table(tails: str, bits: int) -> Tensor:
+    """Return the levels of a component of `bits` bits, ascending, float32 `[2**bits]`."""
+    return laplace_table(1 << bits) if tails == "laplace" else normal_table(1 << bits)
+
+
+def _gain_code(unit: Tensor) -> Tensor:
+    """Return the code of the gain of tokens `[..., T, n]`, int64 `[..., T]`."""
+    square = unit.square().mean(-1).clamp_min(2.0**-24)
+    return (square.log2().round() + _UNIT_GAIN).clamp(0, (1 << GAIN_BITS) - 1).long()
+
+
+def _gain(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.exp2((codes - _UNIT_GAIN).to(dtype) / 2)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where bits go.
+    """Where bits go. A place is `h * D + d` for a component; the last place is that of the gain.
 
     Attributes:
-        by_bits: Components of all heads, `h * D + d`, by their number of bits, none left out but
-            those of 0 bits.
-        components: Component of each bit of a string.
+        size: Places.
+        coded: Places of components that have bits.
+        by_bits: The same by their number of bits.
+        places: Place of each bit of a string.
         digits: Which of its bits that is, the lowest being 0.
     """
 
+    size: int
+    coded: Tensor
     by_bits: Mapping[int, Tensor]
-    components: Tensor
+    places: Tensor
     digits: Tensor
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(bits: tuple[tuple[int, ...], ...]) -> _Layout:
+def _layout(bits: tuple[tuple[int, ...], ...], gain: bool) -> _Layout:
     flat = torch.tensor(bits).flatten()
-    planes = [torch.nonzero(flat > digit)[:, 0] for digit in range(int(flat.max()))]
-    empty = torch.zeros(0, dtype=torch.int64)
+    most = int(flat.max())
+    planes = [torch.nonzero(flat > digit)[:, 0] for digit in range(most)]
+    digits = [torch.full_like(plane, digit) for digit, plane in enumerate(planes)]
+    own = GAIN_BITS if gain else 0
     return _Layout(
-        {int(b): torch.nonzero(flat == b)[:, 0] for b in flat.unique() if b},
-        torch.cat([empty, *planes]),
-        torch.cat([empty, *(torch.full_like(p, i) for i, p in enumerate(planes))]),
+        len(flat) + 1,
+        torch.nonzero(flat)[:, 0],
+        {b: torch.nonzero(flat == b)[:, 0] for b in range(1, most + 1) if bool((flat == b).any())},
+        torch.cat([torch.full((own,), len(flat)), *planes]),
+        torch.cat([torch.arange(own), *digits]),
     )
-
-
-def _joined(x: Tensor) -> Tensor:
-    """Return `[..., T, Hk * D]` of `[..., Hk, T, D]`."""
-    return x.transpose(-3, -2).flatten(-2)

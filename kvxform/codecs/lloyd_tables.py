@@ -6,6 +6,7 @@ are the means of the density between bounds. Both integrals are closed forms:
 - a coordinate of a uniform unit vector of D channels, f(t) ~ (1 - t^2)^((D - 3) / 2):
   mass through the incomplete beta function, mean through -(1 - t^2)^((D - 1) / 2) / (D - 1)
 - a normal variable of variance 1: mass through the normal distribution, mean through its density
+- a Laplace variable of variance 1: both through its density
 
 Samples take the place of the density where there is no closed form.
 
@@ -47,6 +48,12 @@ def sphere_table(levels: int, dim: int) -> Tensor:
 def normal_table(levels: int) -> Tensor:
     """Return the levels for a normal variable of variance 1, ascending, float32 `[levels]`."""
     return cached_table(f"normal-{levels}-v{VERSION}", lambda: _normal(levels))
+
+
+@functools.cache
+def laplace_table(levels: int) -> Tensor:
+    """Return the levels for a Laplace variable of variance 1, ascending, float32 `[levels]`."""
+    return cached_table(f"laplace-{levels}-v{VERSION}", lambda: _laplace(levels))
 
 
 def fit_levels(samples: Array, levels: int) -> Array:
@@ -122,6 +129,21 @@ def _normal(levels: int) -> Tensor:
         return np.diff(moment) / np.diff(ndtr(bounds))
 
     return _symmetric(_iterate(math.sqrt(3) * ndtri(_middles(levels)), means, 1.0))
+
+
+def _laplace(levels: int) -> Tensor:
+    root = math.sqrt(2)
+
+    def means(bounds: Array) -> Array:
+        decay = np.exp(-root * np.abs(bounds))
+        mass = np.where(bounds < 0, decay, 2 - decay) / 2
+        size = np.where(np.isinf(bounds), 0.0, np.abs(bounds))
+        moment = -(size + 1 / root) * decay / 2
+        return np.diff(moment) / np.diff(mass)
+
+    share = 2 * _middles(levels) - 1
+    start = -3 / root * np.sign(share) * np.log1p(-np.abs(share))
+    return _symmetric(_iterate(start, means, 1.0))
 
 
 def _middles(levels: int) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvxform.codecs.base import CodecSamples
 from kvxform.errors import PassError
-from kvxform.ir.calibration import LayerStatistics, StreamStatistics
+from kvxform.ir.calibration import StreamStatistics
 from kvxform.ir.plan import StreamPlan
 from kvxform.ir.program import Program
 
@@ -24,7 +24,7 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
     """
     assert program.calibration is not None, "the pipeline has collected one"
     layer_statistics = program.calibration.layers[layer]
-    statistics = _statistics(layer_statistics, name, stream, program.site(layer).module)
+    statistics = stream_statistics(program, layer, name, stream.rope)
     fisher = None
     if statistics.gradients is not None:  # gradients turn as values do
         fisher = stream.basis.rotate(statistics.gradients, program.weights).square()
@@ -36,14 +36,26 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
     )
 
 
-def _statistics(
-    layer: LayerStatistics, name: str, stream: StreamPlan, module: str
-) -> StreamStatistics:
+def stream_statistics(program: Program, layer: int, name: str, rope: str) -> StreamStatistics:
+    """Return the statistics of one stream of a layer, as the source model computes it.
+
+    Args:
+        program: A program with a calibration.
+        layer: Layer that owns the stream.
+        name: `key` or `value`.
+        rope: Whether keys are meant before RoPE (`pre`).
+
+    Raises:
+        PassError: KVX205, see `codec_samples`.
+    """
+    assert program.calibration is not None, "the pipeline has collected one"
+    statistics = program.calibration.layers[layer]
     if name == "value":
-        return layer.v
-    if stream.rope != "pre":
-        return layer.k_post
-    if layer.k_pre is None:
+        return statistics.v
+    if rope != "pre":
+        return statistics.k_post
+    if statistics.k_pre is None:
         rule = "codecs of keys before RoPE can be fitted only where RoPE turns whole keys"
-        raise PassError("KVX205", rule, at=module, hint="cache keys after RoPE")
-    return layer.k_pre
+        at = program.site(layer).module
+        raise PassError("KVX205", rule, at=at, hint="cache keys after RoPE")
+    return statistics.k_pre

@@ -1,0 +1,241 @@
+"""klt: keys and values are stored in a calibrated basis, with bits where they count most.
+
+The basis runs over several KV heads, which share most of what they say, and makes components that
+are not correlated. Errors are weighed with the gradient of the loss, so that one budget is shared
+by all components of K and V of all layers. Nothing is stored of a token but codes, and the size of
+V. New tokens are turned into the basis before they are appended, and turned back when they are
+read: one product of `width` x `width` for each run of heads of a token. On top of `cache-prerope`,
+keys are far more alike than after RoPE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+import kvxform.ir.ops as kvx
+from kvxform.codecs.base import Codec
+from kvxform.codecs.basis import Basis
+from kvxform.codecs.klt import GAIN_BITS, KltCodec
+from kvxform.errors import RecipeError
+from kvxform.ir.facts import FactValue, Requirement
+from kvxform.ir.fitting import stream_statistics
+from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.program import Program
+from kvxform.ir.stream_options import RegionOptions, StreamOptions
+from kvxform.ir.types import TensorType
+from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
+from kvxform.rotations.keys import set_matrices
+from kvxform.rotations.transform import Transform, fit_transform, share_bytes
+
+STREAMS = ("key", "value")
+
+
+@register_pass
+@dataclass(frozen=True)
+class Klt(GraphPass):
+    """Store keys and values as components with bits of their own.
+
+    Attributes:
+        bits: Bits of an encoded value, mean of K and V of all layers; everything included.
+        weighted: Weigh errors with gradients, and share the budget among all streams of all
+            layers. Otherwise every stream of every layer has the same.
+        key_gain: Store the size of the keys of a token, 4 bits for all heads.
+        value_gain: The same for values.
+        width: Largest number of channels that are turned together.
+        ridge: How much to distrust gradients; see `fit_transform`.
+        tails: Tables; see `KltCodec`.
+        regions: Exact regions of both streams.
+        key_regions: Options that differ for keys.
+        value_regions: Options that differ for values.
+    """
+
+    bits: float
+    weighted: bool = True
+    key_gain: bool = False
+    value_gain: bool = True
+    width: int = 256
+    ridge: float = 0.1
+    tails: Literal["laplace", "normal"] = "laplace"
+    regions: RegionOptions | None = None
+    key_regions: RegionOptions | None = None
+    value_regions: RegionOptions | None = None
+    numerics: ClassVar[Numerics] = approx("kl")
+    requires: ClassVar[tuple[Requirement, ...]] = (
+        Requirement("cache.inserted", (True,), because="there would be no cache to encode yet"),
+        Requirement("k.codec", ("none",), because="codes cannot change their basis"),
+        Requirement("v.codec", ("none",), because="codes cannot change their basis"),
+        Requirement("k.basis", ("identity",), because="the statistics are those of the source"),
+        Requirement("v.basis", ("identity",), because="the statistics are those of the source"),
+    )
+    invalidates: ClassVar[tuple[str, ...]] = ("read.simplified",)
+    source: ClassVar[str] = "transform coding, Cover and Thomas, section 10.3.3; own composition"
+
+    def __post_init__(self) -> None:
+        """Check the options on their own."""
+        for name, is_fine, rule in (
+            ("bits", 0 < self.bits <= 8, "must lie in (0, 8]"),
+            ("width", self.width >= 2, "must be a number of channels, at least 2"),
+            ("ridge", self.ridge > 0, "must be positive"),
+            ("tails", self.tails in ("laplace", "normal"), "must be laplace or normal"),
+        ):
+            if not is_fine:
+                got = repr(getattr(self, name))
+                raise RecipeError("KVX107", f"{name} {rule}", where=self.pass_name(), got=got)
+
+    def ensures(self) -> Mapping[str, FactValue]:
+        """State codec and basis of both streams."""
+        return {"k.codec": "klt", "v.codec": "klt", "k.basis": "matrix", "v.basis": "matrix"}
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always: the bases are those of what it collects."""
+        return True
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether errors are weighed with gradients."""
+        return self.weighted
+
+    def match(self, program: Program) -> list[Match | NoMatch]:
+        """Match every site that owns its cache; all share one budget.
+
+        Raises:
+            PassError: KVX205 if RoPE turns a part of the keys that are cached before it.
+        """
+        if program.plan is None:
+            return [NoMatch("there is no cache", hint="put insert-cache before it")]
+        found: list[Match | NoMatch] = []
+        owners = [site for site in program.plan.sites if _refusal(site) is None]
+        rows = [(site, name) for site in owners for name in STREAMS]
+        transforms = [self._transforms(program, site, name) for site, name in rows]
+        codecs = self._codecs(rows, transforms)
+        data: dict[int, dict[str, tuple[list[Transform], Codec]]] = {s.layer: {} for s in owners}
+        for (site, name), own, codec in zip(rows, transforms, codecs, strict=True):
+            data[site.layer][name] = (own, codec)
+        for site in program.plan.sites:
+            refusal = _refusal(site)
+            found.append(refusal or Match(site.layer, data=data[site.layer]))
+        return found
+
+    def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
+        """Turn what is appended, and let every reader turn it back."""
+        assert match.layer is not None, "every match is at a site"
+        append = program.append_node(match.layer)
+        assert append is not None, "an owner appends"
+        half = program.info.dtype if program.dtype.itemsize == 2 else "float16"
+        args = list(append.args)
+        for index, name in enumerate(STREAMS):
+            transforms, codec = match.data[name]
+            basis = _set_basis(rewriter, match.layer, name, transforms)
+            args[index] = _turned(rewriter, append, args[index], basis)
+            regions = StreamOptions(codec, self._region_options(name)).planned_regions(half)
+            for reader in program.readers(match.layer):
+                attention = program.attention_node(reader.layer)
+                inverse = _weight(rewriter, attention, basis.inverse)
+                rewriter.set_args(attention, **{f"{name}_basis": inverse})
+                rewriter.set_basis(reader.layer, **{name: basis})
+                assert program.plan is not None, "there is a cache"
+                stream = program.plan.site(reader.layer).streams[name]
+                new = dataclasses.replace(
+                    stream,
+                    codec=codec.to_dict(),
+                    planes=codec.planes(stream.head_dim),
+                    regions=regions,
+                    calibration=program.calibration.name if program.calibration else None,
+                )
+                rewriter.update_site_plan(reader.layer, **{name: new})
+        rewriter.set_args(append, tuple(args))
+
+    def _transforms(self, program: Program, site: SitePlan, name: str) -> list[Transform]:
+        """Return the transforms of one stream, one a run of heads; identities in a dry run."""
+        stream = site.streams[name]
+        heads = _heads_together(site.num_kv_heads, stream.head_dim, self.width)
+        runs, size = site.num_kv_heads // heads, heads * stream.head_dim
+        if program.calibration is None:
+            return [Transform.identity(size)] * runs
+        statistics = stream_statistics(program, site.layer, name, stream.rope)
+        body = statistics.positions >= self._region_options(name).get("sink", 0)
+
+        def by_runs(x: Tensor) -> Tensor:  # [Hk, N, D] -> [runs, N, heads * D]
+            return x[:, body].unflatten(0, (runs, heads)).transpose(1, 2).flatten(2)
+
+        samples, gradients = by_runs(statistics.samples), statistics.gradients
+        if not self.weighted or gradients is None:
+            return [fit_transform(x, None, self.ridge) for x in samples]
+        pairs = zip(samples, by_runs(gradients), strict=True)
+        return [fit_transform(x, g, self.ridge) for x, g in pairs]
+
+    def _codecs(
+        self, rows: list[tuple[SitePlan, str]], transforms: list[list[Transform]]
+    ) -> list[Codec]:
+        """Return the codec of each row: its share of the budget, and its means."""
+        costs = [torch.cat([part.cost for part in own]) for own in transforms]
+        if not self.weighted:
+            costs = [cost / cost.sum() for cost in costs]
+        gains = [self.key_gain if name == "key" else self.value_gain for _, name in rows]
+        overhead = [GAIN_BITS if gain else 0 for gain in gains]
+        budgets = [int(self.bits * len(cost) / 8) for cost in costs]
+        if self.weighted:
+            total = int(self.bits * sum(map(len, costs)) / 8)
+            shared = share_bytes(costs, overhead, total, self.tails)
+        else:
+            shared = [
+                share_bytes([cost], [bits], budget, self.tails)[0]
+                for cost, bits, budget in zip(costs, overhead, budgets, strict=True)
+            ]
+        found: list[Codec] = []
+        for (site, _), own, bits, gain in zip(rows, transforms, shared, gains, strict=True):
+            shape = (site.num_kv_heads, -1)
+            mean = torch.cat([part.mean for part in own]).float().view(shape)
+            by_head = tuple(tuple(head) for head in bits.view(shape).tolist())
+            means = tuple(tuple(head) for head in mean.tolist())
+            found.append(KltCodec(by_head, means, gain, self.tails))
+        return found
+
+    def _region_options(self, name: str) -> RegionOptions:
+        own = self.key_regions if name == "key" else self.value_regions
+        return {**(self.regions or {}), **(own or {})}
+
+
+def _refusal(site: SitePlan) -> NoMatch | None:
+    """Return why a site is left alone, or None."""
+    if site.owner != site.layer:
+        return NoMatch(f"keys and values are those of layer {site.owner}", site.layer, done=True)
+    if not isinstance(site.value, StreamPlan):
+        hint = "leave out cache-latent, or use quantize-kv"
+        return NoMatch("values are part of the latent", site.layer, hint=hint)
+    return None
+
+
+def _heads_together(num_heads: int, head_dim: int, width: int) -> int:
+    """Return the largest number of heads that divides all and has at most `width` channels."""
+    fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0 and n * head_dim <= width]
+    return max(fitting, default=1)
+
+
+def _set_basis(rewriter: Rewriter, layer: int, name: str, transforms: list[Transform]) -> Basis:
+    weight, inverse = (f"klt.{name}_{layer}_{way}" for way in ("in", "out"))
+    set_matrices(rewriter, weight, torch.stack([own.forward for own in transforms]))
+    set_matrices(rewriter, inverse, torch.stack([own.inverse for own in transforms]))
+    heads = rewriter.program.site(layer).num_kv_heads // len(transforms)
+    return Basis("matrix", weight=weight, heads=heads, inverse=inverse)
+
+
+def _turned(rewriter: Rewriter, append: fx.Node, value: object, basis: Basis) -> fx.Node:
+    assert isinstance(value, fx.Node), "operands of an append are nodes"
+    matrices = _weight(rewriter, append, basis.weight)
+    type_ = value.meta["type"]
+    return rewriter.call_before(append, kvx.ROTATE, (value, matrices), type_=type_, like=value)
+
+
+def _weight(rewriter: Rewriter, anchor: fx.Node, name: str | None) -> fx.Node:
+    assert name is not None, "the basis has both weights"
+    matrices = rewriter.program.weights[name]
+    type_ = TensorType(matrices.dtype, tuple(matrices.shape))
+    return rewriter.get_weight_node(name, anchor, type_)
