@@ -149,8 +149,8 @@ def describe_codec(codec: Mapping[str, Any]) -> str:
         return f"{describe_codec(codec['inner'])}, {name}"
     if name == "none":
         return str(codec.get("dtype", "as is"))
-    bits, axis, group = codec.get("bits", ""), codec.get("axis"), codec.get("group")
-    words = f"{name}{bits}"
-    if axis:
-        words += f" per {axis}"
-    return f"{words}, groups of {group}" if group else words
+    if "axis" not in codec:  # no integers in groups: what its numbers are called says it best
+        numbers = {key: value for key, value in codec.items() if type(value) is int}
+        return ", ".join([name, *(f"{key} {value}" for key, value in numbers.items())])
+    words = f"{name}{codec.get('bits', '')} per {codec['axis']}"
+    return f"{words}, groups of {codec['group']}" if codec.get("group") else words

@@ -29,6 +29,9 @@ INT4 = {"codec": "int", "bits": 4}
             {"codec": "int", "bits": 2, "axis": "channel", "group": 32},
             "int2 per channel, groups of 32",
         ),
+        ({"codec": "lloyd-max", "levels": 5, "qjl": False}, "lloyd-max, levels 5"),
+        ({"codec": "fib-vq", "words": 64, "k": 4, "gain": "norm"}, "fib-vq, words 64, k 4"),
+        ({"codec": "token-norm", "inner": {**INT4, "axis": "token"}}, "int4 per token, token-norm"),
     ],
 )
 def test_codecs_in_words(codec, words):
