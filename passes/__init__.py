@@ -24,8 +24,8 @@ from kvxform.passes.base import fuse_projections as fuse_projections  # importin
 from kvxform.passes.base import insert_cache as insert_cache
 from kvxform.passes.base import simplify as simplify
 from kvxform.passes.memory import page_cache as page_cache
-from kvxform.passes.quantize import per_layer_bits as per_layer_bits
 from kvxform.passes.quantize import klt as klt
+from kvxform.passes.quantize import per_layer_bits as per_layer_bits
 from kvxform.passes.quantize import quantize_kv as quantize_kv
 from kvxform.passes.rotation import balance_channels as balance_channels
 from kvxform.passes.rotation import fuse_norms as fuse_norms
