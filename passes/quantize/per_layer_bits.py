@@ -45,8 +45,8 @@ class PerLayerBits(GraphPass):
     compared with all uniform choices within the budget, and the best one is taken.
 
     Attributes:
-        average_bits: Budget in true bits per cached value, metadata included.
-        bytes_per_token: Budget in bytes of one token of all layers; give this or `average_bits`.
+        budget: What K and V of all layers may take, metadata included.
+        unit: What the budget is in; `bytes_per_token` are those of all layers together.
         key: Formats of keys: options that differ from those of quantize-kv, or whole codecs.
         value: The same for values.
         method: `exact` or `kvtuner`.
@@ -58,8 +58,8 @@ class PerLayerBits(GraphPass):
         seed: Seed of its search.
     """
 
-    average_bits: float | None = None
-    bytes_per_token: float | None = None
+    budget: float
+    unit: Literal["bits_per_value", "bytes_per_token"] = "bits_per_value"
     key: Sequence[Mapping[str, Any]] = BITS
     value: Sequence[Mapping[str, Any]] = BITS
     method: Literal["exact", "kvtuner"] = "exact"
@@ -77,9 +77,6 @@ class PerLayerBits(GraphPass):
 
     def __post_init__(self) -> None:
         """Check the options as far as that goes without a model."""
-        if (self.average_bits is None) == (self.bytes_per_token is None):
-            rule = "a budget must be given, as average_bits or as bytes_per_token"
-            raise RecipeError("KVX107", rule, where=WHERE)
         if not self.key or not self.value:
             raise RecipeError("KVX107", "key and value must list formats", where=WHERE)
         for name in ("tokens", "window", "trials"):
@@ -175,10 +172,9 @@ class PerLayerBits(GraphPass):
         """
         plan = program.plan
         assert plan is not None, "match found a plan"
-        total = self.bytes_per_token
-        if total is None:
-            assert self.average_bits is not None, "one budget is given"
-            total = self.average_bits * plan.values_per_token / 8
+        total = self.budget
+        if self.unit == "bits_per_value":
+            total = self.budget * plan.values_per_token / 8
         fixed = sum(
             stream.body_bytes_per_token(site.num_kv_heads)
             for site in plan.owners

@@ -19,7 +19,7 @@ RECIPE = {
     "passes": [
         "insert-cache",
         {"quantize-kv": {"key": {"codec": "int", "bits": 4}, "value": {"codec": "int", "bits": 4}}},
-        {"per-layer-bits": {"average_bits": 8, "tokens": 24}},
+        {"per-layer-bits": {"budget": 8, "tokens": 24}},
     ],
 }
 

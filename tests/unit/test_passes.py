@@ -29,6 +29,7 @@ from kvxform.passes.base.fuse_projections import FuseProjections
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
+from kvxform.passes.quantize.per_layer_bits import PerLayerBits
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.balance_channels import BalanceChannels
 from kvxform.passes.rotation.fuse_norms import FuseNorms
@@ -62,6 +63,11 @@ CASES = {
     "insert-cache, rotated": (InsertCache(), (RotateQk(), RotateV()), 2),
     "page-cache": (PageCache(), (InsertCache(),), 1),
     "quantize-kv": (QuantizeKv(INT4, INT4), (InsertCache(), PageCache()), 2),
+    "per-layer-bits": (
+        PerLayerBits(6.0, tokens=32, window=32),
+        (InsertCache(), QuantizeKv(INT4, INT4)),
+        2,
+    ),
     "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
     "cache-latent": (CacheLatent(), (), 2),
     "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
