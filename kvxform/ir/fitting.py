@@ -25,12 +25,13 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
     assert program.calibration is not None, "the pipeline has collected one"
     layer_statistics = program.calibration.layers[layer]
     statistics = stream_statistics(program, layer, name, stream.rope)
-    fisher = None
-    if statistics.gradients is not None:  # gradients turn as values do
-        fisher = stream.basis.rotate(statistics.gradients, program.weights).square()
-    is_plain_key = name == "key" and stream.rope == "post" and stream.basis.kind == "identity"
+    basis, fisher = stream.basis, None
+    if statistics.gradients is not None:  # they turn as values do, and shrink where values grow
+        turn = basis.unrotate if basis.kind == "scale" else basis.rotate
+        fisher = turn(statistics.gradients, program.weights).square()
+    is_plain_key = name == "key" and stream.rope == "post" and basis.kind == "identity"
     return CodecSamples(
-        stream.basis.rotate(statistics.samples, program.weights),
+        basis.rotate(statistics.samples, program.weights),
         fisher,
         layer_statistics.rotary_envelope() if is_plain_key else None,
     )
