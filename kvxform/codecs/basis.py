@@ -73,6 +73,15 @@ class Basis:
         signs = make_signs(x.shape[-1], self.seed)
         return y if signs is None else y * signs.to(y)
 
+    def rotate_gradient(self, gradient: Tensor, matrices: Matrices | None = None) -> Tensor:
+        """Return `gradient @ R^-T`: what a gradient by x is by `x @ R`."""
+        if self.kind == "scale":
+            return self.unrotate(gradient, matrices)
+        if self.kind == "matrix" and self.inverse is not None:
+            assert matrices is not None, "used with the weights of the program"
+            return rotate_heads(gradient, matrices[self.inverse].mT)
+        return self.rotate(gradient, matrices)  # R is orthogonal
+
     def matrix(self, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return R of a basis that is the same for all heads, shape `[dim, dim]`."""
         return self.rotate(torch.eye(dim, dtype=dtype))

@@ -26,9 +26,8 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
     layer_statistics = program.calibration.layers[layer]
     statistics = stream_statistics(program, layer, name, stream.rope)
     basis, fisher = stream.basis, None
-    if statistics.gradients is not None:  # they turn as values do, and shrink where values grow
-        turn = basis.unrotate if basis.kind == "scale" else basis.rotate
-        fisher = turn(statistics.gradients, program.weights).square()
+    if statistics.gradients is not None:
+        fisher = basis.rotate_gradient(statistics.gradients, program.weights).square()
     is_plain_key = name == "key" and stream.rope == "post" and basis.kind == "identity"
     return CodecSamples(
         basis.rotate(statistics.samples, program.weights),
