@@ -8,6 +8,7 @@
 - `rotation.spectral_rotation`: K and V in eigenbases that calibration has found
 - `rotation.learn_rotation`: K and V in bases learnt on calibration tokens
 - `rotation.balance_channels`: channels of K in which queries are large are stored larger
+- `rotation.rotate_k_prerope`: keys before RoPE are rotated over several heads and put in order
 - `rotation.rotate_qk`: queries and new keys are rotated after RoPE
 - `base.insert_cache`: stateless attention becomes append and cached attention
 - `memory.page_cache`: the cache lives in pages
@@ -30,6 +31,7 @@ from kvxform.passes.quantize import quantize_kv as quantize_kv
 from kvxform.passes.rotation import balance_channels as balance_channels
 from kvxform.passes.rotation import fuse_norms as fuse_norms
 from kvxform.passes.rotation import learn_rotation as learn_rotation
+from kvxform.passes.rotation import rotate_k_prerope as rotate_k_prerope
 from kvxform.passes.rotation import rotate_qk as rotate_qk
 from kvxform.passes.rotation import rotate_residual as rotate_residual
 from kvxform.passes.rotation import rotate_v as rotate_v

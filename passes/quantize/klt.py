@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-import kvxform.ir.ops as kvx
 from kvxform.codecs.base import Codec
-from kvxform.codecs.basis import Basis
 from kvxform.codecs.klt import GAIN_BITS, KltCodec
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
@@ -28,12 +26,9 @@ from kvxform.ir.fitting import stream_statistics
 from kvxform.ir.plan import SitePlan, StreamPlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_options import RegionOptions, StreamOptions
-from kvxform.ir.types import TensorType
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
-from kvxform.rotations.keys import set_matrices
+from kvxform.rotations.at_read import STREAMS, heads_together, turn_at_read
 from kvxform.rotations.transform import Transform, fit_transform, share_bytes
-
-STREAMS = ("key", "value")
 
 
 @register_pass
@@ -126,20 +121,14 @@ class Klt(GraphPass):
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
         """Turn what is appended, and let every reader turn it back."""
         assert match.layer is not None, "every match is at a site"
-        append = program.append_node(match.layer)
-        assert append is not None, "an owner appends"
         half = program.info.dtype if program.dtype.itemsize == 2 else "float16"
-        args = list(append.args)
-        for index, name in enumerate(STREAMS):
+        for name in STREAMS:
             transforms, codec = match.data[name]
-            basis = _set_basis(rewriter, match.layer, name, transforms)
-            args[index] = _turned(rewriter, append, args[index], basis)
+            forward = torch.stack([own.forward for own in transforms])
+            inverse = torch.stack([own.inverse for own in transforms])
+            turn_at_read(rewriter, match.layer, name, forward, inverse)
             regions = StreamOptions(codec, self._region_options(name)).planned_regions(half)
             for reader in program.readers(match.layer):
-                attention = program.attention_node(reader.layer)
-                inverse = _weight(rewriter, attention, basis.inverse)
-                rewriter.set_args(attention, **{f"{name}_basis": inverse})
-                rewriter.set_basis(reader.layer, **{name: basis})
                 assert program.plan is not None, "there is a cache"
                 stream = program.plan.site(reader.layer).streams[name]
                 new = dataclasses.replace(
@@ -150,12 +139,11 @@ class Klt(GraphPass):
                     calibration=program.calibration.name if program.calibration else None,
                 )
                 rewriter.update_site_plan(reader.layer, **{name: new})
-        rewriter.set_args(append, tuple(args))
 
     def _transforms(self, program: Program, site: SitePlan, name: str) -> list[Transform]:
         """Return the transforms of one stream, one a run of heads; identities in a dry run."""
         stream = site.streams[name]
-        heads = _heads_together(site.num_kv_heads, stream.head_dim, self.width)
+        heads = heads_together(site.num_kv_heads, self.width // stream.head_dim)
         runs, size = site.num_kv_heads // heads, heads * stream.head_dim
         if program.calibration is None:
             return [Transform.identity(size)] * runs
@@ -211,31 +199,3 @@ def _refusal(site: SitePlan) -> NoMatch | None:
         hint = "leave out cache-latent, or use quantize-kv"
         return NoMatch("values are part of the latent", site.layer, hint=hint)
     return None
-
-
-def _heads_together(num_heads: int, head_dim: int, width: int) -> int:
-    """Return the largest number of heads that divides all and has at most `width` channels."""
-    fitting = [n for n in range(1, num_heads + 1) if num_heads % n == 0 and n * head_dim <= width]
-    return max(fitting, default=1)
-
-
-def _set_basis(rewriter: Rewriter, layer: int, name: str, transforms: list[Transform]) -> Basis:
-    weight, inverse = (f"klt.{name}_{layer}_{way}" for way in ("in", "out"))
-    set_matrices(rewriter, weight, torch.stack([own.forward for own in transforms]))
-    set_matrices(rewriter, inverse, torch.stack([own.inverse for own in transforms]))
-    heads = rewriter.program.site(layer).num_kv_heads // len(transforms)
-    return Basis("matrix", weight=weight, heads=heads, inverse=inverse)
-
-
-def _turned(rewriter: Rewriter, append: fx.Node, value: object, basis: Basis) -> fx.Node:
-    assert isinstance(value, fx.Node), "operands of an append are nodes"
-    matrices = _weight(rewriter, append, basis.weight)
-    type_ = value.meta["type"]
-    return rewriter.call_before(append, kvx.ROTATE, (value, matrices), type_=type_, like=value)
-
-
-def _weight(rewriter: Rewriter, anchor: fx.Node, name: str | None) -> fx.Node:
-    assert name is not None, "the basis has both weights"
-    matrices = rewriter.program.weights[name]
-    type_ = TensorType(matrices.dtype, tuple(matrices.shape))
-    return rewriter.get_weight_node(name, anchor, type_)
