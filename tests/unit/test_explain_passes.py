@@ -64,7 +64,7 @@ def test_a_place_that_does_not_match_says_why_and_what_to_change():
         ("head", "weight wte.weight is read in 2 places")
     ]
     assert missed[0].node.endswith("(programs.py:1)")
-    assert missed[0].hint.startswith("untie it")
+    assert missed[0].hint.startswith("use untie: true")
 
 
 def test_an_unmet_requirement_names_the_pass_that_is_missing():
