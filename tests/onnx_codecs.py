@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -99,9 +100,8 @@ def check_codec(codec: Codec, x: Tensor, *, ties: float = 0.0) -> None:
     torch.testing.assert_close(have, want, rtol=1e-2, atol=1e-12 * scale**2)
 
 
-def klt_codec(bits: tuple[tuple[int, ...], ...]) -> KltCodec:
-    """Return codec klt with random constants."""
+def klt_codec(bits: tuple[tuple[int, ...], ...], **options: Any) -> KltCodec:
+    """Return codec klt with random means."""
     generator = torch.Generator().manual_seed(0)
-    mean, scale = torch.randn(2, len(bits), len(bits[0]), generator=generator)
-    constants = (tuple(map(tuple, x.tolist())) for x in (mean, scale.abs() + 0.1))
-    return KltCodec(bits, *constants)
+    mean = torch.randn(len(bits), len(bits[0]), generator=generator)
+    return KltCodec(bits, tuple(map(tuple, mean.tolist())), **options)

@@ -6,7 +6,7 @@
 - `builder`: nodes, names, constants, initialisers
 - `aten_math`, `aten_shape`, `aten_index`, `aten_nn`: emitters of aten operations
 - `dialect`, `rotations`: emitters of norm, rotary embedding, rotations
-- `attend`, `streams`, `key_read`, `masks`: emitters of the cached operations
+- `attend`, `streams`, `ranked`, `turning`, `masks`: emitters of the cached operations
 - `codecs`: encode and decode as nodes, one file a family of codecs (`codec_*`)
 - `fallback`: operations without an emitter, through the exporter of torch
 - `ports`: cache planes as inputs and outputs

@@ -18,13 +18,24 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
-from kvxform.codegen.onnx.key_read import KeyRead
 from kvxform.codegen.onnx.masks import attention_mask
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
+from kvxform.codegen.onnx.ranked import append_ranked, is_ranked
 from kvxform.codegen.onnx.streams import append_both
+from kvxform.codegen.onnx.turning import KeyRead, values_as_read
 from kvxform.ir.plan import KeyView, SitePlan
 from kvxform.ir.scoring import Span
+
+# Options of kvx::cached_attention that an Attention that appends does not have.
+NOT_OF_ATTENTION = (
+    "softcap",
+    "sink_logits",
+    "alibi_slopes",
+    "inv_freq",
+    "key_basis",
+    "value_basis",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,14 @@ class NewTokens:
     v: ir.Value
 
 
+@dataclass(frozen=True)
+class WaitingTokens:
+    """Keys and values of new tokens whose append needs the queries of their layer."""
+
+    k: ir.Value
+    v: ir.Value | None
+
+
 def appends_itself(e: Emission, node: fx.Node) -> bool:
     """Whether the Attention of the layer of a cache_append node can do the append."""
     assert e.program.plan is not None, "insert-cache has run"
@@ -43,8 +62,7 @@ def appends_itself(e: Emission, node: fx.Node) -> bool:
     dtype = dtype_of(node.args[0])  # type: ignore[arg-type]
     options = e.program.attention_node(site.layer).kwargs
     plain = all(is_plain(plan, dtype) for plan in site.streams.values())
-    shaping = ("softcap", "sink_logits", "alibi_slopes", "inv_freq")
-    special = any(options.get(name) is not None for name in shaping)
+    special = any(options.get(name) is not None for name in NOT_OF_ATTENTION)
     return plain and len(readers) == 1 and not special
 
 
@@ -57,6 +75,8 @@ def emit_cache_append(
     site = e.program.plan.site(layer)
     if v is not None and appends_itself(e, node):
         e.caches[layer] = NewTokens(k, v)
+    elif is_ranked(site):
+        e.caches[layer] = WaitingTokens(k, v)
     else:
         e.caches[layer] = append_both(e, site, k, v)
 
@@ -80,6 +100,7 @@ def emit_cached_attention(
     attention_scaling: float = 1.0,
     interleaved: bool = False,
     key_basis: ir.Value | None = None,
+    value_basis: ir.Value | None = None,
     **others: Any,
 ) -> ir.Value:
     """Emit attention of the new queries over the cache of the owner of this layer."""
@@ -89,10 +110,11 @@ def emit_cached_attention(
     found = e.caches[site.owner]
     if isinstance(found, NewTokens):
         return _fused(e, site, q, found, scoring)
+    if isinstance(found, WaitingTokens):
+        found = e.caches[site.owner] = append_ranked(e, site, found.k, found.v, q, scale)
     key, value = found
-    if inv_freq is not None:
-        read = KeyRead(inv_freq, rotary_dim, attention_scaling, interleaved, key_basis)
-        key = read.apply(e, site, key)
+    read = KeyRead(inv_freq, rotary_dim, attention_scaling, interleaved, key_basis)
+    key, value = read.apply(e, site, key), values_as_read(e, site, value, value_basis)
     if scoring.is_plain and key.values is not None and value.values is not None:
         mask = attention_mask(e, scoring.span)
         y = e.builder.op(

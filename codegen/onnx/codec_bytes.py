@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from kvxform.codecs.packing import part_widths
 from kvxform.codegen.onnx.builder import Builder
-from kvxform.codegen.onnx.codec_base import FLOAT, UINT8
+from kvxform.codegen.onnx.codec_base import CHANNELS, FLOAT, UINT8
+
+EIGHT = torch.arange(8)
 
 
 def pack(b: Builder, codes: ir.Value, bits: int, count: int) -> ir.Value:
@@ -46,6 +50,39 @@ def unpack_parts(b: Builder, packed: ir.Value, bits: int) -> list[ir.Value]:
         rest = b.op("Sub", rest, b.op("Mul", part, b.const(unit, FLOAT)))
         parts.append(part)
     return [rest, *reversed(parts)]
+
+
+def bytes_of(b: Builder, bits: ir.Value, count: int) -> ir.Value:
+    """Emit runs of eight bits as bytes, the first bit lowest.
+
+    Float32 `[B, H, T, count]` of 0 and 1 -> uint8 `[B, H, T, ceil(count / 8)]`.
+    """
+    size = -(-count // 8)
+    if size * 8 > count:
+        bits = b.op("Pad", bits, b.const([0] * 7 + [size * 8 - count]))
+    eights = b.op("Reshape", bits, b.const([0, 0, 0, size, 8]))
+    scaled = b.op("Mul", eights, b.table(2.0**EIGHT))
+    return b.cast(b.op("ReduceSum", scaled, b.const([CHANNELS + 1]), keepdims=0), UINT8)
+
+
+def bits_of(b: Builder, packed: ir.Value, count: int) -> ir.Value:
+    """Emit the bits of `bytes_of`, those that fill up the last byte included."""
+    numbers = b.op("Unsqueeze", b.cast(packed, FLOAT), b.const([CHANNELS + 1]))
+    size = -(-count // 8)
+    return b.op("Reshape", digit_of(b, numbers, EIGHT), b.const([0, 0, 0, size * 8]))
+
+
+def digit_of(b: Builder, x: ir.Value, digits: Tensor) -> ir.Value:
+    """Emit one binary digit of each float32 number, as 0 or 1.
+
+    Args:
+        b: Where nodes go.
+        x: Whole numbers.
+        digits: Which digit, the lowest being 0; broadcast against `x`.
+    """
+    rest = b.op("Floor", b.op("Mul", x, b.table(0.5**digits)))
+    halves = b.op("Floor", b.op("Mul", rest, b.const(0.5, FLOAT)))
+    return b.op("Sub", rest, b.op("Add", halves, halves))
 
 
 def join(b: Builder, parts: list[ir.Value]) -> ir.Value:

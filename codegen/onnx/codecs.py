@@ -7,7 +7,7 @@
 - `codec_directions`: one norm a vector, and a table for its direction: `codec_lloyd_max`,
   `codec_fib_vq`, `codec_octahedral`
 - `codec_polar`, `codec_nuq`, `codec_klt`: angles; levels in ranges; components of unequal bits
-- `codec_token_norm`, `codec_outliers`, `codec_low_rank`: around another codec
+- `codec_token_norm`, `codec_outliers`, `codec_low_rank`, `codec_saliency`: around other codecs
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kvxform.codegen.onnx import (
     codec_octahedral,
     codec_outliers,
     codec_polar,
+    codec_saliency,
     codec_token_norm,
 )
 from kvxform.codegen.onnx.codec_base import CODEC_EMITTERS, CodecEmitter, emitter_of
@@ -44,6 +45,7 @@ EMITTER_MODULES = (  # they fill CODEC_EMITTERS
     codec_octahedral,
     codec_outliers,
     codec_polar,
+    codec_saliency,
     codec_token_norm,
 )
 

@@ -34,7 +34,7 @@ def query_slots(e: Emission) -> ir.Value:
 
 def key_slots(e: Emission) -> ir.Value:
     """Return all slots, int64 `[total_sequence_length]`."""
-    return e.shared(("key slots",), lambda: _range(e, e.builder.const([0]), total_length(e)))
+    return e.shared(("key slots",), lambda: slot_range(e, e.builder.const([0]), total_length(e)))
 
 
 def attention_mask(e: Emission, span: Span) -> ir.Value:
@@ -63,13 +63,14 @@ def key_positions(e: Emission) -> ir.Value:
     return e.shared(("chunks", 1), make)
 
 
-def _range(e: Emission, start: ir.Value, stop: ir.Value) -> ir.Value:
+def slot_range(e: Emission, start: ir.Value, stop: ir.Value) -> ir.Value:
+    """Return the slots from `start` to the one before `stop`, int64; bounds are int64 `[1]`."""
     bounds = [e.builder.op("Squeeze", x) for x in (start, stop)]
     return e.builder.op("Range", *bounds, e.builder.const(1))
 
 
 def _query_slots(e: Emission) -> ir.Value:
-    slots = _range(e, past_length(e), total_length(e))
+    slots = slot_range(e, past_length(e), total_length(e))
     return e.builder.op("Unsqueeze", slots, e.builder.const([1]))
 
 
@@ -156,7 +157,7 @@ def fresh_mask(e: Emission, plan: StreamPlan) -> ir.Value:
         b = e.builder
         past = body_length(e, plan, past_length(e), "past")
         total = body_length(e, plan, total_length(e), "total")
-        tokens = _range(e, past, total)  # counted from the end of the sink
+        tokens = slot_range(e, past, total)  # counted from the end of the sink
         lengths = b.op("Add", query_slots(e), b.const(1))
         seen = body_length(e, plan, lengths, "queries")  # [S, 1]
         return b.op("GreaterOrEqual", tokens, seen, dtype=BOOL)

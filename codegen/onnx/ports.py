@@ -15,6 +15,7 @@ from kvxform.codegen.onnx.builder import onnx_dtype
 from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
 
 PAST, PRESENT = "past_key_values", "present"
+BUFFERS = ("sink", "recent", "scores")  # planes of tokens that are not encoded
 
 
 def has_tail(plan: StreamPlan) -> bool:
@@ -32,11 +33,13 @@ def is_plain(plan: StreamPlan, dtype: ir.DataType) -> bool:
 def plane_specs(plan: StreamPlan) -> tuple[PlaneSpec, ...]:
     """Return all planes of a stream: those of the codec, then `sink` and `recent` if it has them.
 
-    The exact planes are in the dtype of the regions, one row a token.
+    The exact planes are in the dtype of the regions, one row a token; `scores` are those of recent
+    tokens, where tokens are ranked.
     """
     extra = [("sink", plan.regions.sink > 0), ("recent", has_tail(plan))]
     exact = [PlaneSpec(n, plan.regions.dtype, plan.head_dim) for n, present in extra if present]
-    return (*plan.planes, *exact)
+    scores = [PlaneSpec("scores", "float32", 1)] if plan.score_bytes else []
+    return (*plan.planes, *exact, *scores)
 
 
 @dataclass
@@ -84,12 +87,12 @@ class CachePorts:
     def _rows(self, site: SitePlan, stream: str, spec: PlaneSpec) -> str:
         """Return the symbol of the rows of a plane, the same for planes that grow together."""
         plan = site.streams[stream]
-        if spec.name not in ("sink", "recent"):
+        if spec.name not in BUFFERS:
             if not plan.regions.sink and not has_tail(plan):
                 return "sequence_length"
             kind = "body" if spec.tokens_per_row == 1 else "groups"
         else:
-            kind = spec.name
+            kind = "sink" if spec.name == "sink" else "recent"
         rules = {
             (s.streams[stream].regions, s.streams[stream].tokens_per_group)
             for s in self.plan.owners

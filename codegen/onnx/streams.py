@@ -10,7 +10,7 @@ encoded in this call; `attend` picks per query.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,6 +26,7 @@ from kvxform.codegen.onnx.segments import ExactSegment, FoldedSegment, Segment, 
 from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
 
 HEADS, TOKENS = 1, 2  # axes of every plane
+Encode = Callable[[ir.Value], Mapping[str, ir.Value]]  # tokens [B, Hk, t, D] to planes
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,13 @@ def append_both(
         for name, plane in both.items()
     }
     return (
-        append(e, site, "key", k, {name: half[0] for name, half in halves.items()}),
-        append(e, site, "value", v, {name: half[1] for name, half in halves.items()}),
+        append(e, site, "key", k, lambda _: {name: half[0] for name, half in halves.items()}),
+        append(e, site, "value", v, lambda _: {name: half[1] for name, half in halves.items()}),
     )
 
 
 def append(
-    e: Emission,
-    site: SitePlan,
-    stream: str,
-    new: ir.Value,
-    encoded: Mapping[str, ir.Value] | None = None,
+    e: Emission, site: SitePlan, stream: str, new: ir.Value, encode: Encode | None = None
 ) -> StreamView:
     """Emit the append to one stream.
 
@@ -96,34 +93,80 @@ def append(
         site: The owner of the cache.
         stream: `key` or `value`.
         new: New tokens, `[B, Hk, S, D]`.
-        encoded: Their planes, if all of them are encoded at once and that has been done.
+        encode: Emits their planes; by default that of the codec.
+    """
+    past = e.ports.enter(site, stream)
+    if encode is None:
+        emitter = codec_emitter(site.streams[stream])
+        encode = lambda x: emitter.encode(e.builder, x)  # noqa: E731
+    hand = at_hand(e, site.streams[stream], new, past)
+    return store(e, site, stream, new, past, hand, encode)
+
+
+def at_hand(e: Emission, plan: StreamPlan, new: ir.Value, past: Mapping[str, ir.Value]) -> ir.Value:
+    """Return the exact tokens after the sink, those that are encoded in this call first.
+
+    What a buffer holds has been rounded to its dtype, so with a tail all tokens are rounded first.
+    """
+    after_sink = e.slice(new, _new_in_sink(e, plan), END, TOKENS) if "sink" in past else new
+    if "recent" not in past:
+        return after_sink
+    tail = past["recent"]
+    assert tail.dtype is not None, "inputs have a dtype"
+    return e.builder.op("Concat", tail, e.builder.cast(after_sink, tail.dtype), axis=TOKENS)
+
+
+def store(
+    e: Emission,
+    site: SitePlan,
+    stream: str,
+    new: ir.Value,
+    past: Mapping[str, ir.Value],
+    hand: ir.Value,
+    encode: Encode,
+) -> StreamView:
+    """Emit what becomes of new tokens, and return what attention reads.
+
+    Args:
+        e: The emission.
+        site: The owner of the cache.
+        stream: `key` or `value`.
+        new: New tokens, `[B, Hk, S, D]`.
+        past: The stored planes.
+        hand: What `at_hand` returned.
+        encode: Emits the planes of tokens.
     """
     plan, b, dtype = site.streams[stream], e.builder, new.dtype
     assert dtype is not None, "graph values have a dtype"
-    past = e.ports.enter(site, stream)
     sink = _append_sink(e, site, stream, new, past["sink"]) if "sink" in past else None
-    leaving, tail = _leave_tail(e, site, stream, new, past)
-    if encoded is None:
-        encoded = codec_emitter(plan).encode(b, leaving)
-    planes = {}
+    leaving, tail = hand, None
+    if "recent" in past:
+        count = leaving_length(e, plan)
+        leaving = e.slice(hand, 0, count, TOKENS)
+        tail = e.ports.leave(site, stream, "recent", e.slice(hand, count, END, TOKENS))
+    encoded, planes = encode(leaving), {}
     for spec in plan.planes:
         joined = b.op("Concat", past[spec.name], encoded[spec.name], axis=TOKENS)
         planes[spec.name] = e.ports.leave(site, stream, spec.name, joined)
     exact = [None if x is None else b.cast(x, dtype) for x in (sink, tail)]
     fresh = None if tail is None else ExactSegment(b.cast(leaving, dtype))
-    codec = make_codec(plan.codec)
-    if (
-        plan.read.form == "folded"
-        and plan.rope != "pre"
-        and isinstance(codec, IntCodec)
-        and can_fold(codec, plan.head_dim)
-    ):
-        body: Segment = FoldedSegment(codec, plan.head_dim, planes)
+    body = _folded(plan, planes)
+    if body is not None:
         return _separate_view(e, plan, exact[0], body, exact[1], fresh)
     decoded = codec_emitter(plan).decode(b, planes, dtype)
     parts = [x for x in (exact[0], decoded, exact[1]) if x is not None]
     values = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=TOKENS)
     return StreamView(plan, (ExactSegment(values),), (), fresh)
+
+
+def _folded(plan: StreamPlan, planes: Mapping[str, ir.Value]) -> Segment | None:
+    """Return the body as codes that are read without decoding, if the plan says so."""
+    codec = make_codec(plan.codec)
+    if plan.read.form != "folded" or plan.is_turned_at_read or not isinstance(codec, IntCodec):
+        return None
+    if not can_fold(codec, plan.head_dim):
+        return None
+    return FoldedSegment(codec, plan.head_dim, planes)
 
 
 def _separate_view(
@@ -155,25 +198,6 @@ def _append_sink(
     every = e.builder.op("Concat", past, e.builder.cast(new, past.dtype), axis=TOKENS)
     sink = e.slice(every, 0, site.streams[stream].regions.sink, TOKENS)
     return e.ports.leave(site, stream, "sink", sink)
-
-
-def _leave_tail(
-    e: Emission, site: SitePlan, stream: str, new: ir.Value, past: dict[str, ir.Value]
-) -> tuple[ir.Value, ir.Value | None]:
-    """Return the tokens to encode now, and the unencoded tail, or None if there never is one.
-
-    What a buffer holds has been rounded to its dtype, so with a tail all tokens are rounded first.
-    """
-    plan, b = site.streams[stream], e.builder
-    after_sink = e.slice(new, _new_in_sink(e, plan), END, TOKENS) if "sink" in past else new
-    if "recent" not in past:
-        return after_sink, None
-    tail = past["recent"]
-    assert tail.dtype is not None, "inputs have a dtype"
-    loose = b.op("Concat", tail, b.cast(after_sink, tail.dtype), axis=TOKENS)
-    count = leaving_length(e, plan)
-    staying = e.ports.leave(site, stream, "recent", e.slice(loose, count, END, TOKENS))
-    return e.slice(loose, 0, count, TOKENS), staying
 
 
 def _new_in_sink(e: Emission, plan: StreamPlan) -> ir.Value:

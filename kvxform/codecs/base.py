@@ -228,8 +228,9 @@ def make_codec(spec: Mapping[str, Any]) -> Codec:
 
 def layers_of(codec: Codec) -> tuple[Codec, ...]:
     """Return a codec and the codecs inside it, from the outermost one on."""
-    inner = getattr(codec, "inner", None)
-    return (codec, *layers_of(inner)) if isinstance(inner, Codec) else (codec,)
+    values = (getattr(codec, field.name) for field in dataclasses.fields(codec))
+    inner = [part for value in values if isinstance(value, Codec) for part in layers_of(value)]
+    return (codec, *inner)
 
 
 def require_option(condition: bool, codec: str, rule: str, got: object) -> None:

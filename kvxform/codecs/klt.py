@@ -89,7 +89,7 @@ class KltCodec(Codec):
         codes = torch.zeros(*unit.shape[:-1], layout.size, dtype=torch.int64, device=x.device)
         if self.gain:
             codes[..., -1] = _gain_code(unit[..., layout.coded.to(x.device)])
-            unit = unit / _gain(codes[..., -1:], unit.dtype)
+            unit = unit / gain_of(codes[..., -1:].to(unit.dtype))
         for bits, places in layout.by_bits.items():
             own = places.to(x.device)
             bounds = bounds_of(self._table(bits)).to(x.device)
@@ -114,7 +114,7 @@ class KltCodec(Codec):
             own = places.to(device)
             unit[..., own] = self._table(bits).to(device, wide)[codes[..., own]]
         if self.gain:
-            unit = unit * _gain(codes[..., -1:], wide)
+            unit = unit * gain_of(codes[..., -1:].to(wide))
         x = unit + self._mean(unit)
         return x.unflatten(-1, (heads, -1)).transpose(-3, -2).to(dtype)
 
@@ -138,8 +138,9 @@ def _gain_code(unit: Tensor) -> Tensor:
     return (square.log2().round() + _UNIT_GAIN).clamp(0, (1 << GAIN_BITS) - 1).long()
 
 
-def _gain(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.exp2((codes - _UNIT_GAIN).to(dtype) / 2)
+def gain_of(codes: Tensor) -> Tensor:
+    """Return the gain of codes, which are whole numbers in a floating-point dtype."""
+    return torch.exp2((codes - _UNIT_GAIN) / 2)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class SaliencyCodec(Codec):
         shares = 0 < self.last <= 1 and self.random >= 0 and self.last + self.random <= 1
         rule = "last and random must be shares of a chunk, and last more than 0"
         self._require(shares, rule, (self.last, self.random))
-        for option, count in self._counts.items():
+        for option, count in self.counts.items():
             group = getattr(self, option).tokens_per_group
             rule = f"the {count} tokens of {option} must be whole groups of {group}"
             self._require(count > 0 and count % group == 0, rule, self.share)
@@ -123,6 +123,11 @@ class SaliencyCodec(Codec):
         order = torch.randperm(self.chunk - last, generator=generator).tolist()
         return tuple(sorted([*order[:others], *range(self.chunk - last, self.chunk)]))
 
+    @property
+    def seen_by(self) -> Tensor:
+        """Number of probes that see the token at each place of a chunk, int64 `[chunk]`."""
+        return (torch.tensor(self.probes) >= torch.arange(self.chunk)[:, None]).sum(-1)
+
     def check(self, head_dim: int) -> None:
         """Raise PassError KVX203 if one of the codecs cannot take `head_dim`."""
         self.high.check(head_dim)
@@ -137,7 +142,7 @@ class SaliencyCodec(Codec):
                 count // plane.tokens_per_row * plane.width,
                 self.chunk,
             )
-            for option, count in self._counts.items()
+            for option, count in self.counts.items()
             for plane in getattr(self, option).planes(head_dim)
         ]
         found.append(PlaneSpec("class", "uint8", self.chunk // 8, self.chunk))
@@ -194,7 +199,7 @@ class SaliencyCodec(Codec):
         return dataclasses.replace(self, high=self.high.fit(samples), low=self.low.fit(samples))
 
     @property
-    def _counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Tokens of each class in a chunk."""
         high = round(self.share * self.chunk)
         return {"high": high, "low": self.chunk - high}
@@ -202,24 +207,22 @@ class SaliencyCodec(Codec):
     def _choose(self, scores: Tensor) -> Tensor:
         """Return which tokens are of the high class, bool as `scores` `[..., chunk]`."""
         if self.score == "mean":
-            probes = torch.tensor(self.probes)
-            seen_by = (probes >= torch.arange(self.chunk)[:, None]).sum(-1)
-            scores = scores / seen_by.to(scores)
+            scores = scores / self.seen_by.to(scores)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         is_high = torch.zeros_like(scores, dtype=torch.bool)
-        return is_high.scatter(-1, order[..., : self._counts["high"]], True)
+        return is_high.scatter(-1, order[..., : self.counts["high"]], True)
 
     def _indices(self, is_high: Tensor) -> dict[str, Tensor]:
         """Return the places of the tokens of each class, ascending, `[..., count, 1]`."""
         order = (~is_high).to(torch.uint8).argsort(dim=-1, stable=True).unsqueeze(-1)
-        high = self._counts["high"]
+        high = self.counts["high"]
         return {"high": order[..., :high, :], "low": order[..., high:, :]}
 
     def _decode_class(
         self, option: str, planes: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
         """Return the tokens of one class, `[..., C, count, D]`."""
-        codec, count = getattr(self, option), self._counts[option]
+        codec, count = getattr(self, option), self.counts[option]
         own = {}
         for plane in codec.planes(ANY_WIDTH):  # for names and tokens of a row, alike for all
             rows = planes[f"{option}_{plane.name}"]

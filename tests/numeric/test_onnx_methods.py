@@ -21,6 +21,7 @@ HEADS, HEAD_DIM, PROMPT, NEW = 2, 16, 40, 12
 TOLERANCE = 2e-3  # where sums round differently, a code may flip
 INT2, INT4 = {"codec": "int", "bits": 2}, {"codec": "int", "bits": 4}
 RUNS = {**INT2, "axis": "channel", "group": 8}
+RANKED = {"codec": "saliency", "high": INT4, "low": INT2, "chunk": 16, "last": 0.25, "random": 0.25}
 RANGES = [[3.0] * HEAD_DIM] * HEADS
 STREAMS = [
     INT4 | {"clip": "search"},
@@ -40,6 +41,8 @@ STREAMS = [
     {"codec": "none", "dtype": "float16"},
     {"codec": "outliers", "inner": {"codec": "nuq", "bits": 3, "group": 8, "levels": "normal"}},
 ]
+
+RANKED_PAIR = [RANKED, {**RANKED, "separable": True}]  # K and V are ranked alike
 
 
 def program_of(streams, *, prerope=False, regions=None):
@@ -71,13 +74,42 @@ def assert_like_eager(program, folder):
     assert torch.equal(session.generate(prompts, **options), expected_tokens)
 
 
+def assert_prefill_like(session, ids, expected):
+    found = session.prefill(ids, all_logits=True)
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * largest)
+
+
 def test_every_codec_is_in_a_model():
-    used = {type(part) for spec in STREAMS for part in layers_of(make_codec(spec))}
+    used = {type(part) for spec in STREAMS + RANKED_PAIR for part in layers_of(make_codec(spec))}
     assert used == set(CODECS.values())
 
 
-@pytest.mark.parametrize("prerope", [False, True])
-def test_codecs_in_whole_models_are_as_in_eager(prerope, tmp_path):
-    regions = {"sink": 3} if prerope else None
-    program = program_of(STREAMS, prerope=prerope, regions=regions)
+def test_every_codec_in_one_model_is_as_in_eager(tmp_path):
+    assert_like_eager(program_of(STREAMS), tmp_path / "out")
+
+
+def test_ranked_tokens_are_as_in_eager(tmp_path):
+    """Whether a prompt comes in one piece, in parts or by tokens."""
+    program = program_of(RANKED_PAIR, regions={"sink": 3})
+    model, session = OptimizedModel(program), open_export(program, tmp_path / "out")
+    ids = token_ids(program, 2, PROMPT + NEW)
+    expected = model(ids)
+    largest = float(expected.abs().max())
+    last = 0
+    for count in (2, 1, 20, 1, 16):
+        found = session.prefill(ids[:, last : last + count], all_logits=True)
+        wanted = expected[:, last : last + count]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE * largest)
+        last += count
+    for t in range(last, PROMPT + NEW):
+        found = session.decode(ids[:, t])
+        torch.testing.assert_close(found, expected[:, t], rtol=0, atol=TOLERANCE * largest)
+    session.reset()
+    assert_prefill_like(session, ids, expected)
+
+
+@pytest.mark.slow
+def test_every_codec_of_keys_before_rope_is_as_in_eager(tmp_path):
+    program = program_of(STREAMS, prerope=True, regions={"sink": 3})
     assert_like_eager(program, tmp_path / "out")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 import torch
 from onnx_codecs import check_codec, check_empty, decoded, encoded
+from onnx_tools import make_model, run_model
 
 from kvxform.codecs.base import CodecSamples
 from kvxform.codecs.integer import IntCodec
 from kvxform.codecs.low_rank import LowRankResidualCodec
 from kvxform.codecs.nuq import NuqCodec
 from kvxform.codecs.outliers import OutliersCodec
+from kvxform.codecs.saliency import SaliencyCodec
+from kvxform.codegen.onnx.builder import Builder
+from kvxform.codegen.onnx.codec_saliency import SaliencyEmitter
 
 HEADS, HEAD_DIM = 3, 16
 
@@ -37,6 +42,15 @@ CODECS = {
     "nuq of tokens": fitted(NuqCodec(3, axis="token")),
     "nuq across heads": NuqCodec(4, axis="token", across_heads=True, levels="normal"),
     "nuq of runs": NuqCodec(4, group=8, levels="normal"),
+    "saliency": SaliencyCodec(IntCodec(4), IntCodec(2), chunk=16, score="spread"),
+    "saliency, separable": SaliencyCodec(
+        IntCodec(4, axis="channel", group=4),
+        NuqCodec(2, axis="token", levels="normal"),
+        share=0.25,
+        chunk=16,
+        score="spread",
+        separable=True,
+    ),
     "nuq, 8 bits": NuqCodec(8, axis="token", levels="normal"),
 }
 
@@ -70,3 +84,21 @@ def test_low_rank_factors_have_the_product_of_the_codec(codec):
     torch.testing.assert_close(have, want, rtol=0, atol=2e-3 * scale)
     values_of = decoded(codec, expected, HEAD_DIM)
     torch.testing.assert_close(values_of, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["mean", "sum"])
+def test_tokens_with_scores_are_ranked_as_by_the_codec(score):
+    codec, x = SaliencyCodec(chunk=8, score=score, last=0.5, random=0.25), values()
+    scores = torch.rand(2, HEADS, 32)
+    scores[:, :, ::4] = 0.5  # equal ones
+    b = Builder()
+    inputs = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        for name, shape in (("x", ["b", HEADS, "t", HEAD_DIM]), ("scores", ["b", HEADS, "t"]))
+    ]
+    planes = SaliencyEmitter(codec, HEAD_DIM).encode_ranked(b, *inputs)
+    names = [spec.name for spec in codec.planes(HEAD_DIM)]
+    model = make_model(b, inputs, [planes[name] for name in names])
+    found = dict(zip(names, run_model(model, [x.numpy(), scores.numpy()]), strict=True))
+    for name, plane in codec.encode_ranked(x, scores).items():
+        assert torch.equal(found[name], plane), name

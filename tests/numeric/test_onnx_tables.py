@@ -102,13 +102,18 @@ def test_angles_are_coded_as_in_torch(bits):
 
 
 @pytest.mark.parametrize(
-    "bits",
-    [((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), ((2,) * 8, (2,) * 8), ((1, 2, 3),)],
+    "codec",
+    [
+        klt_codec(((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), gain=True),
+        klt_codec(((2,) * 8, (2,) * 8), tails="normal"),
+        klt_codec(((1, 2, 3),), gain=True),
+    ],
+    ids=["all bits", "two bits", "one head"],
 )
-def test_components_of_unequal_bits_are_as_in_torch(bits):
-    codec = klt_codec(bits)
-    check_codec(codec, torch.randn(2, len(bits), 40, len(bits[0])) * 2)
-    check_empty(codec, len(bits[0]), len(bits))
+def test_components_of_unequal_bits_are_as_in_torch(codec):
+    heads, width = len(codec.bits), len(codec.bits[0])
+    check_codec(codec, torch.randn(2, heads, 40, width) * torch.logspace(-2, 2, 40)[:, None])
+    check_empty(codec, width, heads)
 
 
 @pytest.mark.parametrize("name", FORMATS)
