@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from kvxform.cli.options import Json
 from kvxform.cli.output import print_data, print_json, print_table
 
-app = typer.Typer(help="List the bundled recipes; `show NAME` prints one, `schema` the schema.")
+app = typer.Typer(help="List the bundled recipes; `show NAME` prints one, `preset` what was found.")
 
 
 @app.callback(invoke_without_command=True)
@@ -34,6 +35,23 @@ def show(
     from kvxform.recipe import load_recipe
 
     recipe = load_recipe(name)
+    if json:
+        print_json(recipe.to_data())
+    else:
+        print_data(recipe.to_yaml().rstrip("\n"))
+
+
+@app.command("preset")
+def preset(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Artifact folder.")],
+    json: Json = False,
+) -> None:
+    """Print the recipe of an artifact with what its search per layer found, as YAML."""
+    import kvxform
+    from kvxform.presets import explicit_recipe
+
+    model = kvxform.load(artifact)
+    recipe = explicit_recipe(model.recipe, model.plan)
     if json:
         print_json(recipe.to_data())
     else:

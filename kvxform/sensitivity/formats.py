@@ -49,7 +49,7 @@ def stream_formats(
     present = site.streams[name]
     formats = []
     for changes in options:
-        codec = make_codec(changed_options(present.codec, changes))
+        codec = _make(present, changes, where)
         codec.check(present.head_dim)
         if codec.tokens_per_group != present.tokens_per_group:
             raise PassError(
@@ -67,20 +67,39 @@ def stream_formats(
     return tuple(formats)
 
 
+def _make(present: StreamPlan, changes: Mapping[str, Any], where: str) -> Codec:
+    try:
+        return make_codec(changed_options(present.codec, changes))
+    except TypeError as error:  # an option without default was a constant
+        raise PassError(
+            "KVX205",
+            "a codec that its own pass has fitted must keep its options",
+            where=where,
+            got=f"{dict(changes)} for codec {present.codec['codec']}",
+        ) from error
+
+
 def changed_options(codec: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain data of a codec with other options; fitted constants are left out.
 
     Args:
-        codec: Plain data of the base codec; sequences in it are constants that were fitted.
+        codec: Plain data of the base codec.
         changes: Options to set. An option that the codec does not have itself is set on the codec
             that it wraps. With `codec` among them they are a codec of their own.
     """
     if "codec" in changes:
         return dict(changes)
-    base = {key: value for key, value in codec.items() if not isinstance(value, list | tuple)}
+    base = {key: value for key, value in codec.items() if not is_constant(value)}
     inner = base.get("inner")
     if isinstance(inner, Mapping):
         own = {key: value for key, value in changes.items() if key in base}
         rest = {key: value for key, value in changes.items() if key not in base}
         return {**base, **own, "inner": changed_options(inner, rest)}
     return {**base, **changes}
+
+
+def is_constant(value: object) -> bool:
+    """Return whether an option of a codec was fitted: constants are nested sequences of floats."""
+    if not isinstance(value, list | tuple):
+        return False
+    return all(isinstance(part, float) or is_constant(part) for part in value)
