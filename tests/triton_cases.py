@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvxform.codecs.base import dtype_from_name
+from kvxform.codecs.base import Codec, dtype_from_name
+from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codecs.packing import pack, unpack
+from kvxform.codecs.token_norm import TokenNormCodec
+from kvxform.codegen.triton.formats import codec_fields
 from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
 
 INT_FIELDS = ("bits", "axis", "group", "symmetric", "zero", "clip", "include_zero")
@@ -59,6 +63,16 @@ def int_stream(head_dim: int = 64, bits: int = 4, **fields: Any) -> StreamSpec:
     if fields.get("sink") or fields.get("keep") or fields.get("chunk", 1) > 1:
         fields.setdefault("exact_dtype", "float16")
     return StreamSpec(head_dim, bits, **fields)
+
+
+def codec_stream(head_dim: int, codec: Codec, **fields: Any) -> StreamSpec:
+    """Return a stream of a codec."""
+    found = {**codec_fields(codec, head_dim), **fields}
+    if found.get("axis") == "channel":
+        found.setdefault("chunk", found["group"])
+    if found.get("sink") or found.get("keep") or found.get("chunk", 1) > 1:
+        found.setdefault("exact_dtype", "float16")
+    return StreamSpec(head_dim, **found)
 
 
 def plain_stream(head_dim: int = 64, dtype: str = "float16", **fields: Any) -> StreamSpec:
@@ -114,28 +128,31 @@ def encode(stream: StreamSpec, x: Tensor) -> dict[str, Tensor]:
     """Return the planes of `x` `[..., T, D]`."""
     if not stream.is_coded:
         return {"value": x.to(dtype_from_name(stream.dtype))}
-    planes = {}
-    if stream.token_norm:
-        planes["norm"] = x.float().norm(dim=-1, keepdim=True).clamp_min(2.0**-14).half()
-        x = x.float() / planes["norm"].float()
-    if stream.table:
-        return {**planes, **_encode_table(stream, x.float())}
-    codec = IntCodec(**{name: getattr(stream, name) for name in INT_FIELDS})
-    return {**planes, **codec.encode(x)}
+    if stream.table and not stream.gain:
+        return _encode_table(stream, x.float())
+    return codec_of(stream).encode(x)
 
 
 def decode(stream: StreamSpec, planes: Mapping[str, Tensor]) -> Tensor:
     """Return the float64 values `[..., T, D]` of planes."""
     if not stream.is_coded:
         return planes["value"].double()
-    if stream.table:
+    if stream.table and not stream.gain:
         table = torch.tensor(stream.table, dtype=torch.float64)
         values = table[unpack(planes["codes"], stream.bits).int()]
-        values = values * _spread(stream, planes["scale"].double())
-    else:
-        codec = IntCodec(**{name: getattr(stream, name) for name in INT_FIELDS})
-        values = codec.decode(planes, torch.float64)
-    return values * planes["norm"].double() if stream.token_norm else values
+        return values * _spread(stream, planes["scale"].double())
+    return codec_of(stream).decode(planes, torch.float64)
+
+
+def codec_of(stream: StreamSpec) -> Codec:
+    """Return the codec that the codes of a stream are made by."""
+    if stream.block > 1:
+        words = len(stream.table) // stream.block
+        return FibVqCodec(words, stream.block, gain=stream.gain)
+    if stream.gain:
+        return LloydMaxCodec(len(stream.table), gain=stream.gain)
+    codec = IntCodec(**{name: getattr(stream, name) for name in INT_FIELDS})
+    return TokenNormCodec(codec, stream.token_norm) if stream.token_norm else codec
 
 
 def _encode_table(stream: StreamSpec, x: Tensor) -> dict[str, Tensor]:
@@ -230,7 +247,7 @@ def _garbage_pools(
     pools = {}
     for plane in stream.planes:
         rows = site.page_size // plane.tokens_per_row
-        shape = (num_pages, site.num_kv_heads, rows, plane.width)
+        shape = (num_pages, plane.heads(site.num_kv_heads), rows, plane.width)
         if plane.dtype == "uint8":
             pool = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         else:

@@ -91,7 +91,8 @@ def cache_fields(site: SiteSpec, streams: tuple[StreamText, StreamText]) -> dict
     for s in streams:
         for name, plane in zip(s.planes, s.spec.planes, strict=True):
             rows = site.page_size // plane.tokens_per_row
-            fields[name] = f"{plane.dtype} `[num_pages, {heads}, {rows}, {plane.width}]`."
+            shape = f"[num_pages, {plane.heads(heads)}, {rows}, {plane.width}]"
+            fields[name] = f"{plane.dtype} `{shape}`."
         for name in s.exact:
             tokens = s.spec.sink if name.endswith("_sink") else s.spec.capacity
             shape = f"[num_rows, {heads}, {tokens}, {s.spec.head_dim}]"
@@ -105,7 +106,7 @@ def num_warps(elements: list[int]) -> int:
 
 
 def _check_stream(name: str, stream: StreamSpec, page_size: int) -> None:
-    if len(stream.table) and stream.bits > TABLE_BITS:
+    if stream.block == 1 and stream.table and stream.bits > TABLE_BITS:
         refuse("tables must have at most 16 entries", len(stream.table), name, "use bits: 4")
     if stream.axis == "channel" and stream.is_coded:
         if stream.group not in GROUP_TOKENS:
@@ -123,6 +124,8 @@ def _check_rotation(spec: AppendSpec) -> None:
     dim, block, rope = spec.site.key.head_dim, spec.key_block, spec.rope
     if block & (block - 1) or (block and dim % block):
         refuse(f"a Hadamard block must be a power of two that divides {dim}", block, "key", "")
+    if rope is not None and spec.site.key.token_norm == "site":
+        refuse("norms over all KV heads are taken before RoPE", "rope", "key", "apply RoPE before")
     if rope is not None and (rope.rotary_dim % 2 or not 0 < rope.rotary_dim <= dim):
         rule = f"rotary_dim must be even and at most head_dim {dim}"
         refuse(rule, rope.rotary_dim, "key", "apply RoPE before")

@@ -40,14 +40,15 @@ class StreamText:
     """What the templates need to know of the K or the V half.
 
     Part i holds runs of `run` neighbouring channels: the first starts at channel `i * run`, the
-    next ones `run * parts` channels further each.
+    next ones `run * parts` channels further each. Where a code stands for a block of channels, part
+    i holds the i-th channels of all blocks.
 
     Attributes:
         name: `key` or `value`.
         letter: `k` or `v`.
         spec: How it is stored.
         width: Channels of a part.
-        run: Neighbouring channels of a part; all of it with layout `rows`.
+        run: Neighbouring channels of a part; all of it with layout `rows` and codes of one channel.
         label: Suffix of its quantiser: empty if K and V have the same.
         is_fragment: Whether pages are in fragment order.
         rope: RoPE of new tokens, or None.
@@ -75,9 +76,18 @@ class StreamText:
     def channel(self) -> str:
         """Channels of part 0, a Python expression of int32 `[width]`."""
         element = f"tl.arange(0, {self.width})"
+        if self.run == 1:
+            return f"{element} * {self.parts}"
         if self.parts == 1 or self.width == self.run:
             return element
         return f"{element} % {self.run} + {element} // {self.run} * {self.run * self.parts}"
+
+    @property
+    def channels(self) -> str:
+        """Channels of part 0 as a row, a Python expression of int32 `[1, width]`."""
+        return (
+            f"{self.channel}[None, :]" if self.run == self.width else f"({self.channel})[None, :]"
+        )
 
     @property
     def is_ring(self) -> bool:
@@ -104,6 +114,22 @@ class StreamText:
         """Arguments of device functions that read new tokens."""
         rope = ["cos", "sin"] if self.rope else []
         return [self.letter, f"{self.letter}_stride", *rope, *(["signs"] if self.has_signs else [])]
+
+    @property
+    def encoding(self) -> list[str]:
+        """Arguments of device functions that encode new tokens too."""
+        heads = [f"{self.letter}_head_stride"] if self.has_site_norm else []
+        return [*self.arguments, *heads, *([self.book] if self.book else [])]
+
+    @property
+    def has_site_norm(self) -> bool:
+        """Whether tokens are divided by their norm over all KV heads."""
+        return self.spec.token_norm == "site"
+
+    @property
+    def book(self) -> str:
+        """Name of the tensor of words, or empty if a code stands for one channel."""
+        return f"{self.name}_book" if self.spec.block > 1 else ""
 
     @property
     def planes(self) -> list[str]:
@@ -149,6 +175,11 @@ class StreamText:
     @property
     def packed(self) -> list[Packed]:
         """Bytes of a row of codes; the layout of `kvxform.codecs.packing`."""
+        if self.spec.bits == 6:
+            rest = self.spec.num_codes // 2
+            return [Packed(0, "join_two(code0 & 15, 4)"), Packed(rest, "join_four(code0 >> 4, 2)")]
+        if self.spec.block > 1:
+            return [Packed(0, "join_two(code0, 4)" if self.spec.bits == 4 else "code0")]
         if self.spec.bits != 3:
             return self._pack(self.spec.bits, 0, joined_codes)
         low_bytes = self.spec.head_dim // 4
@@ -230,11 +261,13 @@ def quantiser(stream: StreamSpec) -> tuple[object, ...]:
     """Return what the scales and codes of a group depend on, besides its values."""
     zero = stream.zero if stream.has_zero else ""
     bounds = (stream.clip, stream.include_zero)
-    return (stream.bits, zero, stream.table, *bounds)
+    return (stream.bits, zero, stream.table, stream.block, stream.has_scale, *bounds)
 
 
 def row_sizes(stream: StreamSpec) -> tuple[int, int]:
     """Return width and run of a part: the largest power of two that fits all that cuts rows."""
+    if stream.block > 1:
+        return stream.num_codes, 1
     widths = [stream.head_dim]
     if stream.is_coded:
         widths.append(stream.head_dim // PARTS_PER_BYTES[stream.bits])

@@ -11,11 +11,15 @@ import os
 
 import torch
 
-from kvxform.codecs.base import CODECS
+from kvxform.codecs.base import CODECS, make_codec
 from kvxform.codecs.exact import ExactCodec
+from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.eager.cache import check_plan as check_common
 from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.formats import reason_against
 from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.sites import kernel_specs, page_tokens
 from kvxform.errors import CodegenError
@@ -24,7 +28,7 @@ from kvxform.ir.program import Program
 
 DTYPES = ("float32", "float16", "bfloat16")
 PAYLOADS = ("kv",)
-CODEC_CLASSES = (ExactCodec, IntCodec)
+CODEC_CLASSES = (ExactCodec, IntCodec, TokenNormCodec, LloydMaxCodec, FibVqCodec)
 EAGER = "or use target eager"
 
 
@@ -117,3 +121,6 @@ def _check_site(site: SitePlan) -> None:
         if CODECS.get(codec) not in CODEC_CLASSES:
             known = " or ".join(c.name for c in CODEC_CLASSES)
             refuse(f"the codec must be {known}", codec, at, f"use codec int, {EAGER}")
+        unfit = reason_against(make_codec(stream.codec), stream.head_dim)
+        if unfit:
+            refuse(f"codec {codec}: {unfit.rule}", unfit.got, at, f"{unfit.hint}, {EAGER}")

@@ -87,7 +87,8 @@ def _variables(spec: DecodeSpec) -> dict[str, Any]:
         "cache": cache_tensors(site),
         "configs": _configs(site, streams, is_gathered=is_gathered),
         "table_streams": [stream for stream in streams if stream.spec.table],
-        "unpackers": {stream.unpacker: stream.spec.bits for stream in streams if stream.unpacker},
+        "unpackers": {stream.unpacker: stream for stream in streams if stream.unpacker},
+        "has_shared": any(stream.spec.token_norm == "site" for stream in streams),
         "is_gathered": is_gathered,
         "page_run": math.gcd(site.page_size, MIN_BLOCK),  # tokens that are surely neighbours
         "is_normal": is_normal,

@@ -58,7 +58,7 @@ def cache_tensors(site: SiteSpec) -> dict[str, str]:
     for name, stream in site.streams.items():
         for plane in stream.planes:
             rows = site.page_size // plane.tokens_per_row
-            shape = f"[num_pages, {heads}, {rows}, {plane.width}]"
+            shape = f"[num_pages, {plane.heads(heads)}, {rows}, {plane.width}]"
             tensors[f"{name}_{plane.name}"] = f"Pages, {plane.dtype} `{shape}`."
         for buffer, length in (("sink", stream.sink), ("recent", stream.capacity)):
             if length:
@@ -71,20 +71,17 @@ def _site_lines(site: SiteSpec) -> list[str]:
     return [
         f"{site.num_q_heads} query heads, {site.num_kv_heads} KV heads, {site.dtype}",
         f"pages of {site.page_size} tokens, layout {site.layout}",
-        f"K: {_stream_words(site.key)}",
-        f"V: {_stream_words(site.value)}",
+        f"K: {_stream_words(site.key, site.num_kv_heads)}",
+        f"V: {_stream_words(site.value, site.num_kv_heads)}",
     ]
 
 
-def _stream_words(stream: StreamSpec) -> str:
+def _stream_words(stream: StreamSpec, num_kv_heads: int) -> str:
     words = [f"head_dim {stream.head_dim}"]
     if stream.is_coded:
-        per = "tokens" if stream.axis == "channel" else "channels"
-        words.append(f"int{stream.bits}, one scale for {stream.group} {per}")
-        words.append(f"zero point as {stream.zero}" if stream.has_zero else "no zero point")
-        words += ["token norms"] if stream.token_norm else []
-        words += [f"table of {len(stream.table)} values"] if stream.table else []
-        words.append(f"{stream.bytes_per_token * 8 / stream.head_dim:g} bits a value")
+        words += _code_words(stream)
+        bits = stream.bytes_per_token(num_kv_heads) * 8 / (num_kv_heads * stream.head_dim)
+        words.append(f"{bits:g} bits a value")
     else:
         words.append(stream.dtype)
     if stream.sink:
@@ -93,6 +90,17 @@ def _stream_words(stream: StreamSpec) -> str:
         least = f"{stream.keep} to " if stream.keep < stream.capacity else ""
         words.append(f"newest {least}{stream.capacity} tokens exact")
     return ", ".join(words)
+
+
+def _code_words(stream: StreamSpec) -> list[str]:
+    per = "tokens" if stream.axis == "channel" else "channels"
+    many = f" for {stream.block} channels" if stream.block > 1 else ""
+    if stream.gain:
+        return [f"codes of {stream.bits} bits{many}, one norm ({stream.gain}) a token and head"]
+    words = [f"int{stream.bits}, one scale for {stream.group} {per}"]
+    words.append(f"zero point as {stream.zero}" if stream.has_zero else "no zero point")
+    words += [f"a norm for each token of a {stream.token_norm}"] if stream.token_norm else []
+    return words + ([f"table of {len(stream.table)} values"] if stream.table else [])
 
 
 def _dense_lines(spec: KernelSpec) -> list[str]:

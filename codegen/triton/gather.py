@@ -68,7 +68,13 @@ def make_context(spec: GatherSpec, *, interpret: bool) -> Emission:
         return Emission("gather_fragment.py.jinja", {**streams, **_fragment_variables(site)})
     for stream in streams.values():
         _check(stream, site)
-    variables = {"site": site, "cache": cache_tensors(site), "configs": _CONFIGS, **streams}
+    variables = {
+        "site": site,
+        "cache": cache_tensors(site),
+        "configs": _CONFIGS,
+        "table_streams": [stream for stream in streams.values() if stream.spec.block > 1],
+        **streams,
+    }
     return Emission("gather_rows.py.jinja", variables)
 
 
@@ -94,7 +100,8 @@ def _fragment_variables(site: SiteSpec) -> dict[str, Any]:
 
 
 def _check(stream: StoredStream, site: SiteSpec) -> None:
-    group, table = stream.spec.tokens_per_group, len(stream.spec.table)
+    group = stream.spec.tokens_per_group
+    table = len(stream.spec.table) if stream.spec.block == 1 else 0
     if site.page_size % group:
         rule = f"the page size must be a multiple of the {group} tokens that share a scale"
         hint = f"use page-cache with page_size {-(-site.page_size // group) * group}"

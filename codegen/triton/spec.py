@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from kvxform.codecs.base import PlaneSpec
+from kvxform.codecs.base import PlaneSpec, make_codec
+from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.packing import packed_bytes
+from kvxform.codegen.triton.formats import codec_fields
 from kvxform.ir.plan import SitePlan, StreamPlan
 
 PAGE_LAYOUTS = ("rows", "fragment")
@@ -24,11 +26,12 @@ class StreamSpec:
     """How the K or the V half of a site is stored, as far as a kernel must know.
 
     A stored value is `norm * (scale * f(code) + offset)`: f is the identity or a table, the norm
-    is 1 unless `token_norm`, the offset is that of codec `int` (none with a table).
+    is 1 unless `token_norm` or `gain`, the scale is 1 with `gain`, the offset is that of codec
+    `int` (none with a table).
 
     Attributes:
         head_dim: Channels of one head, D.
-        bits: 2, 3, 4 or 8 for codes; 16 or 32 for plain values.
+        bits: 2, 3, 4, 6 or 8 for codes; 16 or 32 for plain values.
         dtype: Dtype of plain values by torch name; empty for codes.
         axis: `token`: channels of one token share a scale. `channel`: tokens of one channel do.
         group: Channels (axis token) or tokens (axis channel) that share a scale.
@@ -36,8 +39,13 @@ class StreamSpec:
         zero: Zero point as an integer code (`int`) or as the value to add (`float`).
         clip: Factor of the extremes of a group when it is encoded.
         include_zero: The range of a group is widened to contain zero.
-        token_norm: Each token was divided by its norm first; the norm is a plane (OScaR).
-        table: Values of the codes, 2^bits numbers in rising order, or empty for f(code) = code.
+        token_norm: Each token was divided by its norm first, and the norm is a plane: that of each
+            `head`, or of all KV heads of the `site` (OScaR). Empty for no norm.
+        table: Values of the codes, `block` numbers for each, or empty for f(code) = code. The
+            2^bits values of single channels are in rising order.
+        block: Neighbouring channels that share a code.
+        gain: The norm of each head is stored in place of a scale, and the table holds directions;
+            which factor is stored is said by `kvxform.codecs.directions`. Empty for no such codec.
         sink: First tokens that stay exact.
         keep: Newest tokens that stay exact.
         chunk: Tokens that become codes at a time.
@@ -53,8 +61,10 @@ class StreamSpec:
     zero: Literal["int", "float"] = "int"
     clip: float = 1.0
     include_zero: bool = False
-    token_norm: bool = False
+    token_norm: Literal["", "head", "site"] = ""
     table: tuple[float, ...] = ()
+    block: int = 1
+    gain: Literal["", "norm", "corrected", "projected"] = ""
     sink: int = 0
     keep: int = 0
     chunk: int = 1
@@ -62,7 +72,7 @@ class StreamSpec:
 
     @classmethod
     def of(cls, stream: StreamPlan) -> StreamSpec:
-        """Return the spec of a stream whose codec is `none` or `int`."""
+        """Return the spec of a stream with a codec that `capability` has accepted."""
         keep, chunk = stream.keep_and_chunk
         has_exact = stream.regions.sink > 0 or keep + chunk > 1
         common: dict[str, Any] = {
@@ -72,19 +82,27 @@ class StreamSpec:
             "chunk": chunk,
             "exact_dtype": stream.regions.dtype if has_exact else "",
         }
-        codec = dict(stream.codec)
-        if codec.pop("codec") == "none":
+        codec = make_codec(stream.codec)
+        if isinstance(codec, ExactCodec):
             (plane,) = stream.planes
             bits = plane.torch_dtype.itemsize * 8
             return cls(bits=bits, dtype=plane.dtype, group=stream.head_dim, **common)
-        whole = stream.head_dim if codec["axis"] == "token" else stream.tokens_per_group
-        codec["group"] = codec["group"] or whole
-        return cls(**codec, **common)
+        return cls(**codec_fields(codec, stream.head_dim), **common)
 
     @property
     def is_coded(self) -> bool:
         """Whether codes are stored, not values."""
         return not self.dtype
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether scales are stored."""
+        return self.is_coded and not self.gain
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether norms of tokens are stored."""
+        return bool(self.token_norm or self.gain)
 
     @property
     def has_zero(self) -> bool:
@@ -113,20 +131,23 @@ class StreamSpec:
             return (PlaneSpec("value", self.dtype, self.head_dim),)
         rows = self.tokens_per_group
         width = self.head_dim // self.group if self.axis == "token" else self.head_dim
-        planes = [
-            PlaneSpec("codes", "uint8", packed_bytes(self.head_dim, self.bits)),
-            PlaneSpec("scale", "float16", width, rows),
-        ]
+        planes = [PlaneSpec("codes", "uint8", packed_bytes(self.num_codes, self.bits))]
+        if self.has_scale:
+            planes.append(PlaneSpec("scale", "float16", width, rows))
         if self.has_zero:
             planes.append(PlaneSpec("zero", "float16", width, rows))
-        if self.token_norm:
-            planes.append(PlaneSpec("norm", "float16", 1))
+        if self.has_norm:
+            planes.append(PlaneSpec("norm", "float16", 1, shared=self.token_norm == "site"))
         return tuple(planes)
 
     @property
-    def bytes_per_token(self) -> float:
-        """Stored bytes of one encoded token of one head, metadata included."""
-        return sum(p.row_bytes / p.tokens_per_row for p in self.planes)
+    def num_codes(self) -> int:
+        """Codes of a token of one head."""
+        return self.head_dim // self.block
+
+    def bytes_per_token(self, num_kv_heads: int) -> float:
+        """Stored bytes of one encoded token, all heads, metadata included."""
+        return sum(plane.bytes_per_token(num_kv_heads) for plane in self.planes)
 
 
 @dataclass(frozen=True)
@@ -179,7 +200,7 @@ class SiteSpec:
     @property
     def bytes_per_token(self) -> float:
         """Stored bytes of one encoded token, all heads, K and V."""
-        return self.num_kv_heads * sum(st.bytes_per_token for st in self.streams.values())
+        return sum(st.bytes_per_token(self.num_kv_heads) for st in self.streams.values())
 
 
 @dataclass(frozen=True)
@@ -348,7 +369,7 @@ class SubTile:
 
 def sub_tiles(stream: StreamSpec) -> Iterator[SubTile]:
     """Yield the sub-tiles of a coded row of 2, 4 or 8 bits, in the order of their bytes."""
-    assert stream.bits in (2, 4, 8), "3-bit rows have two parts"
+    assert stream.bits in (2, 4, 8), "rows of 3 and 6 bits have two parts"
     row = stream.head_dim * stream.bits // 8
     group = stream.group if stream.axis == "token" else stream.head_dim
     width = math.gcd(row, group)

@@ -158,7 +158,7 @@ def _pool_shapes(spec: SiteSpec) -> Shapes:
         return {"pool": ((spec.num_kv_heads, fragment.chunk_words(spec)), torch.int32)}
     return {
         f"{name}_{p.name}": (
-            (spec.num_kv_heads, spec.page_size // p.tokens_per_row, p.width),
+            (p.heads(spec.num_kv_heads), spec.page_size // p.tokens_per_row, p.width),
             p.torch_dtype,
         )
         for name, stream in spec.streams.items()

@@ -29,6 +29,7 @@ class Part:
         width: Channels.
         group: Index of its scale, along channels.
         shift: The operand is `value * 2**shift / unit` of its stream.
+        stride: Distance of its channels.
     """
 
     name: str
@@ -36,6 +37,19 @@ class Part:
     width: int
     group: int
     shift: int
+    stride: int = 1
+
+    @property
+    def channels(self) -> str:
+        """Channels of the tile, a Python expression of int32 `[block]`."""
+        stride = f" * {self.stride}" if self.stride > 1 else ""
+        start = f"{self.first_channel} + " if self.first_channel else ""
+        return f"{start}tl.arange(0, {self.block}){stride}"
+
+    @property
+    def end(self) -> int:
+        """The first channel past the part."""
+        return self.first_channel + self.width * self.stride
 
     @property
     def block(self) -> int:
@@ -190,12 +204,29 @@ class TileStream:
         return free if self.spec.chunk == 1 else f"{free} // {self.spec.chunk} * {self.spec.chunk}"
 
     @property
+    def _kind(self) -> str:
+        kind = f"words{self.spec.block}_" if self.spec.block > 1 else "int"
+        return f"wide_{kind}" if self.wide else kind
+
+    @property
+    def entry_values(self) -> int:
+        """Numbers that one load from the table of codes gets: two or four float16, or one."""
+        if self.wide or self.spec.bits == 3:
+            return 1
+        return self.spec.block if self.spec.block > 1 else 8 // self.spec.bits
+
+    @property
+    def has_high_bits(self) -> bool:
+        """Whether codes are stored as low and high bits."""
+        return self.spec.is_coded and self.spec.bits in (3, 6)
+
+    @property
     def unpacker(self) -> str:
         """Name of the function that unpacks; empty for plain values."""
         if not self.spec.is_coded:
             return ""
         if self.spec.table:
-            return f"look_up_int{self.spec.bits}"
+            return f"look_up_{self._kind}{self.spec.bits}"
         return f"widen_int{self.spec.bits}" if self.wide else f"unpack_int{self.spec.bits}"
 
 
@@ -221,6 +252,8 @@ def _blocks(spec: StreamSpec, *, in_place: bool) -> Iterator[CodeBlock]:
     if not spec.is_coded:
         whole = SubTile(0, 0, 0, spec.head_dim, 0)
         yield CodeBlock((Load("0", 0),), (part(whole),))
+    elif spec.block > 1:
+        yield _word_block(spec)
     elif spec.bits == 3:
         for i, tiles in enumerate(_three_bit_tiles(spec)):
             low, eighth = Load(f"{i}", tiles[0].first_byte), spec.head_dim // 8
@@ -230,6 +263,24 @@ def _blocks(spec: StreamSpec, *, in_place: bool) -> Iterator[CodeBlock]:
         runs = itertools.groupby(sub_tiles(spec), lambda tile: tile.first_byte)
         for i, (first, run) in enumerate(runs):
             yield CodeBlock((Load(str(i), first),), tuple(part(tile) for tile in run))
+
+
+def _word_block(spec: StreamSpec) -> CodeBlock:
+    """Return how codes of several channels are read: parts hold the i-th channels of words.
+
+    Codes of 6 bits are stored as low bits, two codes a byte, and high bits, four codes a byte.
+    """
+    codes_a_byte = 1 if spec.bits == 8 else 2
+    width, quarter = spec.num_codes // codes_a_byte, spec.num_codes // 4
+    loads: tuple[Load, ...] = (Load("0", 0),)
+    if spec.bits == 6:
+        loads += (Load("0_high", width, 0, quarter),)
+    parts = tuple(
+        Part(f"{run}_{i}", run * width * spec.block + i, width, 0, 0, spec.block)
+        for run in range(codes_a_byte)
+        for i in range(spec.block)
+    )
+    return CodeBlock(loads, parts)
 
 
 def _three_bit_tiles(spec: StreamSpec) -> Iterator[tuple[SubTile, ...]]:

@@ -69,7 +69,7 @@ def test_a_table_of_values() -> None:
 
 
 def test_token_norms() -> None:
-    check(small(int_stream(32, 4, token_norm=True), int_stream(32, 2, symmetric=True)))
+    check(small(int_stream(32, 4, token_norm="head"), int_stream(32, 2, symmetric=True)))
 
 
 def test_plain_values_of_a_float32_model() -> None:

@@ -59,8 +59,8 @@ CASES = {
     "norms and tables": (
         DecodeSpec(
             site(
-                int_stream(32, 4, table=TABLE, token_norm=True),
-                int_stream(32, 4, table=TABLE, token_norm=True, axis="channel", group=16),
+                int_stream(32, 4, table=TABLE, token_norm="head"),
+                int_stream(32, 4, table=TABLE, token_norm="head", axis="channel", group=16),
             )
         ),
         [38],

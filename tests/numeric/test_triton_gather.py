@@ -66,7 +66,7 @@ def test_table_and_plain_values_with_buffers() -> None:
 
 
 def test_token_norm() -> None:
-    site = make_site(int_stream(32, 4, token_norm=True, zero="float"), dtype="float32")
+    site = make_site(int_stream(32, 4, token_norm="head", zero="float"), dtype="float32")
     check(site, SOME_LENGTHS, ulp=2.0**-22)
 
 

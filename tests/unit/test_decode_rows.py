@@ -63,7 +63,7 @@ def test_an_option_adds_its_argument_and_nothing_else_does(
         (DecodeSpec(PLAIN.site, softcap=30.0), "# Softcap"),
         (DecodeSpec(make_site(int_stream(64, sink=4), page_size=64)), "the first split reads"),
         (DecodeSpec(make_site(int_stream(64, keep=8), page_size=64)), "the last split reads"),
-        (DecodeSpec(make_site(int_stream(64, token_norm=True), page_size=64)), "key_norm"),
+        (DecodeSpec(make_site(int_stream(64, token_norm="head"), page_size=64)), "key_norm"),
         (DecodeSpec(make_site(int_stream(64), page_size=16)), "next_pages"),
         (DecodeSpec(make_site(int_stream(80, 4), page_size=64)), "tl.arange(0, 64) < 40"),
     ],

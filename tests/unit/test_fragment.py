@@ -161,7 +161,7 @@ def _with_key(**fields: object) -> SiteSpec:
         (_with_key(keep=1, exact_dtype="float16"), "key: some tokens stay exact"),
         (_with_key(bits=3), "3 bits"),
         (_with_key(table=tuple(range(16))), "table"),
-        (_with_key(token_norm=True), "norm"),
+        (_with_key(token_norm="head"), "norm"),
         (_with_key(group=64), "more than one scale"),
         (make_site(int_stream(64, 2), layout="fragment"), "more than two tokens"),
         (make_site(plain_stream(128, "float32"), layout="fragment"), "stored as float32"),
