@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from distortion import TOLERANCE, check_planes, distortion, normal_vectors, rela
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvxform.codecs import lloyd_max
+from kvxform.codecs import lloyd_max, lloyd_tables
 from kvxform.codecs.base import make_codec
 from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codecs.lloyd_tables import (
@@ -72,6 +73,17 @@ def test_samples_and_a_density_on_a_grid_give_the_table_of_the_closed_form(level
     assert fit_levels(samples, levels) == pytest.approx(exact, abs=0.02)
     density = fit_density(lambda x: np.exp(-x * x / 2), -8.0, 8.0, levels)
     assert density == pytest.approx(exact, abs=3e-3)
+
+
+def test_every_step_of_lloyd_lowers_the_error(monkeypatch):
+    samples = np.sort(np.random.default_rng(1).standard_normal(20_000))
+    errors = []
+    for steps in (1, 2, 4, 8, 16, 32):
+        monkeypatch.setattr(lloyd_tables, "STEPS", steps)
+        table = fit_levels(samples, 12)
+        bounds = (table[1:] + table[:-1]) / 2
+        errors.append(np.square(table[np.searchsorted(bounds, samples)] - samples).mean())
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
 
 
 def test_encoding_takes_the_nearest_level():
