@@ -44,9 +44,12 @@ def stream_formats(
     Raises:
         RecipeError: KVX102 if the codec has no such option.
         PassError: KVX203 if a codec cannot take head_dim, KVX205 if one encodes another number of
-            tokens together.
+            tokens together, lost its constants, or ranks tokens by attention.
     """
-    present = site.streams[name]
+    present, calibration = site.streams[name], program.calibration
+    if present.score_bytes:
+        rule = "codecs that rank tokens by attention cannot be measured on their own"
+        raise PassError("KVX205", rule, where=where, at=program.site(site.layer).module)
     formats = []
     for changes in options:
         codec = _make(present, changes, where)
@@ -59,7 +62,8 @@ def stream_formats(
                 got=f"{codec.tokens_per_group} with {dict(changes)}",
                 at=program.site(site.layer).module,
             )
-        if codec.needs_calibration and program.calibration is not None:
+        is_fitted = codec.needs_calibration and calibration is not None
+        if is_fitted:
             codec = codec.fit(codec_samples(program, site.layer, name, present))
         planes = codec.planes(present.head_dim)
         stream = dataclasses.replace(present, codec=codec.to_dict(), planes=planes, read=ReadForm())
