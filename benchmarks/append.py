@@ -34,6 +34,7 @@ LAYERS = 20
 CACHED = 500  # tokens of the longest sequence
 BATCH_SIZES = (1, 8, 32)
 FORMAT_NAMES = ("bf16", "int8", "int4", "int2")
+METHODS = ("oscar2", "turboquant4", "turboquant2", "fibquant2")  # always with a Hadamard
 LAUNCH = "nothing"
 
 
@@ -59,7 +60,8 @@ def row_names() -> list[str]:
     """Return the names of rows, without their batch sizes."""
     ours = [f"ours-{name}" for name in FORMAT_NAMES]
     rotated = [f"ours-{name}-hadamard" for name in FORMAT_NAMES if name != "bf16"]
-    return [LAUNCH, PLAIN_WRITE, *ours, *rotated]
+    methods = [f"ours-{name}-hadamard" for name in METHODS]
+    return [LAUNCH, PLAIN_WRITE, *ours, *rotated, *methods]
 
 
 def measure_batch(batch_size: int, file: ResultFile, options: argparse.Namespace) -> None:
@@ -106,7 +108,7 @@ def measure_ours(
     name: str, new: Tensor, where: tuple[int, Tensor, Tensor], options: argparse.Namespace
 ) -> Row:
     """Measure one format of ours with the best of its launch parameters."""
-    from caches import FORMATS, make_cache, make_tensors, module_of
+    from caches import FORMATS, make_cache, make_tensors, module_of, row_options
 
     from kvxform.codegen.triton.spec import AppendSpec
 
@@ -114,12 +116,16 @@ def measure_ours(
     _, kind, *rotated = name.split("-")
     site = FORMATS[kind].site(options.page_size, new.dtype)
     module = module_of(AppendSpec(site, key_block=HEAD_DIM if rotated else 0))
-    caches = [make_cache(module, make_tensors(site, num_pages)) for _ in range(LAYERS)]
-    counts = torch.ones_like(starts)
+    size = (num_pages, len(starts))
+    caches = [make_cache(module, make_tensors(site, *size)) for _ in range(LAYERS)]
+    counts, rows = torch.ones_like(starts), row_options(site, len(starts))
+
+    def append(k: Tensor, v: Tensor, cache: Any, config: Any) -> None:
+        module.append(k, v, cache, pages, starts, counts, **rows, config=config)
 
     def calls(config: Any) -> list[Callable[[], None]]:
         return [
-            functools.partial(module.append, k, v, cache, pages, starts, counts, config=config)
+            functools.partial(append, k, v, cache, config)
             for (k, v), cache in zip(new, caches, strict=True)
         ]
 

@@ -24,11 +24,16 @@ from problems import (
 )
 from torch import Tensor
 
-from kvxform.codecs.base import make_codec
+from kvxform.codecs.base import Codec, dtype_from_name
 from kvxform.codecs.basis import Basis
+from kvxform.codecs.fib_vq import FibVqCodec
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.capability import is_interpreted
 from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.formats import codec_fields
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import AppendSpec, DecodeSpec, KernelSpec, SiteSpec, StreamSpec
 
@@ -40,39 +45,54 @@ class Format:
     """A cache format of ours.
 
     Attributes:
-        bits: Bits of a code; 16 for bfloat16 values.
-        symmetric: Whether there is no zero point.
+        key: Codec of keys; None for the dtype of the model, likewise `value`.
+        value: Codec of values.
         is_rotated: Whether q and K are rotated by a Hadamard of all channels in the kernels.
     """
 
-    bits: int
-    symmetric: bool = False
+    key: Codec | None
+    value: Codec | None
     is_rotated: bool = True
 
-    def stream(self, dtype: torch.dtype) -> StreamSpec:
-        """Return the spec of K, and of V, of a model in `dtype`."""
-        name = str(dtype).removeprefix("torch.")
-        if self.bits == 16:
-            return StreamSpec(HEAD_DIM, 16, dtype=name, group=HEAD_DIM)
-        return StreamSpec(HEAD_DIM, self.bits, group=HEAD_DIM, symmetric=self.symmetric)
+    @classmethod
+    def both(cls, codec: Codec) -> Format:
+        """Return the format of keys and values in one codec."""
+        return cls(codec, codec)
 
     def site(self, page_size: int, dtype: torch.dtype) -> SiteSpec:
         """Return the spec of a site, in fragment order if that layout can have it."""
         name = str(dtype).removeprefix("torch.")
-        stream = self.stream(dtype)
-        sizes = (NUM_Q_HEADS, NUM_KV_HEADS, stream, stream, page_size)
+        streams = [_stream(codec, name) for codec in (self.key, self.value)]
+        sizes = (NUM_Q_HEADS, NUM_KV_HEADS, *streams, page_size)
         site = SiteSpec(*sizes, "fragment", name)
         if fragment.reason_against(site) is None:
             return site
         return SiteSpec(*sizes, "rows", name)
 
 
+def _stream(codec: Codec | None, dtype: str) -> StreamSpec:
+    """Return the spec of a stream; tokens that share scales wait for each other in a ring."""
+    if codec is None:
+        return StreamSpec(HEAD_DIM, 16, dtype=dtype, group=HEAD_DIM)
+    chunk = codec.tokens_per_group
+    exact_dtype = dtype if chunk > 1 else ""
+    return StreamSpec(
+        HEAD_DIM, **codec_fields(codec, HEAD_DIM), chunk=chunk, exact_dtype=exact_dtype
+    )
+
+
+OSCAR_KEY = TokenNormCodec(IntCodec(bits=2, axis="channel", group=32))
 FORMATS = {
-    "bf16": Format(16, is_rotated=False),
-    "int8": Format(8, symmetric=True),
-    "int8-zero": Format(8),
-    "int4": Format(4),
-    "int2": Format(2),
+    "bf16": Format(None, None, is_rotated=False),
+    "int8": Format.both(IntCodec(bits=8, symmetric=True)),
+    "int8-zero": Format.both(IntCodec(bits=8)),
+    "int4": Format.both(IntCodec(bits=4)),
+    "int2": Format.both(IntCodec(bits=2)),
+    "oscar2": Format(OSCAR_KEY, IntCodec(bits=2, group=32)),
+    "turboquant4": Format.both(LloydMaxCodec(levels=16)),
+    "turboquant2": Format.both(LloydMaxCodec(levels=4)),
+    "fibquant2": Format.both(FibVqCodec(words=256, k=4)),
+    "fibquant4": Format.both(FibVqCodec(words=256, k=2)),
 }
 
 
@@ -93,8 +113,8 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def make_tensors(site: SiteSpec, num_pages: int) -> dict[str, Tensor]:
-    """Return empty pages of a site, by the names that its kernels use."""
+def make_tensors(site: SiteSpec, num_pages: int, num_rows: int = 1) -> dict[str, Tensor]:
+    """Return an empty cache of a site, by the names that its kernels use."""
     if site.layout == "fragment":
         size = (num_pages, site.num_kv_heads, fragment.chunk_words(site))
         return {"pool": torch.zeros(size, dtype=torch.int32, device=DEVICE)}
@@ -102,10 +122,21 @@ def make_tensors(site: SiteSpec, num_pages: int) -> dict[str, Tensor]:
     for half, stream in site.streams.items():
         for plane in stream.planes:
             rows = site.page_size // plane.tokens_per_row
-            size = (num_pages, site.num_kv_heads, rows, plane.width)
+            size = (num_pages, plane.heads(site.num_kv_heads), rows, plane.width)
             kind = plane.torch_dtype
             tensors[f"{half}_{plane.name}"] = torch.zeros(size, dtype=kind, device=DEVICE)
+        if stream.capacity:
+            size = (num_rows, site.num_kv_heads, stream.capacity, HEAD_DIM)
+            kind = dtype_from_name(stream.exact_dtype)
+            tensors[f"{half}_recent"] = torch.zeros(size, dtype=kind, device=DEVICE)
     return tensors
+
+
+def row_options(site: SiteSpec, batch_size: int) -> dict[str, Tensor]:
+    """Return the option of launchers that says which buffers a sequence has, if there are any."""
+    if not site.has_exact:
+        return {}
+    return {"rows": torch.arange(batch_size, dtype=torch.int32, device=DEVICE)}
 
 
 def make_cache(module: ModuleType, tensors: dict[str, Tensor]) -> Any:
@@ -153,21 +184,22 @@ class Filled:
             planes = fragment.to_planes(self.site, some["pool"])
         else:
             planes = {half: self._planes(some, half) for half in ("key", "value")}
-        k, v = (self._decode(planes[half]) for half in ("key", "value"))
-        return k, v
+        length = int(self.lengths[row])
+        found = []
+        for half, codec in (("key", self.format.key), ("value", self.format.value)):
+            if length % self.site.streams[half].chunk:
+                raise ValueError(f"the ring of {half}s is not read back; got {length} tokens")
+            planes_of_half = planes[half]
+            if codec is None:
+                values = planes_of_half["value"].double()
+            else:
+                values = codec.decode(planes_of_half, torch.float64)
+            found.append(values.transpose(0, 1).flatten(1, 2))  # [n, Hk, r, D] -> [Hk, n * r, D]
+        return found[0], found[1]
 
     def _planes(self, tensors: dict[str, Tensor], half: str) -> dict[str, Tensor]:
-        names = [plane.name for plane in self.site.key.planes]
+        names = [plane.name for plane in self.site.streams[half].planes]
         return {name: tensors[f"{half}_{name}"] for name in names}
-
-    def _decode(self, planes: dict[str, Tensor]) -> Tensor:
-        """Return values `[Hk, T, D]` of planes `[pages, Hk, rows, width]`."""
-        if self.format.bits == 16:
-            values = planes["value"].double()
-        else:
-            options = {"bits": self.format.bits, "symmetric": self.format.symmetric}
-            values = make_codec({"codec": "int", **options}).decode(planes, torch.float64)
-        return values.transpose(0, 1).flatten(1, 2)
 
 
 def fill(name: str, problem: Problem, page_size: int) -> Filled:
@@ -176,11 +208,12 @@ def fill(name: str, problem: Problem, page_size: int) -> Filled:
     site = chosen.site(page_size, problem.q.dtype)
     module = module_of(AppendSpec(site, key_block=HEAD_DIM if chosen.is_rotated else 0))
     table = make_block_table(problem.lengths, page_size, first_page=1)
-    tensors = make_tensors(site, int(table.max()) + 1)
+    tensors = make_tensors(site, int(table.max()) + 1, len(problem.lengths))
     lengths = torch.tensor(problem.lengths, dtype=torch.int32, device=DEVICE)
     cache = make_cache(module, tensors)
     starts = torch.zeros_like(lengths)
-    module.append(problem.k, problem.v, cache, table.to(DEVICE), starts, lengths)
+    options = row_options(site, len(problem.lengths))
+    module.append(problem.k, problem.v, cache, table.to(DEVICE), starts, lengths, **options)
     return Filled(chosen, site, tensors, table, lengths)
 
 
@@ -236,11 +269,12 @@ class Decoder:
         """Return one launch for each copy of the cache, with launch parameters `config`."""
         module = self.module
         work = module.make_workspace(*self._sizes)
+        options = row_options(self.filled.site, len(self.problem.lengths))
         self.prepare(work, config)
 
         def attend(cache: Any) -> Tensor:
             arguments = (self.problem.q, cache, self.table, self.filled.lengths, work, self.out)
-            module.decode(*arguments, scale=SCALE, config=config)
+            module.decode(*arguments, scale=SCALE, **options, config=config)
             return self.out
 
         return [functools.partial(attend, make_cache(module, copy)) for copy in copies]

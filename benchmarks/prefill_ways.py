@@ -158,7 +158,7 @@ class OurPrefill:
     """
 
     def __init__(self, name: str, inputs: Inputs, options: argparse.Namespace) -> None:
-        from caches import FORMATS, make_cache, make_tensors, module_of
+        from caches import FORMATS, make_cache, make_tensors, module_of, row_options
 
         from kvxform.codegen.triton.spec import AppendSpec, GatherSpec, PrefillSpec
 
@@ -172,6 +172,7 @@ class OurPrefill:
         self.prefill = module_of(PrefillSpec(*sizes, query_block=block))
         table = make_block_table((inputs.length,), options.page_size, first_page=1)
         tensors = make_tensors(site, int(table.max()) + 1)
+        self.rows = row_options(site, 1)
         self.stored = make_cache(self.append, tensors)
         self.source = make_cache(self.gather, tensors)
         self.table = table.to(DEVICE)
@@ -215,12 +216,15 @@ class OurPrefill:
         own = slice(start, start + self.inputs.chunk)
         k, v = self.inputs.k[:, :, own], self.inputs.v[:, :, own]
         numbers = (self.numbers[start], self.numbers[self.inputs.chunk])
-        self.append.append(k, v, self.stored, self.table, *numbers, config=self.chosen["append"])
+        self.append.append(
+            k, v, self.stored, self.table, *numbers, **self.rows, config=self.chosen["append"]
+        )
 
     def _gather(self, start: int) -> None:
         end = self.numbers[start + self.inputs.chunk]
         dense = (self.keys, self.values)
-        self.gather.gather(self.source, self.table, end, *dense, config=self.chosen["gather"])
+        options = {**self.rows, "config": self.chosen["gather"]}
+        self.gather.gather(self.source, self.table, end, *dense, **options)
 
     def _prefill(self, start: int) -> None:
         numbers = (self.numbers[start], self.numbers[self.inputs.chunk])

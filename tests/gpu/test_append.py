@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 import torch
 from append_cases import Appender, assert_same_bits
-from triton_cases import encode, int_stream, make_site, plain_stream, random_kv
+from triton_cases import codec_stream, encode, int_stream, make_site, plain_stream, random_kv
 
+from kvxform.codecs.base import Codec
+from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codecs.hadamard import block_hadamard, make_signs
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codecs.packing import unpack
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.spec import AppendSpec, SiteSpec
 
@@ -123,3 +128,34 @@ def test_one_token_of_several_heads_a_program(name: str) -> None:
         config = appender.module.CONFIGS[0]._replace(heads=heads)
         appender.append(k, v, counts, config=config)
         appender.check(k, v)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        LloydMaxCodec(16),
+        LloydMaxCodec(8, gain="corrected"),
+        LloydMaxCodec(4, gain="projected"),
+        FibVqCodec(256, 4),
+        FibVqCodec(64, 2, gain="corrected"),
+        TokenNormCodec(IntCodec(2, axis="channel", group=32)),
+        TokenNormCodec(IntCodec(4)),
+    ],
+    ids=str,
+)
+def test_norms_and_tables(codec: Codec) -> None:
+    """Sums of squares are rounded in another order, so a code in a thousand may differ."""
+    site = site_of((codec_stream(128, codec), int_stream(128)), heads=(8, 4))
+    appender = Appender(AppendSpec(site), [160], "cuda")
+    k, v = random_kv(site, 1, 160)
+    for count in (1, 90, 1, 68):
+        appender.append(k, v, [count])
+    wanted = codec.encode(k[0].to(torch.float16) if site.has_exact else k[0])
+    for plane in site.key.planes:
+        pages = appender.tensors[f"key_{plane.name}"].cpu()[appender.block_table[0].long()]
+        found = pages.transpose(0, 1).flatten(1, 2)[:, : 160 // plane.tokens_per_row]
+        apart = found.double() - wanted[plane.name].double()
+        if plane.name == "codes":
+            assert (apart != 0).double().mean() < 4e-3
+        else:
+            assert (apart.abs() <= 2e-3 * wanted[plane.name].double().abs()).all()

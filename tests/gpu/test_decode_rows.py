@@ -9,6 +9,7 @@ import pytest
 import torch
 from decode_cases import check_decode
 from triton_cases import (
+    codec_stream,
     decode_reference,
     int_stream,
     make_site,
@@ -18,6 +19,11 @@ from triton_cases import (
     store,
 )
 
+from kvxform.codecs.base import Codec
+from kvxform.codecs.fib_vq import FibVqCodec
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec, StreamSpec
@@ -34,7 +40,7 @@ FORMS = [
     {"axis": "channel"},
     {"axis": "channel", "zero": "float", "group": 64},
     {"axis": "channel", "symmetric": True, "group": 128},
-    {"token_norm": True},
+    {"token_norm": "head"},
 ]
 
 
@@ -119,6 +125,23 @@ def test_every_option(options: dict[str, Any]) -> None:
 def test_tables() -> None:
     streams = (int_stream(128, 4, table=TABLE), int_stream(128, 4, table=TABLE, axis="channel"))
     check(make_spec(*streams, site={}))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (LloydMaxCodec(16), LloydMaxCodec(4)),
+        (LloydMaxCodec(8, gain="corrected"), FibVqCodec(256, 2)),
+        (FibVqCodec(64, 2), FibVqCodec(256, 4)),
+        (TokenNormCodec(IntCodec(2, axis="channel", group=32)), IntCodec(2, group=32)),
+    ],
+    ids=str,
+)
+def test_norms_and_tables(key: Codec, value: Codec, dtype: str) -> None:
+    streams = codec_stream(128, key), codec_stream(128, value)
+    for config in range(3):
+        check(make_spec(*streams, site={"dtype": dtype}, query_block=128), config=config)
 
 
 def test_a_graph_follows_lengths_that_change() -> None:

@@ -8,10 +8,22 @@ import math
 import pytest
 import torch
 from prefill_cases import make_case, reference, run_prefill
-from triton_cases import int_stream, live_copy, make_site, plain_stream, random_kv, store
+from triton_cases import (
+    codec_stream,
+    int_stream,
+    live_copy,
+    make_site,
+    plain_stream,
+    random_kv,
+    store,
+)
 
 from kvxform.codecs.base import dtype_from_name
+from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codecs.hadamard import block_hadamard, make_signs
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import ColumnScoresSpec, GatherSpec, PrefillSpec, SiteSpec
@@ -20,6 +32,7 @@ pytestmark = pytest.mark.gpu
 
 # Weights are rounded to the dtype of V; outputs are of the size of one.
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2.5e-2, "float32": 3e-6}
+OSCAR = TokenNormCodec(IntCodec(2, axis="channel", group=32))
 KIVI = {"key_sink": 4, "value_sink": 4, "key_chunk": 128, "value_keep": 128}
 
 
@@ -101,6 +114,8 @@ def test_prefill_and_column_scores_agree() -> None:
         make_site(int_stream(40, 3), int_stream(40, 2, group=8), dtype="bfloat16"),
         make_site(int_stream(128, 2, axis="channel", zero="float"), dtype="bfloat16"),
         make_site(int_stream(64, 8, symmetric=True, keep=9), plain_stream(48), dtype="float32"),
+        make_site(codec_stream(128, LloydMaxCodec(16)), codec_stream(128, FibVqCodec(64, 2))),
+        make_site(codec_stream(128, OSCAR), codec_stream(128, FibVqCodec(256, 4))),
     ],
     ids=lambda site: f"{site.layout}-{site.key.bits}-{site.value.bits}",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,11 +12,16 @@ from append_cases import Appender
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_cases import encode, int_stream, make_site, plain_stream, random_kv
+from triton_cases import codec_stream, encode, int_stream, make_site, plain_stream, random_kv
 
 import kvxform.ir.ops as kvx
+from kvxform.codecs.base import Codec
+from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codecs.hadamard import block_hadamard, make_signs
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codecs.packing import unpack
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, SiteSpec
 
@@ -70,6 +76,31 @@ def test_a_table_of_values() -> None:
 
 def test_token_norms() -> None:
     check(small(int_stream(32, 4, token_norm="head"), int_stream(32, 2, symmetric=True)))
+
+
+@pytest.mark.parametrize(
+    ("codec", "regions"),
+    [
+        (LloydMaxCodec(16), {}),
+        (LloydMaxCodec(8, gain="corrected"), {"sink": 2}),
+        (LloydMaxCodec(4, gain="projected"), {"keep": 3}),
+        (FibVqCodec(64, 2), {}),
+        (FibVqCodec(16, 2, gain="corrected"), {"keep": 3}),
+        (TokenNormCodec(IntCodec(2, axis="channel", group=16)), {"chunk": 16}),
+        (TokenNormCodec(IntCodec(4, group=16)), {}),
+    ],
+    ids=["levels16", "levels8", "levels4", "words64", "words16", "norms of groups", "norms"],
+)
+def test_norms_and_tables(codec: Codec, regions: dict[str, int]) -> None:
+    check(make_site(codec_stream(32, codec, **regions)), steps=((18, 1), (1, 1)))
+
+
+def test_norms_are_of_all_heads() -> None:
+    """Near miss: norms of heads give other codes."""
+    site = make_site(codec_stream(32, TokenNormCodec(IntCodec(4, group=16))))
+    k, _ = random_kv(site, 1, 8)
+    apart = dataclasses.replace(site.key, token_norm="head")
+    assert not torch.equal(encode(site.key, k[0])["norm"], encode(apart, k[0])["norm"])
 
 
 def test_plain_values_of_a_float32_model() -> None:
