@@ -10,6 +10,7 @@ from programs import apply, llama_program
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, make_codec
+from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.cache import make_handle
 from kvxform.ir.plan import CachePlan, ReadForm, StreamPlan
 from kvxform.ir.program import Program, default_positions
@@ -51,6 +52,7 @@ class DefinedCache:
     def __init__(self, plan: CachePlan) -> None:
         self.plan = plan
         self.stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self.received: dict[int, Tensor | None] = {}
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.stored[layer] = (k[0], v[0])
@@ -58,11 +60,14 @@ class DefinedCache:
     def attend(self, layer: int, q: Tensor, positions: Tensor, scoring: Scoring) -> Tensor:
         site = self.plan.site(layer)
         keys, values = self.stored[site.owner]
+        if site.owner == layer:
+            self.received[layer] = received_attention(site.key, keys, q[0], scoring.scale)
+        received = self.received[site.owner]
         groups = q.shape[1] // keys.shape[0]
         out = torch.empty(q.shape[1], q.shape[2], values.shape[-1], dtype=q.dtype)
         for t in range(q.shape[2]):
-            k = live(site.key, keys[:, : t + 1])
-            v = live(site.value, values[:, : t + 1])
+            k = live(site.key, keys[:, : t + 1], received)
+            v = live(site.value, values[:, : t + 1], received)
             first = 0 if scoring.window is None else max(0, t + 1 - scoring.window)
             if scoring.chunk is not None:
                 first = max(first, t // scoring.chunk * scoring.chunk)
@@ -81,14 +86,35 @@ class DefinedCache:
         return out[None]
 
 
-def live(stream: StreamPlan, x: Tensor) -> Tensor:
+def received_attention(stream: StreamPlan, keys: Tensor, q: Tensor, scale: float) -> Tensor | None:
+    """Return what each key `[Hk, n, D]` gets from probes `[H, n, D]` of its chunk, `[Hk, n]`."""
+    codec = make_codec(stream.codec)
+    if not isinstance(codec, SaliencyCodec) or not codec.needs_queries:
+        return None
+    exact = keys.to(dtype_from_name(stream.regions.dtype)).to(keys.dtype)
+    groups, sink = q.shape[0] // keys.shape[0], stream.regions.sink
+    found = torch.zeros(keys.shape[:2], dtype=keys.dtype)
+    for t in range(sink, keys.shape[1]):
+        place = (t - sink) % codec.chunk
+        if place in codec.probes:
+            for head in range(q.shape[0]):
+                run = slice(t - place, t + 1)
+                scores = scale * (exact[head // groups, run] @ q[head, t])
+                found[head // groups, run] += scores.exp() / scores.exp().sum()
+    return found
+
+
+def live(stream: StreamPlan, x: Tensor, received: Tensor | None = None) -> Tensor:
     """Return what is read of `x` `[Hk, n, D]` when the cache holds these n tokens."""
     codec = make_codec(stream.codec)
     sink, body = stream.regions.sink, stream.body_tokens(x.shape[1])
     exact = x.to(dtype_from_name(stream.regions.dtype)).to(x.dtype)
     source = exact if stream.recent_capacity else x
     middle = source[:, sink : sink + body]
-    if body:
+    if body and received is not None:
+        planes = codec.encode_ranked(middle, received[:, sink : sink + body])
+        middle = codec.decode(planes, x.dtype)
+    elif body:
         middle = codec.decode(codec.encode(middle), x.dtype)
     return torch.cat([exact[:, :sink], middle, exact[:, sink + body :]], 1)
 
@@ -110,4 +136,5 @@ def defined_cache(program: Program, tokens: Tensor, layer: int) -> tuple[Tensor,
     program.to_module()(ids, default_positions(ids), make_handle(cache))
     site = program.plan.site(layer)
     k, v = cache.stored[site.owner]
-    return live(site.key, k), live(site.value, v)
+    received = cache.received[site.owner]
+    return live(site.key, k, received), live(site.value, v, received)

@@ -164,10 +164,8 @@ class SaliencyCodec(Codec):
         """
         chunks = x.float().unflatten(-2, (-1, self.chunk))  # [..., Hk, C, chunk, D]
         planes: dict[str, Tensor] = {}
-        if self.separable:
-            largest = chunks.abs().amax(-2, keepdim=True).sqrt()
-            channel = largest.clamp(SMALLEST_SCALE**0.5, LARGEST_FLOAT16).half()
-            planes["channel"] = channel.squeeze(-2)
+        channel = _channel_scale(chunks) if self.separable else None
+        if channel is not None:
             chunks = chunks / channel.float()
         is_high = self._choose(scores.double().unflatten(-1, (-1, self.chunk)))
         for option, index in self._indices(is_high).items():
@@ -176,7 +174,8 @@ class SaliencyCodec(Codec):
             chunk_rows = (chunks.shape[-3], -1)
             for name, plane in found.items():
                 planes[f"{option}_{name}"] = plane.unflatten(-2, chunk_rows).flatten(-2)
-        return {**planes, "class": _pack_bits(is_high)}
+        planes["class"] = _pack_bits(is_high)
+        return planes if channel is None else {**planes, "channel": channel.squeeze(-2)}
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
@@ -241,6 +240,12 @@ class SaliencyCodec(Codec):
 
     def _require(self, condition: bool, rule: str, got: object) -> None:
         require_option(condition, self.name, rule, got)
+
+
+def _channel_scale(chunks: Tensor) -> Tensor:
+    """Return sqrt(max |x|) of each channel of chunks `[..., chunk, D]`, float16 `[..., 1, D]`."""
+    largest = chunks.abs().amax(-2, keepdim=True)
+    return largest.sqrt().clamp(SMALLEST_SCALE**0.5, LARGEST_FLOAT16).half()
 
 
 def _pack_bits(bits: Tensor) -> Tensor:

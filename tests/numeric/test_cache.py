@@ -29,6 +29,16 @@ def kivi(bits, recent):
     }
 
 
+def saliency(score, **options):
+    """Keys and values in chunks of eight, three tokens at 8 bits and five at 2."""
+    shared = {"codec": "saliency", "chunk": 8, "share": 0.375, "score": score, **options}
+    low = {"codec": "int", "bits": 2, "axis": "channel", "group": 5, "zero": "float"}
+    return {
+        "key": {**shared, "high": {"codec": "int", "bits": 8}, "low": low},
+        "value": {**shared, "high": {"codec": "int", "bits": 8}, "separable": True},
+    }
+
+
 WINDOWS = {"sink": 4, "recent": 16}
 PLANS = {
     "exact": None,
@@ -47,6 +57,9 @@ PLANS = {
     | {"regions": {"sink": 2, "recent": 5, "flush": "sliding"}},
     "kivi2": kivi(2, 16),
     "kivi4": kivi(4, 32) | {"regions": {"sink": 5}},
+    "saliency-mean": saliency("mean", last=0.1, random=0.3) | {"regions": {"sink": 3}},
+    "saliency-sum": saliency("sum", last=1.0, random=0.0)
+    | {"regions": {"recent": 5, "flush": "sliding"}},
 }
 
 

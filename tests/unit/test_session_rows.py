@@ -21,6 +21,8 @@ PLANS = {
     "sliding": {"key": INT4, "value": INT4, "regions": {"sink": 2, "recent": 5}},
     "block": {"key": CHANNEL, "value": INT4, "key_regions": {"recent": 8, "flush": "block"}},
 }
+SALIENCY = {"codec": "saliency", "chunk": 8, "last": 0.25, "random": 0.25}
+PLANS["ranked"] = {"key": SALIENCY, "value": SALIENCY}
 LONGEST, ROWS, PAGE = 60, 3, 16
 MODELS = {name: OptimizedModel(cached_program(plan, PAGE)) for name, plan in PLANS.items()}
 IDS = token_ids(MODELS["exact"].program, 6, LONGEST)
@@ -216,6 +218,7 @@ def test_crop_works_where_it_says_so(name, length):
         "int4": everything,
         "sliding": [n for n in everything if n <= 2 or length <= 7] + [length] * (length > 7),
         "block": [n for n in everything if n % 8 == 0 or n // 8 == length // 8],
+        "ranked": [n for n in everything if n % 8 == 0 or n == length],
     }
     assert legal == expected_legal[name]
     assert MODELS[name].new_session().is_croppable == (name in ("exact", "int4"))
