@@ -13,6 +13,7 @@
 - `polar`: codec `polar`, blocks as a length and angles
 - `fp8`: codec `fp8`, 8-bit floating point
 - `klt`: codec `klt`, components of a calibrated basis with bits of their own
+- `klt_trellis`, `trellis`: codec `klt-trellis`, the same with codes of a whole row at once
 - `lloyd_tables`, `fib_codebook`, `tables`: codebooks, and where they are kept
 - `packing`, `radix`: codes of some bits, and of any number of levels, in bytes
 - `basis`: bases (rotations) of a stream
@@ -26,6 +27,7 @@ from kvxform.codecs import fib_vq as fib_vq
 from kvxform.codecs import fp8 as fp8
 from kvxform.codecs import integer as integer
 from kvxform.codecs import klt as klt
+from kvxform.codecs import klt_trellis as klt_trellis
 from kvxform.codecs import lloyd_max as lloyd_max
 from kvxform.codecs import low_rank as low_rank
 from kvxform.codecs import nuq as nuq

@@ -90,10 +90,7 @@ class KltCodec(Codec):
         if self.gain:
             codes[..., -1] = _gain_code(unit[..., layout.coded.to(x.device)])
             unit = unit / gain_of(codes[..., -1:].to(unit.dtype))
-        for bits, places in layout.by_bits.items():
-            own = places.to(x.device)
-            bounds = bounds_of(self._table(bits)).to(x.device)
-            codes[..., own] = torch.bucketize(unit[..., own].contiguous(), bounds)
+        codes[..., : unit.shape[-1]] = self._quantise(unit)
         string = (codes[..., layout.places.to(x.device)] >> layout.digits.to(x.device)) & 1
         padded = torch.nn.functional.pad(string, (0, -string.shape[-1] % 8))
         powers = 1 << torch.arange(8, device=x.device)
@@ -109,17 +106,29 @@ class KltCodec(Codec):
         codes = string.new_zeros(*string.shape[:-1], layout.size)
         codes.index_add_(-1, layout.places.to(device), string << layout.digits.to(device))
         heads = len(self.bits)
-        unit = torch.zeros(*codes.shape[:-1], heads * len(self.bits[0]), dtype=wide, device=device)
-        for bits, places in layout.by_bits.items():
-            own = places.to(device)
-            unit[..., own] = self._table(bits).to(device, wide)[codes[..., own]]
+        unit = self._dequantise(codes[..., : heads * len(self.bits[0])], wide)
         if self.gain:
             unit = unit * gain_of(codes[..., -1:].to(wide))
         x = unit + self._mean(unit)
         return x.unflatten(-1, (heads, -1)).transpose(-3, -2).to(dtype)
 
-    def _table(self, bits: int) -> Tensor:
-        return unit_table(self.tails, bits)
+    def _quantise(self, unit: Tensor) -> Tensor:
+        """Return codes of components in units of their deviations, `[..., Hk * D]`."""
+        codes = torch.zeros(unit.shape, dtype=torch.int64, device=unit.device)
+        for bits, places in _layout(self.bits, self.gain).by_bits.items():
+            own = places.to(unit.device)
+            bounds = bounds_of(unit_table(self.tails, bits)).to(unit.device)
+            codes[..., own] = torch.bucketize(unit[..., own].contiguous(), bounds)
+        return codes
+
+    def _dequantise(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return components of codes `[..., Hk * D]`, in units of their deviations."""
+        unit = torch.zeros(codes.shape, dtype=dtype, device=codes.device)
+        for bits, places in _layout(self.bits, self.gain).by_bits.items():
+            own = places.to(codes.device)
+            table = unit_table(self.tails, bits).to(codes.device, dtype)
+            unit[..., own] = table[codes[..., own]]
+        return unit
 
     def _mean(self, like: Tensor) -> Tensor:
         """Return the means of the components of all heads, `[Hk * D]`."""
@@ -130,6 +139,20 @@ class KltCodec(Codec):
 def unit_table(tails: str, bits: int) -> Tensor:
     """Return the levels of a component of `bits` bits, ascending, float32 `[2**bits]`."""
     return laplace_table(1 << bits) if tails == "laplace" else normal_table(1 << bits)
+
+
+@functools.cache
+def unit_errors(tails: str) -> Tensor:
+    """Return the mean squared error of a component of 0 to 8 bits, float64 `[9]`."""
+    grid = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
+    density = torch.exp(-(2**0.5) * grid.abs() if tails == "laplace" else -grid.square() / 2)
+    density = density / density.sum()
+    errors = [(density * grid.square()).sum()]
+    for bits in range(1, MOST_BITS + 1):
+        table = unit_table(tails, bits).double()
+        nearest = table[torch.bucketize(grid, (table[1:] + table[:-1]) / 2)]
+        errors.append((density * (grid - nearest).square()).sum())
+    return torch.stack(errors)
 
 
 def _gain_code(unit: Tensor) -> Tensor:

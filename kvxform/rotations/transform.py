@@ -14,14 +14,14 @@ gradient as a weight: KVQuant, arXiv 2401.18079, section 3.3. Their combination 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvxform.codecs.klt import MOST_BITS, unit_table
+from kvxform.codecs.klt import MOST_BITS, unit_errors
+from kvxform.codecs.klt_trellis import trellis_errors
 
 SMALLEST_SHARE = 1e-9  # of the largest eigenvalue; keeps the transform invertible
 
@@ -73,7 +73,14 @@ def fit_transform(x: Tensor, gradients: Tensor | None, ridge: float) -> Transfor
     return Transform(forward, inverse, mean @ forward, cost)
 
 
-def share_bytes(costs: Sequence[Tensor], overhead: Sequence[int], total: int, tails: str) -> Bits:
+def share_bytes(
+    costs: Sequence[Tensor],
+    overhead: Sequence[int],
+    total: int,
+    tails: str,
+    *,
+    trellis: bool = False,
+) -> Bits:
     """Return the bits of each component of each row, so that rows have whole bytes.
 
     Bits are bought one byte at a time, where eight bits lower the cost most. The benefit of a bit
@@ -84,8 +91,10 @@ def share_bytes(costs: Sequence[Tensor], overhead: Sequence[int], total: int, ta
         overhead: Bits of each row that are no bits of components, at most 8.
         total: Bytes of all rows; every row gets one at least.
         tails: Tables that the components are coded with; see `KltCodec`.
+        trellis: Whether codec `klt-trellis` codes them.
     """
-    steps = -torch.diff(unit_errors(tails))  # what each bit takes off the error of a component
+    errors = trellis_errors(tails) if trellis else unit_errors(tails)
+    steps = -torch.diff(errors)  # what each bit takes off the error of a component
     benefits = [(cost[:, None] * steps).flatten() for cost in costs]
     order = [benefit.argsort(descending=True, stable=True) for benefit in benefits]
     offers = []
@@ -106,17 +115,3 @@ def share_bytes(costs: Sequence[Tensor], overhead: Sequence[int], total: int, ta
 
 
 Bits = list[Tensor]
-
-
-@functools.cache
-def unit_errors(tails: str) -> Tensor:
-    """Return the mean squared error of a component of 0 to 8 bits, float64 `[9]`."""
-    grid = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
-    density = torch.exp(-(2**0.5) * grid.abs() if tails == "laplace" else -grid.square() / 2)
-    density = density / density.sum()
-    errors = [(density * grid.square()).sum()]
-    for bits in range(1, MOST_BITS + 1):
-        table = unit_table(tails, bits).double()
-        nearest = table[torch.bucketize(grid, (table[1:] + table[:-1]) / 2)]
-        errors.append((density * (grid - nearest).square()).sum())
-    return torch.stack(errors)

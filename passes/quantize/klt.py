@@ -20,6 +20,8 @@ from torch import Tensor
 
 from kvxform.codecs.base import Codec
 from kvxform.codecs.klt import GAIN_BITS, KltCodec
+from kvxform.codecs.klt_trellis import TrellisKltCodec
+from kvxform.codecs.trellis import POLYNOMIALS
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import stream_statistics
@@ -45,6 +47,7 @@ class Klt(GraphPass):
         width: Largest number of channels that are turned together.
         ridge: How much to distrust gradients; see `fit_transform`.
         tails: Tables; see `KltCodec`.
+        trellis: Bits of the register of codec `klt-trellis`, 2 or 3; 0 for codec `klt`.
         regions: Exact regions of both streams.
         key_regions: Options that differ for keys.
         value_regions: Options that differ for values.
@@ -57,6 +60,7 @@ class Klt(GraphPass):
     width: int = 256
     ridge: float = 0.1
     tails: Literal["laplace", "normal"] = "laplace"
+    trellis: Literal[0, 2, 3] = 0
     regions: RegionOptions | None = None
     key_regions: RegionOptions | None = None
     value_regions: RegionOptions | None = None
@@ -78,6 +82,7 @@ class Klt(GraphPass):
             ("width", self.width >= 2, "must be a number of channels, at least 2"),
             ("ridge", self.ridge > 0, "must be positive"),
             ("tails", self.tails in ("laplace", "normal"), "must be laplace or normal"),
+            ("trellis", self.trellis in (0, *POLYNOMIALS), "must be 0, 2 or 3"),
         ):
             if not is_fine:
                 got = repr(getattr(self, name))
@@ -85,7 +90,8 @@ class Klt(GraphPass):
 
     def ensures(self) -> Mapping[str, FactValue]:
         """State codec and basis of both streams."""
-        return {"k.codec": "klt", "v.codec": "klt", "k.basis": "matrix", "v.basis": "matrix"}
+        name = "klt-trellis" if self.trellis else "klt"
+        return {"k.codec": name, "v.codec": name, "k.basis": "matrix", "v.basis": "matrix"}
 
     @property
     def needs_calibration(self) -> bool:
@@ -168,13 +174,14 @@ class Klt(GraphPass):
             costs = [cost / cost.sum() for cost in costs]
         gains = [self.key_gain if name == "key" else self.value_gain for _, name in rows]
         overhead = [GAIN_BITS if gain else 0 for gain in gains]
+        is_trellis = bool(self.trellis)
         budgets = [int(self.bits * len(cost) / 8) for cost in costs]
         if self.weighted:
             total = int(self.bits * sum(map(len, costs)) / 8)
-            shared = share_bytes(costs, overhead, total, self.tails)
+            shared = share_bytes(costs, overhead, total, self.tails, trellis=is_trellis)
         else:
             shared = [
-                share_bytes([cost], [bits], budget, self.tails)[0]
+                share_bytes([cost], [bits], budget, self.tails, trellis=is_trellis)[0]
                 for cost, bits, budget in zip(costs, overhead, budgets, strict=True)
             ]
         found: list[Codec] = []
@@ -183,7 +190,9 @@ class Klt(GraphPass):
             mean = torch.cat([part.mean for part in own]).float().view(shape)
             by_head = tuple(tuple(head) for head in bits.view(shape).tolist())
             means = tuple(tuple(head) for head in mean.tolist())
-            found.append(KltCodec(by_head, means, gain, self.tails))
+            options = (by_head, means, gain, self.tails)
+            codec = TrellisKltCodec(*options, self.trellis) if is_trellis else KltCodec(*options)
+            found.append(codec)
         return found
 
     def _region_options(self, name: str) -> RegionOptions:
