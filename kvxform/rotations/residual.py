@@ -32,7 +32,8 @@ _ATEN = torch.ops.aten
 EMBEDDING = _ATEN.embedding.default
 LAYER_NORM = _ATEN.layer_norm.default
 SUMS = (_ATEN.add.Tensor, _ATEN.sub.Tensor)
-FACTORS = (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.mul.Scalar, _ATEN.div.Scalar)
+PRODUCTS_BY_CHANNEL = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
+QUOTIENTS = (_ATEN.div.Tensor, _ATEN.div.Scalar)
 CASTS = (
     _ATEN.to.dtype,
     _ATEN._to_copy.default,
@@ -99,9 +100,8 @@ class _Tracer:
                 self._forward(node, user)
         self._check_uses(starts[0])
         if self._found.layer_norms and self._found.others:
-            node = next(n for n in self._seen if n.name == starts[0].name)
-            reason = f"{self._found.others[0]} reads the stream and LayerNorm its mean"
-            raise BlockedError(reason, node)
+            reason = f"{self._found.others[0]} reads the mean of the stream, LayerNorm drops it"
+            raise BlockedError(reason, starts[0])
         return self._found
 
     def _mark(self, node: fx.Node, is_normed: bool) -> None:
@@ -225,12 +225,12 @@ def _passes(node: fx.Node, value: fx.Node) -> bool:
     """Whether `node` is `value` with its channels in place, times one factor at most."""
     if node.target in CASTS or node.target in RESHAPES:
         return node.args[0] is value and _width(node) == _width(value)
-    if node.target not in FACTORS:
+    if node.target not in (*PRODUCTS_BY_CHANNEL, *QUOTIENTS):
         return False
-    other = next((a for a in node.args if a is not value), None)
-    is_over = node.target in FACTORS[1::2] and node.args[0] is not value
-    is_factor = other is not None and (not isinstance(other, fx.Node) or _width(other) == 1)
-    return is_factor and not is_over
+    if node.target in QUOTIENTS and node.args[0] is not value:
+        return False
+    other = next((arg for arg in node.args if arg is not value), None)
+    return other is not None and (not isinstance(other, fx.Node) or _width(other) == 1)
 
 
 def _width(node: fx.Node) -> int | str:

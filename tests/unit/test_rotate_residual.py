@@ -21,6 +21,7 @@ import kvxform.ir.ops as kvx
 from kvxform.errors import RecipeError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.program import default_positions
+from kvxform.ir.types import TensorType
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_residual import RotateResidual
@@ -196,3 +197,38 @@ def test_a_width_without_a_hadamard_matrix_is_refused_and_a_random_rotation_is_n
 def test_an_unknown_kind_is_refused():
     with pytest.raises(RecipeError, match=r"KVX107 \[rotate-residual\] kind must be hadamard or"):
         RotateResidual(kind="haar")
+
+
+def test_a_reader_of_the_mean_beside_layer_norms_is_refused():
+    program = fused(gpt2_program(tied=False))
+    head = list(program.calls(aten.linear.default))[-1]
+    norm = head.args[0]
+    head.args = (norm.args[0], *head.args[1:])  # the logits come from the bare stream
+    program.graph.erase_node(norm)
+    _, found = apply(RotateResidual(), program)
+    reason = "linear_default reads the mean of the stream, LayerNorm drops it"
+    assert reasons(found) == [reason]
+
+
+def test_a_weight_that_something_else_reads_is_refused():
+    program = fused(llama_program(layers=2))
+    for node in program.graph.nodes:
+        if node.target == "layers.1.mlp.up.weight":
+            node.target = "layers.0.mlp.up.weight"
+    rotated, found = apply(RotateResidual(), program)
+    assert fired(found) == 1, "two readers of the stream may share a weight"
+    ids = token_ids(program)
+    torch.testing.assert_close(run(rotated, ids), run(program, ids), rtol=0, atol=1e-12)
+    program.weights["alias"] = program.weights["layers.0.mlp.up.weight"]
+    head = list(program.calls(aten.linear.default))[-1]
+    with program.graph.inserting_before(head):
+        alias = program.graph.create_node("get_attr", "alias")
+    alias.meta = {
+        "type": TensorType(torch.float64, (64, 32)),
+        "module": "",
+        "origin": "",
+        "via": (),
+    }
+    head.args = (head.args[0], alias)
+    _, found = apply(RotateResidual(), program)
+    assert reasons(found) == ["weight layers.0.mlp.up.weight is read in 3 places"]
