@@ -16,7 +16,7 @@ from kvxform.evaluate.scorecard import Bench, Effort, Scorecard
 from kvxform.ir.calibration import Calibration
 from kvxform.order import plan_passes
 from kvxform.pipeline import run_pipeline
-from kvxform.recipe import Recipe, bundled_recipes, load_recipe
+from kvxform.recipe import Recipe, RecipeLike, bundled_recipes, load_recipe
 from kvxform.runtime.loading import move_program, parse_device
 from kvxform.runtime.model import OptimizedModel
 from kvxform.texts import encode_text, read_text
@@ -84,7 +84,7 @@ class QualityRun:
             return self._bench.measure_peer(name)
         return self._bench.measure_model(name, self.optimize(name))
 
-    def optimize(self, name: str) -> OptimizedModel:
+    def optimize(self, name: RecipeLike) -> OptimizedModel:
         """Return the model under a recipe; nothing is verified on the way."""
         recipe = load_recipe(name)
         calibration = self._calibrate(recipe)

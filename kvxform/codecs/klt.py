@@ -109,8 +109,8 @@ class KltCodec(Codec):
         unit = self._dequantise(codes[..., : heads * len(self.bits[0])], wide)
         if self.gain:
             unit = unit * gain_of(codes[..., -1:].to(wide))
-        x = unit + self._mean(unit)
-        return x.unflatten(-1, (heads, -1)).transpose(-3, -2).to(dtype)
+        x: Tensor = (unit + self._mean(unit)).unflatten(-1, (heads, -1))
+        return x.transpose(-3, -2).to(dtype)
 
     def _quantise(self, unit: Tensor) -> Tensor:
         """Return codes of components in units of their deviations, `[..., Hk * D]`."""
