@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvxform.calibrate import CalibrationLike, make_calibration
-from kvxform.errors import PassError, VerifyError
+from kvxform.contracts import bound_records, require_bounds, require_contract, require_lowering
+from kvxform.errors import PassError
 from kvxform.ir.program import Program
 from kvxform.ir.verify import verify_program
 from kvxform.order import PlannedPass, check_order, facts_after, plan_passes
 from kvxform.pass_base import Match, NoMatch, Rewriter
 from kvxform.recipe import Recipe
-from kvxform.report import BoundRecord, LoweringRecord, PassRecord, Report
+from kvxform.report import PassRecord, Report
 from kvxform.runtime.executables import check_target
 from kvxform.summary import (
     cache_measured,
     layer_records,
-    measured,
     pass_record,
     plan_summary,
     source_summary,
@@ -112,13 +112,13 @@ def run_pipeline(
     if prober is not None and lowered is not None:
         with clock.stage(f"target {recipe.target.lowering}"):
             stage = prober.measure_lowering(program, lowered)
-            lowering = _require_lowering(recipe.target.lowering, stage, prober)
+            lowering = require_lowering(recipe.target.lowering, stage, prober)
         report = dataclasses.replace(report, lowering=lowering)
     if prober is not None and is_full:
         with clock.stage("cache state"):
             checks = prober.check_full(program, lowered)
         report = dataclasses.replace(report, cache=cache_measured(checks))
-    _require_bounds(report)
+    require_bounds(report)
     return program, report
 
 
@@ -148,7 +148,7 @@ def _apply_passes(
             record = pass_record(planned_pass, found)
             if prober is not None:
                 last = prober.measure(program)
-                record = _require_contract(planned_pass, record, last, prober)
+                record = require_contract(planned_pass, record, last, prober)
             records.append(record)
     return program, records, last
 
@@ -178,7 +178,7 @@ def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
         source=source, recipe=recipe.to_data(), verify="none", probes=(), passes=tuple(records)
     )
     report = _with_plan(report, program, recipe)
-    _require_bounds(report)
+    require_bounds(report)
     return program, report
 
 
@@ -232,63 +232,12 @@ def _require_matches(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> 
     )
 
 
-def _require_contract(
-    planned: PlannedPass, record: PassRecord, stage: StageMeasure, prober: Prober
-) -> PassRecord:
-    """Compare a measured stage with the contract of its pass and return the filled record."""
-    numerics, tolerance = planned.graph_pass.numerics, prober.tolerance
-    metric, bound = numerics.metric or "kl", numerics.bound
-    if numerics.is_exact:
-        lossy = ("kl", tolerance.lossy_bound(stage.cost))
-        metric, bound = lossy if stage.is_lossy else ("relative", tolerance.logits)
-    found = measured(stage.vs_before)
-    value = getattr(found, metric)
-    if bound is not None and not value <= bound:
-        raise PassError(
-            "KVX212",
-            f"{metric} against the stage before must be at most {bound:.0e}"
-            f" for an {numerics.exactness.value} pass",
-            where=planned.name,
-            got=f"{value:.2e}",
-            at=planned.step.at,
-        )
-    if stage.state is not None:
-        stage.state.require(tolerance, planned.name)
-    return dataclasses.replace(
-        record,
-        vs_before=found,
-        vs_source=measured(stage.vs_source),
-        metric=metric,
-        tolerance=bound,
-        cache=cache_measured([stage.state]) if stage.state else None,
-    )
-
-
-def _require_lowering(name: str, stage: StageMeasure, prober: Prober) -> LoweringRecord:
-    """Compare the target with the eager lowering; both are the same program.
-
-    Raises:
-        VerifyError: KVX502 if logits or the state of the cache differ by more than rounding.
-    """
-    tolerance, found = prober.tolerance, measured(stage.vs_before)
-    metric, bound = "relative", tolerance.logits
-    if stage.is_lossy:
-        metric, bound = "kl", tolerance.lossy_bound(stage.cost)
-    value = getattr(found, metric)
-    if not value <= bound:
-        rule = f"{metric} of logits against the eager lowering must be at most {bound:.0e}"
-        raise VerifyError("KVX502", rule, where=f"target {name}", got=f"{value:.2e}")
-    assert stage.state is not None, "other lowerings need a cache"
-    stage.state.require(tolerance, f"target {name}")
-    return LoweringRecord(name, found, metric, bound, cache_measured([stage.state]))
-
-
 def _with_plan(report: Report, program: Program, recipe: Recipe) -> Report:
     """Fill in what the plan of `program` costs."""
     if program.plan is not None:
         plan, layers = plan_summary(program.plan), layer_records(program.plan, ())
         report = dataclasses.replace(report, plan=plan, layers=layers)
-    return dataclasses.replace(report, bounds=_bounds(recipe, report))
+    return dataclasses.replace(report, bounds=bound_records(recipe, report))
 
 
 def _with_measurements(
@@ -300,31 +249,7 @@ def _with_measurements(
         layers = layer_records(program.plan, last.state.layers)
         cache = cache_measured([last.state])
         report = dataclasses.replace(report, layers=layers, cache=cache)
-    return dataclasses.replace(report, bounds=_bounds(recipe, report))
-
-
-def _bounds(recipe: Recipe, report: Report) -> tuple[BoundRecord, ...]:
-    final = report.final
-    values = {
-        "max_kl": final.kl if final else None,
-        "min_top1": final.top1 if final else None,
-        "bits_per_value": report.bits_per_value,
-    }
-    limits = recipe.bounds.model_dump(exclude_none=True)
-    return tuple(BoundRecord(name, limit, values[name]) for name, limit in limits.items())
-
-
-def _require_bounds(report: Report) -> None:
-    for bound in report.bounds:
-        if bound.is_kept is False:
-            side = "at least" if bound.is_lower else "at most"
-            raise VerifyError(
-                "KVX501",
-                f"{bound.name} must be {side} {bound.limit:g}",
-                where="bounds",
-                got=f"{bound.measured:.4g}",
-                hint="change the recipe or the bound",
-            )
+    return dataclasses.replace(report, bounds=bound_records(recipe, report))
 
 
 class _Clock:
