@@ -128,9 +128,12 @@ def encode(stream: StreamSpec, x: Tensor) -> dict[str, Tensor]:
     """Return the planes of `x` `[..., T, D]`."""
     if not stream.is_coded:
         return {"value": x.to(dtype_from_name(stream.dtype))}
-    if stream.table and not stream.gain:
+    if not stream.table or stream.gain:
+        return codec_of(stream).encode(x)
+    if not stream.token_norm:
         return _encode_table(stream, x.float())
-    return codec_of(stream).encode(x)
+    norm = x.float().norm(dim=-1, keepdim=True).clamp_min(2.0**-14)
+    return {**_encode_table(stream, x.float() / norm), "norm": norm.half()}
 
 
 def decode(stream: StreamSpec, planes: Mapping[str, Tensor]) -> Tensor:
@@ -140,7 +143,8 @@ def decode(stream: StreamSpec, planes: Mapping[str, Tensor]) -> Tensor:
     if stream.table and not stream.gain:
         table = torch.tensor(stream.table, dtype=torch.float64)
         values = table[unpack(planes["codes"], stream.bits).int()]
-        return values * _spread(stream, planes["scale"].double())
+        values = values * _spread(stream, planes["scale"].double())
+        return values * planes["norm"].double() if stream.token_norm else values
     return codec_of(stream).decode(planes, torch.float64)
 
 

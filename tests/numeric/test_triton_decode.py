@@ -9,8 +9,20 @@ import torch
 from decode_cases import check_decode, run_decode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import int_stream, make_site, plain_stream, random_kv, random_q, store
+from triton_cases import (
+    codec_stream,
+    int_stream,
+    make_site,
+    plain_stream,
+    random_kv,
+    random_q,
+    store,
+)
 
+from kvxform.codecs.fib_vq import FibVqCodec
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec, StreamSpec
@@ -55,6 +67,37 @@ CASES = {
     "exact regions": (
         DecodeSpec(site(plain_stream(32, sink=2, keep=9), int_stream(32, 8, sink=2, keep=20))),
         [1, 30, 44],
+    ),
+    "levels of directions": (
+        DecodeSpec(
+            site(
+                codec_stream(32, LloydMaxCodec(16)),
+                codec_stream(32, LloydMaxCodec(8, gain="corrected"), keep=3),
+            ),
+            query_block=32,
+        ),
+        [0, 1, 20],
+    ),
+    "words": (DecodeSpec(site(codec_stream(32, FibVqCodec(64, 2))), query_block=16), [20]),
+    "words of a float32 model": (
+        DecodeSpec(
+            site(
+                codec_stream(32, FibVqCodec(16, 2)),
+                codec_stream(32, LloydMaxCodec(4)),
+                dtype="float32",
+            )
+        ),
+        [21],
+    ),
+    "norms of all heads": (
+        DecodeSpec(
+            site(
+                codec_stream(32, TokenNormCodec(IntCodec(2, axis="channel", group=16))),
+                codec_stream(32, LloydMaxCodec(4)),
+                heads=(2, 2),
+            )
+        ),
+        [20],
     ),
     "norms and tables": (
         DecodeSpec(
@@ -200,3 +243,20 @@ def test_every_kind_of_region(
     streams = (int_stream(64, 4, **key), int_stream(64, 4, **value))
     spec = DecodeSpec(make_site(*streams, page_size=64), has_lse=True, **span)
     check_decode(spec, [1, 3, 4, 5, 31, 32, 36, 37, 68, 69, 150])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        FibVqCodec(256, 4),
+        FibVqCodec(64, 4, gain="projected"),
+        FibVqCodec(256, 2),
+        FibVqCodec(16, 4),
+    ],
+    ids=str,
+)
+def test_every_size_of_words(codec: FibVqCodec, dtype: str) -> None:
+    spec = DecodeSpec(site(codec_stream(64, codec), dtype=dtype, page_size=12), query_block=64)
+    check_decode(spec, [0, 50], num_sms=2)

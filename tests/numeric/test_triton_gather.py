@@ -8,9 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import int_stream, live_copy, make_site, plain_stream, random_kv, store
+from triton_cases import (
+    codec_stream,
+    int_stream,
+    live_copy,
+    make_site,
+    plain_stream,
+    random_kv,
+    store,
+)
 
 from kvxform.codecs.base import dtype_from_name
+from kvxform.codecs.fib_vq import FibVqCodec
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
+from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
@@ -63,6 +75,18 @@ def test_eight_bits_symmetric_and_plain_values() -> None:
 def test_table_and_plain_values_with_buffers() -> None:
     key = int_stream(32, 3, table=TABLE)
     check(make_site(key, plain_stream(32, sink=2, keep=7), dtype="float32"), SOME_LENGTHS)
+
+
+def test_tables_of_directions_and_words() -> None:
+    key = codec_stream(32, LloydMaxCodec(16), sink=2)
+    check(make_site(key, codec_stream(32, FibVqCodec(64, 2), sink=2)), SOME_LENGTHS)
+    key = codec_stream(32, FibVqCodec(16, 2), keep=5)
+    check(make_site(key, codec_stream(32, LloydMaxCodec(8))), SOME_LENGTHS)
+
+
+def test_norms_of_all_heads() -> None:
+    key = codec_stream(32, TokenNormCodec(IntCodec(2, axis="channel", group=32)))
+    check(make_site(key, codec_stream(32, LloydMaxCodec(4)), dtype="float32"), ulp=2.0**-23)
 
 
 def test_token_norm() -> None:

@@ -78,6 +78,21 @@ def test_two_layers_of_every_recipe(recipe, dtype):
     assert_same_cache(got_session, session, 5e-2)
 
 
+def test_norms_and_tables():
+    key = {"codec": "token-norm", "inner": {"codec": "int", "axis": "channel", "group": 32}}
+    options = {
+        "key": key,
+        "value": {"codec": "lloyd-max", "levels": 16},
+        "key_regions": {"recent": 32, "flush": "block"},
+    }
+    passes = ["insert-cache", {"page-cache": {"page_size": 32}}, "rotate-qk"]
+    recipe = {"version": 1, "name": "m", "passes": [*passes, {"quantize-kv": options}]}
+    program = lowered_program(recipe, heads=2, kv_heads=2, layers=1)
+    got_session, got, session, expected = run_both(program)
+    assert divergence(got, expected) <= 1e-4
+    assert_same_cache(got_session, session, 5e-2)
+
+
 def test_a_contiguous_cache_is_pages_side_by_side():
     recipe = {"version": 1, "name": "contiguous", "passes": ["insert-cache"]}
     got_session, got, session, expected = run_both(lowered_program(recipe, **ONE), steps=1)

@@ -237,7 +237,8 @@ def make_build(spec: DecodeSpec, index: int = 0) -> Build:
             pointers[f"{name}_{plane.name}_ptr"] = f"*{SHORT[plane.dtype]}"
         for buffer in ("sink", "recent"):
             pointers[f"{name}_{buffer}_ptr"] = f"*{SHORT.get(stream.exact_dtype)}"
-        pointers[f"{name}_table_ptr"] = "*fp16"
+        entry = TileStream.of(name, spec.site).entry_values if stream.table else 1
+        pointers[f"{name}_table_ptr"] = {1: "*fp16", 2: "*i32", 4: "*i64"}[entry]
     numbers = {"scale": "fp32"}
     types = {}
     for argument in signature(spec, "decode_kernel").args:

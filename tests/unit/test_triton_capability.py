@@ -44,6 +44,10 @@ REFUSED = {
     "latents": (lambda: with_site(toy(), payload="latent"), "payload must be kv; got latent"),
     "keys before RoPE": (lambda: with_key(toy(), rope="pre"), "after RoPE; got pre at layer 1"),
     "unknown codec": (lambda: with_key(toy(), codec={"codec": "polar"}), "got polar at layer 1"),
+    "words of three": (
+        lambda: with_key(toy(), codec={"codec": "fib-vq", "k": 3}),
+        "codec fib-vq: k must be one of .* got 3 at layer 1.*or use target eager",
+    ),
     "sinks": (lambda: with_key(toy(), regions=Regions(sink=4)), "4 and 0 at layer 1.*use sink: 4"),
     "wide heads": (lambda: toy(head_dim=512), "head_dim.* got 512 at layer 0"),
     "many heads": (lambda: toy(heads=32, kv_heads=1), "got 32 at layer 0"),
