@@ -115,7 +115,7 @@ class Klt(GraphPass):
         owners = [site for site in program.plan.sites if _refusal(site) is None]
         rows = [(site, name) for site in owners for name in STREAMS]
         transforms = [self._transforms(program, site, name) for site, name in rows]
-        codecs = self._codecs(rows, transforms)
+        codecs = self._codecs(rows, transforms) if rows else []
         data: dict[int, dict[str, tuple[list[Transform], Codec]]] = {s.layer: {} for s in owners}
         for (site, name), own, codec in zip(rows, transforms, codecs, strict=True):
             data[site.layer][name] = (own, codec)
