@@ -92,7 +92,9 @@ def column_weights(
     for start in range(0, tokens, QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
         by_distance = scoring.bias(positions[:, chunk], positions)
-        added = None if bias is None else bias[..., chunk, :]
+        added = bias
+        if bias is not None and bias.shape[-2] > 1:
+            added = bias[..., chunk, :]
         if by_distance is not None:
             added = by_distance if added is None else added + by_distance
         mask = scoring.span.sees(positions[:, chunk], positions)

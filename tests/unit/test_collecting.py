@@ -11,7 +11,9 @@ from kvxform.calibrate import collect
 from kvxform.calibrate.collecting import largest_reach
 from kvxform.calibrate.moments import MOST_SAMPLES, pick_tokens, sample_limit
 from kvxform.ir.program import RopeSpec
+from kvxform.ir.types import TensorType
 from kvxform.ir.watching import Watcher
+from kvxform.pass_base import Rewriter
 
 WINDOWS, WINDOW = 3, 20
 
@@ -175,6 +177,46 @@ def test_envelope_of_a_latent_follows_its_shared_part():
     expected = torch.zeros(12)
     expected[[4, 8]], expected[0] = 5.0, 2.0
     assert torch.equal(largest_reach(site, keys), expected.expand(4, 12))
+
+
+def sharing():
+    """Layer 1 reads the keys and values of layer 0."""
+    program = llama_program()
+    first, second = (program.attention_node(layer) for layer in (0, 1))
+    second.args = (second.args[0], *first.args[1:])
+    Rewriter(program, "test").finish()
+    reader = dataclasses.replace(program.sites[1], shared_with=0)
+    return dataclasses.replace(program, sites=(program.sites[0], reader))
+
+
+def test_layers_that_share_a_cache_share_its_statistics():
+    layers = collect(sharing(), text(), name="text", fisher=True).layers
+    for stream in ("k_pre", "k_post", "v"):
+        mine, owned = getattr(layers[1], stream), getattr(layers[0], stream)
+        assert torch.equal(mine.samples, owned.samples)
+        assert torch.equal(mine.gradients, owned.gradients)
+        assert mine.count == WINDOWS * WINDOW
+    assert not torch.allclose(layers[1].v_weighted, layers[0].v_weighted, rtol=1e-3)
+    assert not torch.allclose(layers[1].q_post.gram, layers[0].q_post.gram, rtol=1e-3)
+
+
+def test_an_added_bias_counts(monkeypatch):
+    monkeypatch.setattr("kvxform.ir.watching.QUERY_CHUNK", 7)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
+    by_slopes = collect(llama_program(attention={"alibi_slopes": slopes}), text(), name="text")
+    distance = torch.arange(WINDOW)[None, :] - torch.arange(WINDOW)[:, None]
+    tensor = (slopes[:, None, None] * distance)[None]
+    biased = llama_program()
+    biased.weights["bias"] = tensor
+    for layer in (0, 1):
+        node, rewriter = biased.attention_node(layer), Rewriter(biased, "test")
+        type_ = TensorType(torch.float64, tuple(tensor.shape))
+        rewriter.set_args(node, bias=rewriter.get_weight_node("bias", node, type_))
+    by_tensor = collect(biased, text(), name="text")
+    plain = collect(llama_program(), text(), name="text")
+    found = [c.layers[0].v_weighted for c in (by_slopes, by_tensor, plain)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
+    assert not torch.allclose(found[0], found[2], rtol=1e-3)
 
 
 def test_models_without_rope_or_with_partial_keys_have_no_keys_before_it():
