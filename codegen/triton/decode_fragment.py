@@ -11,12 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton import fragment, fragment_levels
 from kvxform.codegen.triton.fragment import BLOCK, ROW_WORDS, AreaLayout
 from kvxform.codegen.triton.fragment_configs import count_columns, list_configs
 from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission
-from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec
+from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec, StreamSpec
 
 # Powers of two at which the codes of a half of a word stand, as `unpack_int*` leaves them.
 SHIFTS = {2: (1, 4, 16, 64, 256, 1, 4, 16), 4: (1, 16, 1, 16), 8: (1, 1), 16: (1,)}
@@ -72,6 +72,11 @@ def make_context(spec: DecodeSpec) -> Emission:
         **_geometry(site),
         **_arguments(spec),
         "kinds": sorted({stream["kind"] for stream in streams.values()}),
+        "level_lines": {
+            _kind(stream): fragment_levels.unpack_lines(stream)
+            for stream in site.streams.values()
+            if stream.table
+        },
         "record": _record(site),
         "rotation": _rotation(spec),
         "start": _start(spec),
@@ -108,10 +113,12 @@ def _units(site: SiteSpec) -> int:
 
 def _stream(site: SiteSpec, name: str) -> dict[str, Any]:
     stream, area, units = site.streams[name], fragment.areas(site)[name], _units(site)
-    offset = "" if not stream.is_coded else stream.zero if stream.has_zero else "symmetric"
-    shifts = SHIFTS[stream.bits]
+    offset = "" if not stream.has_scale else stream.zero if stream.has_zero else "symmetric"
+    shifts = (1,) if stream.table else SHIFTS[stream.bits]
     return {
-        "kind": f"int{stream.bits}" if stream.is_coded else stream.dtype,
+        "kind": _kind(stream),
+        "unit": _unit(stream),
+        "factor": f"{name}_norm" if stream.gain else f"{name}_scale",
         "bits": stream.bits,
         "is_coded": stream.is_coded,
         "operand": stream.dtype or "float16",
@@ -123,6 +130,20 @@ def _stream(site: SiteSpec, name: str) -> dict[str, Any]:
         "shifts": [shifts[g % len(shifts)] for g in range(area.groups)],
         "loads": _loads(site, area, units),
     }
+
+
+def _kind(stream: StreamSpec) -> str:
+    """Return the suffix of the function that unpacks words."""
+    if stream.table:
+        return f"levels{stream.bits}"
+    return f"int{stream.bits}" if stream.is_coded else stream.dtype
+
+
+def _unit(stream: StreamSpec) -> float:
+    """Return what products with operands must be multiplied by: codes are subnormals."""
+    if stream.table:
+        return 1 / fragment_levels.UNIT
+    return 2.0**24 if stream.is_coded else 1.0
 
 
 def _loads(site: SiteSpec, area: AreaLayout, units: int) -> list[Load]:

@@ -14,8 +14,8 @@ even word first. Slots run over groups of 16 channels, then over tokens.
   a block of 32 share a row. Order: `[plane][block][label l][16 words]`.
 - Values: a row belongs to channel c of all groups and a column is the label of a token in its
   block. Order: `[plane][block][channel c][16 words]`.
-- Records, in the order of tokens: float16 scale and zero point of the key, then of the value, each
-  only if its codec stores one; they are the numbers of the codec, unchanged.
+- Records, in the order of tokens: float16 scale and zero point, or norm, of the key, then of the
+  value, each only if its codec stores one; they are the numbers of the codec, unchanged.
 
 A token owns whole words of keys (of a shared row: the even or the odd ones), whole 16-bit halves
 of values, and its record, so one token is appended without reading. Plain 16-bit values are codes
@@ -33,13 +33,14 @@ from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name
 from kvxform.codecs.packing import pack, unpack
+from kvxform.codegen.triton import fragment_levels
 from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
 
 HEAD_DIMS = (64, 128, 256)
 MAX_GROUPS = 16  # query heads of a KV head: two tiles of 8 columns
 BLOCK = 16  # tokens of a block, channels of a group
 ROW_WORDS = 16
-PARAMETERS = ("scale", "zero")  # planes of a codec that go to the record
+PARAMETERS = ("scale", "zero", "norm")  # planes of a codec that go to the record
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _reason_against_stream(stream: StreamSpec) -> str | None:
         return None if is_short else f"values are stored as {stream.dtype}"
     if stream.bits not in (2, 4, 8):
         return f"codes of {stream.bits} bits do not fill halves of words"
-    if stream.table:
+    if stream.table and not _is_level_table(stream):
         return "codes stand for values of a table"
     if stream.token_norm:
         return "tokens have a norm"
@@ -119,6 +120,12 @@ def _reason_against_stream(stream: StreamSpec) -> str | None:
     if AreaLayout.of(stream).tokens_per_row > 2:
         return "more than two tokens would share a row of 64 bytes"
     return None
+
+
+def _is_level_table(stream: StreamSpec) -> bool:
+    """Whether registers hold the table: few levels of directions, as many below zero as above."""
+    is_small = stream.block == 1 and stream.bits in fragment_levels.BITS
+    return bool(stream.gain) and is_small and fragment_levels.is_symmetric(stream.table)
 
 
 def areas(site: SiteSpec) -> dict[str, AreaLayout]:
