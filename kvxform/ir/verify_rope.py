@@ -30,8 +30,8 @@ def verify_key_reads(program: Program) -> None:
         if is_before:
             wanted |= _rope_options(program, site)
         for name, value in wanted.items():
-            found = node.kwargs.get(name, _DEFAULTS.get(name))
-            found = found.target if isinstance(found, fx.Node) else found
+            given = node.kwargs.get(name, _DEFAULTS.get(name))
+            found = given.target if isinstance(given, fx.Node) else given
             if found != value:
                 raise invalid(f"{name} must be that of what is cached, {value}", found, node)
 

@@ -119,8 +119,8 @@ def attend(
     keys, values = ((s.exact.double(), s.encoded.double()) for s in (key, value))
     read, basis = scoring.key_read, scoring.value_basis
     if read is not None:
-        tokens = key.exact.shape[1]
-        table = None if read.inv_freq is None else read.table(tokens, torch.float64)
+        length = key.exact.shape[1]
+        table = None if read.inv_freq is None else read.table(length, torch.float64)
         keys = (read.apply(keys[0], 0, table), read.apply(keys[1], 0, table))
     if basis is not None:
         values = (rotate_heads(values[0], basis), rotate_heads(values[1], basis))

@@ -157,7 +157,8 @@ class Klt(GraphPass):
         body = statistics.positions >= self._region_options(name).get("sink", 0)
 
         def by_runs(x: Tensor) -> Tensor:  # [Hk, N, D] -> [runs, N, heads * D]
-            return x[:, body].unflatten(0, (runs, heads)).transpose(1, 2).flatten(2)
+            split: Tensor = x[:, body].unflatten(0, (runs, heads))
+            return split.transpose(1, 2).flatten(2)
 
         samples, gradients = by_runs(statistics.samples), statistics.gradients
         if not self.weighted or gradients is None:

@@ -51,11 +51,11 @@ class RotateKPrerope(GraphPass):
     def __post_init__(self) -> None:
         """Check the options on their own."""
         if not (isinstance(self.heads, int) and self.heads >= 1):
-            rule, got = "heads must be a number of KV heads, at least 1", self.heads
-            raise RecipeError("KVX107", rule, where=self.pass_name(), got=repr(got))
+            rule = "heads must be a number of KV heads, at least 1"
+            raise RecipeError("KVX107", rule, where=self.pass_name(), got=repr(self.heads))
         if self.order not in STATISTICS:
-            rule, got = f"order must be {', '.join(STATISTICS)}", self.order
-            raise RecipeError("KVX107", rule, where=self.pass_name(), got=repr(got))
+            rule = f"order must be {', '.join(STATISTICS)}"
+            raise RecipeError("KVX107", rule, where=self.pass_name(), got=repr(self.order))
 
     def ensures(self) -> Mapping[str, FactValue]:
         """State the basis of keys."""

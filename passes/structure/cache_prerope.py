@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -55,7 +55,9 @@ class CachePrerope(GraphPass):
         assert match.layer is not None, "every match is at a site"
         rope, append = rewriter.node(match.node), program.append_node(match.layer)
         assert append is not None, "match found it"
-        options = {name: rope.kwargs[name] for name in ROPE_OPTIONS if name in rope.kwargs}
+        options: dict[str, Any] = {
+            name: rope.kwargs[name] for name in ROPE_OPTIONS if name in rope.kwargs
+        }
         for reader in program.readers(match.layer):
             attention = program.attention_node(reader.layer)
             rewriter.set_args(attention, inv_freq=rope.args[2], **options)
