@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvxform.codecs.base import Codec
 from kvxform.codecs.klt import KltCodec
+from kvxform.codecs.klt_trellis import TrellisKltCodec
 from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.codegen.onnx.codec_base import emitter_of
 
@@ -100,8 +101,11 @@ def check_codec(codec: Codec, x: Tensor, *, ties: float = 0.0) -> None:
     torch.testing.assert_close(have, want, rtol=1e-2, atol=1e-12 * scale**2)
 
 
-def klt_codec(bits: tuple[tuple[int, ...], ...], **options: Any) -> KltCodec:
-    """Return codec klt with random means."""
+def klt_codec(bits: tuple[tuple[int, ...], ...], memory: int = 0, **options: Any) -> KltCodec:
+    """Return codec klt, or klt-trellis with a register, with random means."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(len(bits), len(bits[0]), generator=generator)
-    return KltCodec(bits, tuple(map(tuple, mean.tolist())), **options)
+    constants = bits, tuple(map(tuple, mean.tolist()))
+    if memory:
+        return TrellisKltCodec(*constants, memory=memory, **options)
+    return KltCodec(*constants, **options)

@@ -6,7 +6,8 @@
 - `codec_exact`, `codec_int`, `codec_fp8`: values on their own or in groups
 - `codec_directions`: one norm a vector, and a table for its direction: `codec_lloyd_max`,
   `codec_fib_vq`, `codec_octahedral`
-- `codec_polar`, `codec_nuq`, `codec_klt`: angles; levels in ranges; components of unequal bits
+- `codec_polar`, `codec_nuq`: angles; levels in ranges
+- `codec_klt`, `codec_klt_trellis`: components of unequal bits
 - `codec_token_norm`, `codec_outliers`, `codec_low_rank`, `codec_saliency`: around other codecs
 """
 
@@ -19,6 +20,7 @@ from kvxform.codegen.onnx import (
     codec_fp8,
     codec_int,
     codec_klt,
+    codec_klt_trellis,
     codec_lloyd_max,
     codec_low_rank,
     codec_nuq,
@@ -39,6 +41,7 @@ EMITTER_MODULES = (  # they fill CODEC_EMITTERS
     codec_fp8,
     codec_int,
     codec_klt,
+    codec_klt_trellis,
     codec_lloyd_max,
     codec_low_rank,
     codec_nuq,

@@ -39,11 +39,15 @@ class TrellisKltCodec(KltCodec):
         require_option(is_known, self.name, f"memory must be one of {known}", self.memory)
 
     def _quantise(self, unit: Tensor) -> Tensor:
-        weights = _weights(self._row.bits, self.tails).to(unit.device)
-        return self._row.encode(unit, weights)
+        return self._row.encode(unit, self.error_weights.to(unit.device))
 
     def _dequantise(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return self._row.decode(codes, dtype)
+
+    @property
+    def error_weights(self) -> Tensor:
+        """What a squared error of each component counts, `[Hk * D]`."""
+        return _weights(self._row.bits, self.tails)
 
     @property
     def _row(self) -> RowCode:

@@ -38,6 +38,7 @@ STREAMS = [
     {"codec": "outliers", "share": 0.1, "inner": RUNS, "axis": "channel"},
     {"codec": "low-rank-residual", "inner": INT2, "rank": 2, "block": 8},
     klt_codec((tuple(i % 5 for i in range(HEAD_DIM)),) * HEADS).to_dict(),
+    klt_codec((tuple(i % 4 for i in range(HEAD_DIM)),) * HEADS, memory=2, gain=True).to_dict(),
     {"codec": "none", "dtype": "float16"},
     {"codec": "outliers", "inner": {"codec": "nuq", "bits": 3, "group": 8, "levels": "normal"}},
 ]

@@ -107,8 +107,11 @@ def test_angles_are_coded_as_in_torch(bits):
         klt_codec(((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), gain=True),
         klt_codec(((2,) * 8, (2,) * 8), tails="normal"),
         klt_codec(((1, 2, 3),), gain=True),
+        klt_codec(((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), memory=2, gain=True),
+        klt_codec(((1, 2, 3, 1), (2, 2, 2, 1)), memory=3, tails="normal"),
+        klt_codec(((1, 0),), memory=2),
     ],
-    ids=["all bits", "two bits", "one head"],
+    ids=["all", "two", "one head", "trellis of all", "trellis of 8", "trellis of one"],
 )
 def test_components_of_unequal_bits_are_as_in_torch(codec):
     heads, width = len(codec.bits), len(codec.bits[0])
