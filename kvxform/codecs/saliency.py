@@ -162,11 +162,11 @@ class SaliencyCodec(Codec):
             x: Whole chunks of tokens.
             scores: Sum of the attention that each token got from probes, `[..., Hk, T]`.
         """
-        chunks = x.float().unflatten(-2, (-1, self.chunk))  # [..., Hk, C, chunk, D]
+        chunks = x.unflatten(-2, (-1, self.chunk))  # [..., Hk, C, chunk, D]
         planes: dict[str, Tensor] = {}
         channel = _channel_scale(chunks) if self.separable else None
         if channel is not None:
-            chunks = chunks / channel.float()
+            chunks = chunks.float() / channel.float()
         is_high = self._choose(scores.double().unflatten(-1, (-1, self.chunk)))
         for option, index in self._indices(is_high).items():
             tokens = chunks.gather(-2, index.expand(*index.shape[:-1], x.shape[-1]))
@@ -244,7 +244,7 @@ class SaliencyCodec(Codec):
 
 def _channel_scale(chunks: Tensor) -> Tensor:
     """Return sqrt(max |x|) of each channel of chunks `[..., chunk, D]`, float16 `[..., 1, D]`."""
-    largest = chunks.abs().amax(-2, keepdim=True)
+    largest = chunks.float().abs().amax(-2, keepdim=True)
     return largest.sqrt().clamp(SMALLEST_SCALE**0.5, LARGEST_FLOAT16).half()
 
 

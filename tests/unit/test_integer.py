@@ -207,6 +207,13 @@ def test_axes_are_transposes_of_each_other():
     assert torch.equal(by_token, by_channel)
 
 
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_a_group_of_one_is_exact_to_float16(axis):
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0)).half().double()
+    codec = IntCodec(2, axis, 1, zero="float")
+    assert torch.equal(round_trip(codec, x), x)
+
+
 def test_include_zero_widens_a_one_sided_group():
     x = torch.linspace(1, 2, 16).repeat(4, 1)
     plain, widened = IntCodec(4).encode(x), IntCodec(4, include_zero=True).encode(x)

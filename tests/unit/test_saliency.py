@@ -109,7 +109,7 @@ def test_spread_finds_tokens_that_are_out_of_range():
     assert float((y - x).square().mean()) < 0.1 * float((plain - x).square().mean())
 
 
-def test_separable_values_are_exact_where_magnitudes_are_a_product():
+def test_separable_values_lose_less_where_channels_differ():
     tokens, channels = torch.rand(1, 16, 1) + 0.5, torch.rand(1, 1, 8) * 8 + 0.1
     signs = torch.randint(0, 2, (1, 16, 8)) * 2 - 1
     x = tokens * channels.square() * signs  # sqrt(max) of a channel takes half of its power away
