@@ -98,9 +98,9 @@ def test_compiled_steps(recipe):
 def test_a_session_after_another_is_recorded_too():
     program = lowered_program("exact", torch.float16)
     _, triton = both(program)
-    ids = prompts(program, 1, 20)
+    ids = prompts(program, 2, 20)
     for _ in range(3):  # memory of the recordings of the one before is gone by then
-        feed(triton.new_session(1, 64), ids, 12, 8)
+        feed(triton.new_session(2, 64), ids, 12, 8)
         gc.collect()
         assert triton._executable.why_direct == ""
 
