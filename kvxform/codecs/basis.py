@@ -55,7 +55,7 @@ class Basis:
         if self.kind == "matrix":
             return rotate_heads(x, self._find(matrices))
         if self.kind == "scale":
-            return x * self._find(matrices).to(x.dtype)
+            return x * self._find(matrices).to(x)
         return block_hadamard(x, self.block, make_signs(x.shape[-1], self.seed))
 
     def unrotate(self, x: Tensor, matrices: Matrices | None = None) -> Tensor:
@@ -68,7 +68,7 @@ class Basis:
         if self.kind == "matrix":
             return rotate_heads(x, self._find(matrices).mT)
         if self.kind == "scale":
-            return x / self._find(matrices).to(x.dtype)
+            return x / self._find(matrices).to(x)
         y = block_hadamard(x, self.block, None)
         signs = make_signs(x.shape[-1], self.seed)
         return y if signs is None else y * signs.to(y)
