@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 300
+SMALLEST_MOVE = 1e-5  # of the range of the levels; the error no longer changes by then
 
 
 def weighted_kmeans(x: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -56,9 +57,10 @@ class _Sums:
             weight, first, _ = self._cells(levels)
             means = torch.where(weight > 0, first / weight.clamp_min(1e-300), levels)
             means = means.sort().values
-            if torch.equal(means, levels):
-                break
+            moved = float((means - levels).abs().max())
             levels = means
+            if moved <= SMALLEST_MOVE * float(levels[-1] - levels[0]):
+                break
         return levels
 
     def error(self, levels: Tensor) -> Tensor:
