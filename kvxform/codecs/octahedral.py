@@ -33,8 +33,8 @@ from kvxform.codecs.lloyd_tables import bounds_of, fit_levels
 from kvxform.codecs.radix import pack_levels, packed_level_bytes, unpack_levels
 from kvxform.codecs.tables import cached_table
 
-VERSION = 1  # of the method; part of the names of tables
-SAMPLES = 1_000_000  # triplets that tables are fitted on
+VERSION = 2  # of the method; part of the names of tables
+SAMPLES = 400_000  # triplets that tables are fitted on
 NEIGHBOURS = tuple(itertools.product((0, -1, 1), repeat=2))  # the nearest codes come first
 MOST_BITS = 8
 

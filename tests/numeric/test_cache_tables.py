@@ -40,7 +40,7 @@ SCHEDULES = {
 }
 
 
-QUICK = {"lloyd-max", "fib-vq", "oscar", "oscar-twice"}
+QUICK = {"lloyd-max", "oscar", "oscar-twice"}
 CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLANS]
 
 

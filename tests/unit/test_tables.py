@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvxform.codecs.fib_codebook import codebook
+from kvxform.codecs.lloyd_tables import sphere_table
 from kvxform.codecs.tables import cached_table
 from kvxform.folders import cache_folder
 
@@ -62,11 +62,11 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(folder):
     assert build.calls == 2
 
 
-def test_codebooks_are_found_on_disk_by_a_new_process(folder):
-    codebook.cache_clear()
-    first = codebook(4, 2, 8)
+def test_tables_of_codecs_are_found_on_disk_by_a_new_process(folder):
+    sphere_table.cache_clear()
+    first = sphere_table(4, 8)
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
-    codebook.cache_clear()
-    assert torch.equal(codebook(4, 2, 8), first)
+    sphere_table.cache_clear()
+    assert torch.equal(sphere_table(4, 8), first)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
-    assert [name for name in written if name.startswith("fib-4-2-8-")]
+    assert [name for name in written if name.startswith("sphere-4-8-")]
