@@ -112,16 +112,16 @@ class Klt(GraphPass):
         if program.plan is None:
             return [NoMatch("there is no cache", hint="put insert-cache before it")]
         found: list[Match | NoMatch] = []
-        owners = [site for site in program.plan.sites if _refusal(site) is None]
+        refusals = {site.layer: _refusal(site, self.ensures()) for site in program.plan.sites}
+        owners = [site for site in program.plan.sites if refusals[site.layer] is None]
         rows = [(site, name) for site in owners for name in STREAMS]
         transforms = [self._transforms(program, site, name) for site, name in rows]
         codecs = self._codecs(rows, transforms) if rows else []
         data: dict[int, dict[str, tuple[list[Transform], Codec]]] = {s.layer: {} for s in owners}
         for (site, name), own, codec in zip(rows, transforms, codecs, strict=True):
             data[site.layer][name] = (own, codec)
-        for site in program.plan.sites:
-            refusal = _refusal(site)
-            found.append(refusal or Match(site.layer, data=data[site.layer]))
+        for layer, refusal in refusals.items():
+            found.append(refusal or Match(layer, data=data[layer]))
         return found
 
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
@@ -201,8 +201,10 @@ class Klt(GraphPass):
         return {**(self.regions or {}), **(own or {})}
 
 
-def _refusal(site: SitePlan) -> NoMatch | None:
+def _refusal(site: SitePlan, facts: Mapping[str, FactValue]) -> NoMatch | None:
     """Return why a site is left alone, or None."""
+    if site.key.codec["codec"] == facts["k.codec"]:
+        return NoMatch("already stored so", site.layer, done=True)
     if site.owner != site.layer:
         return NoMatch(f"keys and values are those of layer {site.owner}", site.layer, done=True)
     if not isinstance(site.value, StreamPlan):

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvxform.codecs.basis import Basis
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import stream_statistics
@@ -79,6 +80,10 @@ class RotateKPrerope(GraphPass):
     def _check(self, program: Program, site: AttentionSite) -> Match | NoMatch:
         if site.shared_with is not None:
             return NoMatch(f"keys are those of layer {site.owner}", site.layer, done=True)
+        if site.k_basis != Basis():
+            is_own = (site.k_basis.weight or "").startswith("rotate_k_prerope.")
+            reason = f"keys are in basis {site.k_basis}, and rotations do not stack"
+            return NoMatch("already rotated" if is_own else reason, site.layer, done=is_own)
         if program.plan is None or program.plan.site(site.layer).key.rope != "pre":
             return NoMatch("keys are not cached before RoPE", site.layer)
         heads = heads_together(site.num_kv_heads, self.heads)
