@@ -65,9 +65,7 @@ class FibVqCodec(DirectionCodec):
 
     def code_planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, one code a block."""
-        return (
-            PlaneSpec("codes", "uint8", packed_level_bytes(self.blocks(head_dim), self.words)),
-        )
+        return (PlaneSpec("codes", "uint8", packed_level_bytes(self.blocks(head_dim), self.words)),)
 
     def encode_directions(self, u: Tensor) -> dict[str, Tensor]:
         """Encode `[..., D]` by the nearest word of each block."""

@@ -98,15 +98,10 @@ def test_bits_are_fractions(words, k, bits):
 
 
 @settings(deadline=None, max_examples=10)
-@given(
-    k=st.just(3),
-    heads=st.integers(1, 2),
-    tokens=st.integers(0, 3),
-    dim=st.just(40),
-)
-def test_planes_are_as_declared_also_with_padding(k, heads, tokens, dim):
-    codec = FibVqCodec(words=8, k=k)
-    x = normal_vectors(heads * tokens, dim).reshape(1, heads, tokens, dim)
+@given(heads=st.integers(1, 2), tokens=st.integers(0, 3))
+def test_planes_are_as_declared_also_with_padding(heads, tokens):
+    codec = FibVqCodec(words=8, k=3)
+    x = normal_vectors(heads * tokens, 40).reshape(1, heads, tokens, 40)
     check_planes(codec, x)
     assert codec.decode(codec.encode(x), torch.float32).shape == x.shape
 
