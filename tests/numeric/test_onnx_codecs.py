@@ -46,7 +46,7 @@ def values(codec, count, scale, shift):
     return x
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     codec=CODECS,
     count=st.integers(0, 4),

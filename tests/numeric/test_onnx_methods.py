@@ -24,25 +24,19 @@ RUNS = {**INT2, "axis": "channel", "group": 8}
 RANKED = {"codec": "saliency", "high": INT4, "low": INT2, "chunk": 16, "last": 0.25, "random": 0.25}
 RANGES = [[3.0] * HEAD_DIM] * HEADS
 STREAMS = [
-    INT4 | {"clip": "search"},
-    {**INT4, "across_heads": True},
     {"codec": "token-norm", "inner": RUNS},
-    {"codec": "token-norm", "over": "head", "inner": {**INT2, "zero": "float"}},
     {"codec": "lloyd-max", "levels": 5},
     {"codec": "fib-vq", "words": 16, "k": 2, "gain": "projected"},
     {"codec": "octahedral"},
     {"codec": "polar", "bits": [3, 4, 4, 4]},
     {"codec": "fp8"},
-    {"codec": "nuq", "bits": 4, "axis": "token", "levels": "normal"},
-    {"codec": "nuq", "bits": 4, "levels": "normal", "center": RANGES, "width": RANGES},
-    {"codec": "outliers", "share": 0.1, "inner": RUNS, "axis": "channel"},
+    {"codec": "outliers", "share": 0.1, "axis": "channel", "inner": {**RUNS, "clip": "search"}},
     {"codec": "low-rank-residual", "inner": INT2, "rank": 2, "block": 8},
     klt_codec((tuple(i % 5 for i in range(HEAD_DIM)),) * HEADS).to_dict(),
-    klt_codec((tuple(i % 4 for i in range(HEAD_DIM)),) * HEADS, memory=2, gain=True).to_dict(),
+    klt_codec((tuple(i % 3 for i in range(HEAD_DIM)),) * HEADS, memory=2, gain=True).to_dict(),
+    {"codec": "nuq", "bits": 4, "levels": "normal", "center": RANGES, "width": RANGES},
     {"codec": "none", "dtype": "float16"},
-    {"codec": "outliers", "inner": {"codec": "nuq", "bits": 3, "group": 8, "levels": "normal"}},
 ]
-
 RANKED_PAIR = [RANKED, {**RANKED, "separable": True}]  # K and V are ranked alike
 
 

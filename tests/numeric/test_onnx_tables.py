@@ -76,7 +76,7 @@ CODECS = [
     LloydMaxCodec(levels=16, gain="projected"),
     LloydMaxCodec(levels=8, qjl=True),
     FibVqCodec(words=16, k=2),
-    FibVqCodec(words=20, k=3, gain="projected"),
+    FibVqCodec(words=5, k=3, gain="projected"),
     FibVqCodec(words=11, k=1),
     OctahedralCodec(),
     OctahedralCodec(direction_bits=5, radius_bits=3, joint=False, gain="corrected"),
@@ -104,11 +104,11 @@ def test_angles_are_coded_as_in_torch(bits):
 @pytest.mark.parametrize(
     "codec",
     [
-        klt_codec(((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), gain=True),
+        klt_codec(((0, 1, 2, 3, 4), (5, 0, 0, 1, 1)), gain=True),
         klt_codec(((2,) * 8, (2,) * 8), tails="normal"),
         klt_codec(((1, 2, 3),), gain=True),
-        klt_codec(((0, 1, 2, 3, 4, 5, 6, 7), (8, 0, 0, 1, 1, 2, 3, 4)), memory=2, gain=True),
-        klt_codec(((1, 2, 3, 1), (2, 2, 2, 1)), memory=3, tails="normal"),
+        klt_codec(((0, 1, 2, 3, 2), (4, 0, 0, 1, 1)), memory=2, gain=True),
+        klt_codec(((1, 2, 3, 1), (2, 2, 2, 1)), memory=3),
         klt_codec(((1, 0),), memory=2),
     ],
     ids=["all", "two", "one head", "trellis of all", "trellis of 8", "trellis of one"],
