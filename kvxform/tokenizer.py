@@ -25,11 +25,11 @@ TOKENIZER_FILES = (
 
 def load_tokenizer(path: str | Path | None) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in a folder or GGUF file, or None if there is none."""
-    from transformers import AutoTokenizer
-
     place = Path(path) if path else None
     if place is None or not place.exists():
         return None
+    from transformers import AutoTokenizer  # seconds, so only where it is needed
+
     is_file = place.is_file()
     options = {"gguf_file": place.name} if is_file else {}
     try:

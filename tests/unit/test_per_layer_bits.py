@@ -48,7 +48,14 @@ def divergence(program, exact):
     return float((exact.exp() * (exact - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("method", "budget"), [("exact", 5.0), ("exact", 7.0), ("kvtuner", 7.0)])
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [
+        ("exact", 5.0),
+        pytest.param("exact", 7.0, marks=pytest.mark.slow),
+        pytest.param("kvtuner", 7.0, marks=pytest.mark.slow),
+    ],
+)
 def test_no_uniform_choice_within_the_budget_is_better(method, budget):
     source = uneven()
     exact = OptimizedModel(apply(InsertCache(), source)[0])(IDS).double().log_softmax(-1)

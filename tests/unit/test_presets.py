@@ -2,7 +2,6 @@ import pytest
 import torch
 from programs import llama_program
 
-import kvxform
 from kvxform.cli.main import main
 from kvxform.errors import RecipeError
 from kvxform.pipeline import run_pipeline
@@ -39,8 +38,13 @@ def optimise(recipe):
     )
 
 
-def test_a_preset_gives_the_same_plan_without_a_search():
-    program, report = optimise(RECIPE)
+@pytest.fixture(scope="module")
+def optimised():
+    return optimise(RECIPE)
+
+
+def test_a_preset_gives_the_same_plan_without_a_search(optimised):
+    program, report = optimised
     preset = explicit_recipe(load_recipe(RECIPE), program.plan)
     assert [step.name for step in preset.passes] == ["insert-cache", "quantize-kv"]
     layers = preset.passes[1].options["layers"]
@@ -60,19 +64,18 @@ def test_codecs_are_written_without_defaults_and_constants():
     assert written_codec(wrapped) == {"codec": "token-norm", "inner": {"codec": "int", "bits": 3}}
 
 
-def test_other_recipes_have_no_preset():
-    program, _ = optimise({**RECIPE, "passes": RECIPE["passes"][:2], "bounds": {}})
+def test_other_recipes_have_no_preset(optimised):
+    program, _ = optimised
     for recipe in (load_recipe("kv4"), None):
         with pytest.raises(RecipeError, match="per-layer-bits"):
             explicit_recipe(recipe, program.plan)
 
 
-def test_the_command_prints_a_recipe(tmp_path, capsys):
-    program, report = optimise(RECIPE)
+def test_the_command_prints_a_recipe(optimised, tmp_path, capsys):
+    program, report = optimised
     model = OptimizedModel(program, report=report, recipe=load_recipe(RECIPE))
     model.save(tmp_path / "artifact")
     assert main(["recipes", "preset", str(tmp_path / "artifact")]) == 0
     path = tmp_path / "preset.yaml"
     path.write_text(capsys.readouterr().out)
-    loaded = kvxform.load(tmp_path / "artifact")
-    assert load_recipe(path) == explicit_recipe(loaded.recipe, loaded.plan)
+    assert load_recipe(path) == explicit_recipe(model.recipe, program.plan)
