@@ -16,7 +16,7 @@ GROUP_TOKENS = (16, 32, 64, 128)  # groups of the channel axis that fit a tile
 MAX_PARTS = 64  # statements of each kind; heads of odd sizes are cut finely
 TABLE_BITS = 4  # a code is found by comparing with every bound between two entries
 TILES = ((32, 4), (64, 4), (16, 2), (64, 8), (32, 2), (16, 4))  # tokens and warps, best guess first
-HEADS = (4, 2, 8, 1, 4, 2)  # of a program that writes one token, tried with these
+HEADS = (1, 4, 8, 2, 1, 1)  # of a program that writes one token, tried with these
 
 
 @emits(AppendSpec)

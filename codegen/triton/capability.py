@@ -110,7 +110,10 @@ def _check_site(site: SitePlan) -> None:
     if site.payload not in PAYLOADS:
         refuse("payload must be kv", site.payload, at, "leave out cache-latent, " + EAGER)
     if site.key.rope == "pre":
-        refuse("keys must be cached after RoPE", "pre", at, "cache keys after RoPE")
+        refuse("keys must be cached after RoPE", "pre", at, "leave out cache-prerope, " + EAGER)
+    if any(stream.basis.inverse for stream in site.streams.values()):
+        rule = "bases must be undone by queries or weights, not when the cache is read"
+        refuse(rule, "a basis of several heads", at, EAGER.removeprefix("or "))
     sinks = {name: stream.regions.sink for name, stream in site.streams.items()}
     if len(set(sinks.values())) > 1:
         rule = "K and V must have the same number of sink tokens"

@@ -9,6 +9,7 @@ from kvxform.codegen.triton.spec import SiteSpec
 MAX_CONFIGS = 8
 WORDS_A_LANE = 32  # of K and V of a tile: what three CTAs of four warps have registers for
 OTHER_REGISTERS = 32  # addresses, softmax, records
+TABLE_REGISTERS = 16  # of levels, and of looking them up
 REGISTER_FILE = 65536  # of a multiprocessor
 MAX_REGISTERS = 255  # of a thread
 
@@ -54,7 +55,8 @@ def _fits(site: SiteSpec, tile: int, limit: int) -> bool:
     columns, groups = count_columns(site), site.key.head_dim // BLOCK
     outputs, query = groups * columns // 2, groups * columns // 4
     scores = tile * columns // 16  # and weights
-    return held + outputs + query + scores + OTHER_REGISTERS <= limit
+    tables = TABLE_REGISTERS * any(stream.table for stream in site.streams.values())
+    return held + outputs + query + scores + tables + OTHER_REGISTERS <= limit
 
 
 def _round(site: SiteSpec, warps: int, ctas: int) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor
 from triton_cases import codec_stream, encode, int_stream, make_site, plain_stream, random_kv
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.base import Codec
 from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codecs.hadamard import block_hadamard, make_signs
 from kvxform.codecs.integer import IntCodec
@@ -78,21 +77,29 @@ def test_token_norms() -> None:
     check(small(int_stream(32, 4, token_norm="head"), int_stream(32, 2, symmetric=True)))
 
 
+METHODS = {
+    "levels16": (LloydMaxCodec(16), {}),
+    "words16": (FibVqCodec(16, 2), {}),
+    "norms of all heads": (TokenNormCodec(IntCodec(2, axis="channel", group=16)), {"chunk": 16}),
+    "levels8": (LloydMaxCodec(8, gain="corrected"), {"sink": 2}),
+    "levels4": (LloydMaxCodec(4, gain="projected"), {"keep": 3}),
+    "words64": (FibVqCodec(64, 2), {"keep": 3}),
+    "norms of groups": (TokenNormCodec(IntCodec(4, group=16)), {}),
+}
+
+
 @pytest.mark.parametrize(
-    ("codec", "regions"),
-    [
-        (LloydMaxCodec(16), {}),
-        (LloydMaxCodec(8, gain="corrected"), {"sink": 2}),
-        (LloydMaxCodec(4, gain="projected"), {"keep": 3}),
-        (FibVqCodec(64, 2), {}),
-        (FibVqCodec(16, 2, gain="corrected"), {"keep": 3}),
-        (TokenNormCodec(IntCodec(2, axis="channel", group=16)), {"chunk": 16}),
-        (TokenNormCodec(IntCodec(4, group=16)), {}),
-    ],
-    ids=["levels16", "levels8", "levels4", "words64", "words16", "norms of groups", "norms"],
+    "name",
+    [*list(METHODS)[:3], *(pytest.param(n, marks=pytest.mark.slow) for n in list(METHODS)[3:])],
 )
-def test_norms_and_tables(codec: Codec, regions: dict[str, int]) -> None:
+def test_norms_and_tables(name: str) -> None:
+    codec, regions = METHODS[name]
     check(make_site(codec_stream(32, codec, **regions)), steps=((18, 1), (1, 1)))
+
+
+def test_norms_in_fragment_order() -> None:
+    streams = codec_stream(64, LloydMaxCodec(16)), int_stream(64, 8)
+    check(make_site(*streams, layout="fragment"), steps=((18, 1), (1, 1)))
 
 
 def test_norms_are_of_all_heads() -> None:

@@ -128,6 +128,18 @@ CASES = {
         DecodeSpec(site(int_stream(64), layout="fragment", page_size=32), query_block=64),
         [0, 1, 32, 33, 70],
     ),
+    "twin, levels of directions": (
+        DecodeSpec(
+            site(
+                codec_stream(64, LloydMaxCodec(16)),
+                codec_stream(64, LloydMaxCodec(16, gain="projected")),
+                layout="fragment",
+                page_size=32,
+            ),
+            query_block=64,
+        ),
+        [0, 33],
+    ),
     "twin, every option": (
         DecodeSpec(site(int_stream(128, 2), layout="fragment", page_size=32), **EVERY_OPTION),
         [0, 65],

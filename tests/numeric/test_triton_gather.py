@@ -82,6 +82,8 @@ def test_tables_of_directions_and_words() -> None:
     check(make_site(key, codec_stream(32, FibVqCodec(64, 2), sink=2)), SOME_LENGTHS)
     key = codec_stream(32, FibVqCodec(16, 2), keep=5)
     check(make_site(key, codec_stream(32, LloydMaxCodec(8))), SOME_LENGTHS)
+    levels = codec_stream(64, LloydMaxCodec(16))
+    check(make_site(levels, layout="fragment"), SOME_LENGTHS)
 
 
 def test_norms_of_all_heads() -> None:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outline import static_branches, unused_parameters
+from ptx import run_instruction
 from sass import Build, compile_kernels, count
 from triton_cases import int_stream, make_site, plain_stream
 
@@ -203,30 +204,6 @@ def run_assembly(text: str, block: CodeBlock, pieces: torch.Tensor) -> list[torc
             pair = [registers[f"${2 * part + i}"] for i in range(2)]
             outputs[part] += [half for word in pair for half in (word & 0xFFFF, word >> 16)]
     return [torch.tensor(values)[:width] for values in outputs]
-
-
-def run_instruction(line: str, registers: dict[str, int]) -> None:
-    """Run one instruction of PTX on 32-bit registers."""
-    name, _, rest = line.partition(" ")
-    target, *texts = [operand.strip() for operand in rest.split(",")]
-    if name == ".reg":
-        return
-    values = [registers[t] if t in registers else int(t, 0) for t in texts]
-    if name == "prmt.b32":
-        octets = [values[i // 4] >> (8 * (i % 4)) & 0xFF for i in range(8)]
-        result = sum(octets[values[2] >> (4 * i) & 7] << (8 * i) for i in range(4))
-    elif name == "and.b32":
-        result = values[0] & values[1]
-    elif name == "shl.b32":
-        result = values[0] << values[1] & 0xFFFFFFFF
-    else:
-        assert name == "lop3.b32", line
-        choices = [
-            sum((x >> i & 1) << k for x, k in zip(values, (2, 1, 0), strict=False))
-            for i in range(32)
-        ]
-        result = sum((values[3] >> choice & 1) << i for i, choice in enumerate(choices))
-    registers[target] = result
 
 
 def make_build(spec: DecodeSpec, index: int = 0) -> Build:

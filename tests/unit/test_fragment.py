@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_cases import int_stream, make_site, plain_stream
+from triton_cases import codec_stream, int_stream, make_site, plain_stream
 
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
 
@@ -16,6 +17,8 @@ from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
 @st.composite
 def streams(draw: st.DrawFn, head_dim: int) -> StreamSpec:
     bits = draw(st.sampled_from([2, 4, 8, 16] if head_dim > 64 else [4, 8, 16]))
+    if bits < 8 and draw(st.booleans()):
+        return codec_stream(head_dim, LloydMaxCodec(2**bits))
     if bits == 16:
         return plain_stream(head_dim, draw(st.sampled_from(["float16", "bfloat16"])))
     zero = draw(st.sampled_from(["int", "float"]))
@@ -161,6 +164,8 @@ def _with_key(**fields: object) -> SiteSpec:
         (_with_key(keep=1, exact_dtype="float16"), "key: some tokens stay exact"),
         (_with_key(bits=3), "3 bits"),
         (_with_key(table=tuple(range(16))), "table"),
+        (_with_key(table=tuple(range(16)), gain="norm"), "table"),
+        (_with_key(bits=8, block=4, table=(0.0,) * 1024, gain="norm"), "table"),
         (_with_key(token_norm="head"), "norm"),
         (_with_key(group=64), "more than one scale"),
         (make_site(int_stream(64, 2), layout="fragment"), "more than two tokens"),
@@ -183,6 +188,8 @@ def test_reason_against(site: SiteSpec, reason: str) -> None:
         make_site(int_stream(256, 2), page_size=16, layout="fragment"),
         make_site(int_stream(64, 8), page_size=16, layout="fragment"),
         make_site(int_stream(128, clip=0.9, include_zero=True), layout="fragment"),
+        make_site(codec_stream(64, LloydMaxCodec(16)), layout="fragment"),
+        make_site(codec_stream(128, LloydMaxCodec(4)), int_stream(128), layout="fragment"),
         dataclasses.replace(GOOD, page_size=256),
     ],
 )
