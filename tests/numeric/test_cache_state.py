@@ -36,6 +36,8 @@ BLOCKS = {
     "key_regions": {"recent": 32, "flush": "block"},
     "value_regions": {"recent": 0},
 }
+SALIENCY = {"codec": "saliency", "chunk": 16, "last": 0.1, "random": 0.4}
+RANKED = {"key": SALIENCY, "value": SALIENCY, "regions": {"sink": 2}}
 Plant = Callable[[Session], None]
 
 
@@ -254,6 +256,29 @@ def test_shared_pages_with_wrong_content_are_found_even_if_the_bytes_are_right()
 
     with pytest.raises(VerifyError, match="logical cache"):
         check_all(source_program(), cached_program(LOSSY, 16), plant)
+
+
+def forget_scores(session: Session) -> None:
+    """Scores of tokens that wait are lost between two steps."""
+
+    def change() -> None:
+        for site in session._cache._stores.values():
+            for store in site._stores:
+                store.scores.zero_()
+
+    after_commit(session, change)
+
+
+def test_scores_that_are_forgotten_between_steps_are_found():
+    with pytest.raises(VerifyError, match="logical cache"):
+        check_all(source_program(), cached_program(RANKED, 16), forget_scores)
+
+
+@pytest.mark.slow
+def test_a_cache_that_ranks_tokens_passes_and_cannot_be_cropped():
+    names = check_all(source_program(), cached_program(RANKED, 16))
+    assert "beam fork" in names
+    assert "fork, crop and rewind" not in names
 
 
 def test_a_window_is_wrapped_and_a_cache_that_cannot_be_cropped_is_not():
