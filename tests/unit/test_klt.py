@@ -21,6 +21,7 @@ from programs import (
 import kvxform.ir.ops as kvx
 from kvxform.calibrate import collect
 from kvxform.codecs.base import make_codec
+from kvxform.codegen.triton.capability import check_plan
 from kvxform.errors import CodegenError, PassError, RecipeError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.plan import ReadForm
@@ -166,6 +167,15 @@ def test_streams_that_are_turned_cannot_be_folded():
     turned.plan = turned.plan.replace_site(0, value=value)
     with pytest.raises(CodegenError, match="turned when it is read"):
         OptimizedModel(turned)
+
+
+@pytest.mark.parametrize(
+    ("rope", "rule"), [("pre", "after RoPE"), ("post", "bases must be undone")]
+)
+def test_kernels_refuse_what_they_cannot_undo(rope, rule):
+    turned, _ = apply(Klt(bits=3), ready(llama_program(layers=1), rope=rope))
+    with pytest.raises(CodegenError, match=rule):
+        check_plan(turned.plan)
 
 
 def test_the_verifier_wants_the_inverse():
