@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
 import torch
+from cached import cached_program
 from torch import fx
 
 import kvxform.ir.ops as kvx
@@ -154,3 +156,16 @@ def test_what_has_no_text_form_is_refused(graph):
 )
 def test_ranges_fold_runs(numbers, text):
     assert format_ranges(numbers) == text
+
+
+def test_long_constants_of_a_codec_show_their_shape_and_inner_codecs_their_options():
+    program = cached_program({"key": {"codec": "token-norm", "inner": {"codec": "int", "bits": 8}}})
+    table = [[0.25] * 64] * 2
+    stream = program.plan.sites[0].key
+    changed = dataclasses.replace(stream, codec={**stream.codec, "table": table, "few": [4, 2]})
+    program.plan = program.plan.replace_site(0, key=changed)
+    (line,) = [text for text in format_program(program).splitlines() if "<2 x 64 numbers>" in text]
+    assert "table=<2 x 64 numbers>" in line
+    assert "few=[4, 2]" in line
+    assert "inner=int(" in line
+    assert "bits=8, clip=1.0" in line
