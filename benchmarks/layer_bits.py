@@ -34,7 +34,7 @@ from kvxform.sensitivity.deciding import (
 from kvxform.sensitivity.formats import stream_formats
 from kvxform.sensitivity.measuring import Bench
 
-BITS = (8, 4, 3, 2)
+BITS = (8, 4, 2)
 BASE = {"codec": "int", "bits": 4}
 ROTATIONS = {"plain": ([], []), "hadamard": (["rotate-v"], ["rotate-qk"])}
 
