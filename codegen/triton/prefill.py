@@ -8,7 +8,7 @@ from kvxform.codegen.triton.registry import Emission, emits
 from kvxform.codegen.triton.spec import PrefillSpec
 
 # (block_m, block_n, num_warps, num_stages), the best guess first
-_SHORT_CONFIGS = ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2))
+_SHORT_CONFIGS = ((128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2))
 _LONG_CONFIGS = ((128, 64, 8, 2), (64, 64, 4, 2))  # head_dim above 128
 BLOCKS = (16, 32, 64, 128, 256)  # of a Hadamard of queries
 _FLOAT32_CONFIGS = ((64, 32, 4, 2), (32, 32, 4, 2))

@@ -11,6 +11,7 @@ from decode_cases import check_decode
 from torch import Tensor
 from triton_cases import (
     Stored,
+    codec_stream,
     decode_reference,
     int_stream,
     make_site,
@@ -20,6 +21,7 @@ from triton_cases import (
     store,
 )
 
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import DecodeSpec, SiteSpec, StreamSpec
@@ -37,6 +39,8 @@ STREAMS = {
     "int8-symmetric": int_stream(128, 8, symmetric=True),
     "float16": plain_stream(128),
     "bfloat16": plain_stream(128, "bfloat16"),
+    "levels4": codec_stream(128, LloydMaxCodec(4)),
+    "levels16": codec_stream(128, LloydMaxCodec(16)),
 }
 
 
@@ -72,6 +76,7 @@ def test_every_config_of_every_format(name: str, config: int) -> None:
     [
         (int_stream(128), {"heads": (2, 2)}),
         (int_stream(64), {"heads": (9, 3)}),
+        (codec_stream(64, LloydMaxCodec(16, gain="corrected")), {"heads": (9, 3)}),
         (int_stream(64, 8), {"heads": (10, 2)}),
         (int_stream(128, symmetric=True), {"heads": (16, 2)}),
         (int_stream(128, 8, symmetric=True), {"heads": (32, 2)}),

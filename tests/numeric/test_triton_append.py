@@ -115,7 +115,7 @@ def test_plain_values_of_a_float32_model() -> None:
     check(small(key, value, dtype="float32"))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_one_token_of_several_heads_a_program(heads: int) -> None:
     """Three KV heads: programs of two and of four have rows to spare."""
     site = make_site(int_stream(64), int_stream(64, 8), heads=(3, 3), layout="fragment")
