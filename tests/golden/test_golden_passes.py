@@ -16,11 +16,13 @@ from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.balance_channels import BalanceChannels
 from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.learn_rotation import LearnRotation
+from kvxform.passes.rotation.rotate_k_prerope import RotateKPrerope
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
+from kvxform.passes.structure.cache_prerope import CachePrerope
 
 KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "axis": "channel", "zero": "float"},
@@ -56,6 +58,12 @@ CASES = {
     "balance_channels/online": (BalanceChannels(online=True), (InsertCache(),), no_q),
     "insert_cache/llama": (InsertCache(), (), llama_program),
     "insert_cache/gpt2": (InsertCache(), (RotateQk(),), gpt2_program),
+    "cache_prerope/llama": (CachePrerope(), (InsertCache(),), llama_program),
+    "rotate_k_prerope/llama": (
+        RotateKPrerope(order="none"),
+        (InsertCache(), CachePrerope()),
+        llama_program,
+    ),
     "page_cache/llama": (PageCache(64), (InsertCache(),), llama_program),
     "quantize_kv/kivi2": (KIVI, (InsertCache(), PageCache()), llama_program),
     "cache_latent/stateless": (CacheLatent(), (), latent_program),
