@@ -36,7 +36,10 @@ SPECS: dict[str, tuple[KernelSpec, KernelSpec]] = {  # with as few arguments as 
     "append": (AppendSpec(LEAST), AppendSpec(MOST, RopeSpec(64), 64, True)),
     "decode": (DecodeSpec(LEAST), DecodeSpec(MOST, 64, True, has_slot_bias=True, **SCORES)),
     "gather": (GatherSpec(LEAST), GatherSpec(MOST)),
-    "prefill": (prefill_spec(LEAST), prefill_spec(MOST, **SCORES)),
+    "prefill": (
+        prefill_spec(LEAST),
+        prefill_spec(MOST, query_block=64, has_signs=True, **SCORES),
+    ),
     "column_scores": (
         ColumnScoresSpec(4, 2, 64, "float16"),
         ColumnScoresSpec(4, 2, 64, "float16", has_alibi=True),
