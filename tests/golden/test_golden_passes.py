@@ -12,6 +12,7 @@ from kvxform.passes.base.fuse_projections import FuseProjections
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.memory.page_cache import PageCache
+from kvxform.passes.quantize.per_layer_bits import PerLayerBits
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.balance_channels import BalanceChannels
 from kvxform.passes.rotation.fuse_norms import FuseNorms
@@ -29,6 +30,7 @@ KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "group": 8, "zero": "float"},
     regions={"recent": 128},
 )
+INT4 = QuantizeKv({"codec": "int", "bits": 4}, {"codec": "int", "bits": 4})
 UNTIED = FuseNorms(untie=True)
 
 
@@ -66,6 +68,7 @@ CASES = {
     ),
     "page_cache/llama": (PageCache(64), (InsertCache(),), llama_program),
     "quantize_kv/kivi2": (KIVI, (InsertCache(), PageCache()), llama_program),
+    "per_layer_bits/dry_run": (PerLayerBits(5.0), (InsertCache(), INT4), llama_program),
     "cache_latent/stateless": (CacheLatent(), (), latent_program),
     "cache_latent/cached": (RotateQk(), (CacheLatent(), InsertCache()), latent_program),
     "fuse_projections/llama": (FuseProjections(), (), llama_program),
