@@ -37,7 +37,10 @@ def list_configs(site: SiteSpec) -> list[tuple[int, int, int, int, int]]:
     else:
         wanted = [(4, 2 * tile, 2, 0), (4, tile, 3, 168), (8, 2 * tile, 1, 0), (4, tile, 4, 128)]
         wanted += [(4, tile, 2, 0), (8, tile, 1, 0), (2, tile, 4, 0)]
-    if bits in (2, 16) or (bits == 4 and 2 * tile > site.page_size):
+    if any(stream.table for stream in site.streams.values()):  # bound by instructions: many warps
+        wanted = [(4, tile, 3, 168), (4, tile // 2, 4, 128), (4, tile, 2, 0), (8, tile, 1, 0)]
+        wanted += [(4, 2 * tile, 2, 0)]
+    elif bits in (2, 16) or (bits == 4 and 2 * tile > site.page_size):
         wanted.sort(key=lambda config: config[2] != 3)  # tiles cannot grow, so three CTAs first
     chosen: list[tuple[int, int, int, int, int]] = []
     for warps, size, ctas, limit in wanted:

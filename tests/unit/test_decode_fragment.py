@@ -10,8 +10,9 @@ import sass
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import int_stream, make_site, plain_stream
+from triton_cases import codec_stream, int_stream, make_site, plain_stream
 
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codegen.triton import decode_fragment
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
@@ -31,6 +32,8 @@ FORMATS = {
     "int4": int_stream(128),
     "int8": int_stream(128, 8, symmetric=True),
     "bfloat16": plain_stream(128, "bfloat16"),
+    "levels4": codec_stream(128, LloydMaxCodec(4)),
+    "levels16": codec_stream(128, LloydMaxCodec(16)),
 }
 FEATURES = {"window": 4096, "softcap": 50.0, "has_lse": True}
 ALL_FEATURES = {
@@ -92,12 +95,17 @@ BOUNDS = {
     "int4": (800, 64, 16),
     "int8": (410, 34, 16),
     "bfloat16": (280, 16, 16),
+    "levels4": (1650, 64, 8),  # these by instructions, of which two in three look up levels
+    "levels16": (1160, 32, 8),
 }
 
 
 @pytest.mark.parametrize(
     "names",
-    [["int4", "int8"], pytest.param(["int2", "bfloat16"], marks=pytest.mark.slow)],
+    [
+        ["int4", "int8"],
+        pytest.param(["int2", "bfloat16", "levels4", "levels16"], marks=pytest.mark.slow),
+    ],
     ids="-".join,
 )
 def test_machine_code_of_the_loop(names: list[str]) -> None:
