@@ -27,7 +27,7 @@ from kvxform.errors import PassError
 
 GAINS = ("norm", "corrected", "projected")
 CHANNELS = 8  # head_dim must be a multiple of it
-LARGEST_HEAD_DIM = 4096
+LARGEST_HEAD_DIM = 1024
 LARGEST_NORM = 65504.0  # largest float16
 
 
@@ -48,7 +48,7 @@ class DirectionCodec(Codec):
 
     @abstractmethod
     def code_planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
-        """Return the planes of a direction; their widths differ for different head_dims."""
+        """Return the planes of a direction; the widths tell the head_dim, see `head_dim_of`."""
 
     @abstractmethod
     def encode_directions(self, u: Tensor) -> dict[str, Tensor]:
@@ -61,13 +61,21 @@ class DirectionCodec(Codec):
         """Decode directions, `[..., D]`, in `dtype`."""
 
     def check(self, head_dim: int) -> None:
-        """Raise PassError KVX203 unless `head_dim` is a multiple of 8."""
+        """Raise PassError KVX203 unless `head_dim` is a multiple of 8 that widths can tell."""
         if head_dim % CHANNELS or not 0 < head_dim <= LARGEST_HEAD_DIM:
             raise PassError(
                 "KVX203",
                 f"codec {self.name} needs a head_dim that is a multiple of {CHANNELS}",
                 got=head_dim,
                 hint="use codec int, or none",
+            )
+        told = head_dim_of(self, self._widths(head_dim))
+        if told != head_dim:
+            raise PassError(
+                "KVX203",
+                f"codec {self.name} needs a head_dim that its bytes tell apart from {told}",
+                got=head_dim,
+                hint="use codes of more bits",
             )
 
     def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
@@ -86,8 +94,8 @@ class DirectionCodec(Codec):
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
         wide = dtype if dtype.itemsize >= 4 else torch.float32
-        first = self.planes(CHANNELS)[0].name
-        head_dim = _head_dim(self, planes[first].shape[-1])
+        names = (plane.name for plane in self.code_planes(CHANNELS))
+        head_dim = head_dim_of(self, tuple(planes[name].shape[-1] for name in names))
         return (self.decode_directions(planes, head_dim, wide) * planes["norm"].to(wide)).to(dtype)
 
     def _factor(self, u: Tensor, planes: Mapping[str, Tensor]) -> Tensor:
@@ -97,11 +105,18 @@ class DirectionCodec(Codec):
             return square.rsqrt()
         return ((u * decoded).sum(-1, keepdim=True) / square).clamp_min(0)
 
+    def _widths(self, head_dim: int) -> tuple[int, ...]:
+        return tuple(plane.width for plane in self.code_planes(head_dim))
+
 
 @functools.cache
-def _head_dim(codec: DirectionCodec, width: int) -> int:
-    """Return the channels of vectors whose first plane has `width` elements."""
-    for head_dim in range(CHANNELS, LARGEST_HEAD_DIM + 1, CHANNELS):
-        if codec.code_planes(head_dim)[0].width == width:
-            return head_dim
-    raise ValueError(f"no head_dim gives a plane of width {width}")
+def head_dim_of(codec: DirectionCodec, widths: tuple[int, ...]) -> int:
+    """Return the channels of vectors whose code planes have `widths`.
+
+    Where several head_dims fill the same bytes, it is the one with the most factors of two.
+    """
+    sizes = range(CHANNELS, LARGEST_HEAD_DIM + 1, CHANNELS)
+    fitting = [head_dim for head_dim in sizes if codec._widths(head_dim) == widths]
+    if not fitting:
+        raise ValueError(f"no head_dim gives code planes of widths {widths}")
+    return max(fitting, key=lambda head_dim: head_dim & -head_dim)

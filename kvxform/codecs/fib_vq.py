@@ -53,8 +53,7 @@ class FibVqCodec(DirectionCodec):
         require_option(fits, self.name, f"k must be 1 to {LARGEST_BLOCK}", self.k)
 
     def check(self, head_dim: int) -> None:
-        """Raise PassError KVX203 unless `head_dim` is a multiple of 8 and holds two blocks."""
-        super().check(head_dim)
+        """Raise PassError KVX203 unless `head_dim` holds two blocks and its bytes tell it."""
         if head_dim < 2 * self.k:
             raise PassError(
                 "KVX203",
@@ -62,6 +61,7 @@ class FibVqCodec(DirectionCodec):
                 got=self.k,
                 hint=f"use k: {head_dim // 2}",
             )
+        super().check(head_dim)
 
     def code_planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, one code a block."""

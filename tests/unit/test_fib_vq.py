@@ -101,18 +101,32 @@ def test_bits_are_fractions(words, k, bits):
 @given(heads=st.integers(1, 2), tokens=st.integers(0, 3))
 def test_planes_are_as_declared_also_with_padding(heads, tokens):
     codec = FibVqCodec(words=8, k=3)
-    x = normal_vectors(heads * tokens, 40).reshape(1, heads, tokens, 40)
+    x = normal_vectors(heads * tokens, 64).reshape(1, heads, tokens, 64)
     check_planes(codec, x)
     assert codec.decode(codec.encode(x), torch.float32).shape == x.shape
 
 
 def test_zero_decodes_to_zero_and_a_codebook_is_the_same_twice(monkeypatch, tmp_path):
     codec = FibVqCodec(words=8, k=3)
-    assert not codec.decode(codec.encode(torch.zeros(3, 40)), torch.float32).any()
-    first = codebook(8, 3, 40)
+    assert not codec.decode(codec.encode(torch.zeros(3, 64)), torch.float32).any()
+    first = codebook(8, 3, 64)
     codebook.cache_clear()
     monkeypatch.setenv("KVXFORM_CACHE_DIR", str(tmp_path))
-    assert torch.equal(first, codebook(8, 3, 40))
+    assert torch.equal(first, codebook(8, 3, 64))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_codes_of_less_than_a_bit_a_value_come_back_at_their_size(dim):
+    x = normal_vectors(4, dim)
+    codec = FibVqCodec(words=4, k=8)  # 0.25 bits a value: 56 and 64 channels take 2 bytes alike
+    codec.check(dim)
+    assert codec.decode(codec.encode(x), torch.float32).shape == x.shape
+
+
+def test_a_head_dim_that_its_bytes_do_not_tell_is_refused():
+    FibVqCodec(words=8, k=3).check(80)
+    with pytest.raises(PassError, match=r"KVX203.*tell apart from 48; got 40.*more bits"):
+        FibVqCodec(words=8, k=3).check(40)
 
 
 def test_options_and_sizes_that_cannot_be_are_refused():
