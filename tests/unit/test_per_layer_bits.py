@@ -5,7 +5,9 @@ import torch
 from programs import apply, latent_program, llama_program
 
 from kvxform.calibrate import collect
+from kvxform.codecs.base import make_codec
 from kvxform.errors import PassError, RecipeError
+from kvxform.ir.fitting import codec_samples
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.per_layer_bits import PerLayerBits
@@ -13,7 +15,7 @@ from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.recipe import load_recipe
 from kvxform.runtime.model import OptimizedModel
-from kvxform.sensitivity.formats import changed_options
+from kvxform.sensitivity.formats import changed_options, stream_formats
 from kvxform.sensitivity.measuring import Bench
 
 INT4 = {"codec": "int", "bits": 4, "axis": "token"}
@@ -165,6 +167,24 @@ def test_options_reach_wrapped_codecs_and_constants_are_dropped():
         "inner": {**INT4, "bits": 2},
     }
     assert changed_options(wrapped, INT4) == INT4
+
+
+def test_codecs_with_constants_are_fitted_for_every_format():
+    nuq = {"codec": "nuq", "bits": 4, "axis": "channel", "group": 8}
+    calibration = collect(llama_program(), IDS, name="the text")
+    program, _ = apply(InsertCache(), llama_program())
+    program.calibration = calibration
+    program, _ = apply(QuantizeKv(nuq, INT4), program)
+    site = program.plan.site(0)
+    fitted = make_codec(site.key.codec)
+    four, three = stream_formats(program, site, "key", [{}, {"bits": 3}], "test")
+    assert four.codec == fitted, "the base codec, as quantize-kv has fitted it"
+    assert (len(four.codec.table), len(three.codec.table)) == (16, 8)
+    assert three.codec == make_codec({**nuq, "bits": 3}).fit(
+        codec_samples(program, 0, "key", site.key)
+    )
+    assert three.size < four.size
+    assert three.stream.calibration == "the text"
 
 
 def test_the_recipe_names_the_method():
