@@ -19,10 +19,14 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
         stream: How the stream is stored.
 
     Raises:
-        PassError: KVX205 if the calibration has no such keys, because RoPE turns a part of them
-            alone.
+        PassError: KVX205 if the calibration has no such values: of a latent, or of keys before
+            RoPE where it turns a part of them alone.
     """
     assert program.calibration is not None, "the pipeline has collected one"
+    site = program.site(layer)
+    if site.payload == "latent":
+        rule = "codecs are fitted on K and V of heads; a calibration knows no latents"
+        raise PassError("KVX205", rule, at=site.module, hint="leave cache-latent out")
     layer_statistics = program.calibration.layers[layer]
     statistics = stream_statistics(program, layer, name, stream.rope)
     basis, fisher = stream.basis, None

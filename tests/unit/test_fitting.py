@@ -95,6 +95,13 @@ def test_keys_before_a_rope_of_a_part_are_refused():
         samples(program, "key", rope="pre")
 
 
+def test_latents_are_refused():
+    program = calibrated()
+    program.sites = tuple(dataclasses.replace(s, payload="latent") for s in program.sites)
+    with pytest.raises(PassError, match="KVX205 codecs are fitted on K and V of heads"):
+        samples(program, "key")
+
+
 def test_quantize_kv_fits_each_stream_on_its_own_samples():
     program = calibrated()
     quantise = QuantizeKv(NUQ, {"codec": "int", "clip": "fit"}, layers={"1": {"key": None}})
