@@ -152,7 +152,12 @@ def test_logits_stay_for_all_sizes_and_chunks(kv_heads, head_dim, chunks):
 
 
 @pytest.mark.parametrize(
-    "regions", [None, {"sink": 2, "recent": 5}, {"recent": 8, "flush": "block"}]
+    "regions",
+    [
+        {"sink": 2, "recent": 5},
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param({"recent": 8, "flush": "block"}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_state_is_right_after_every_step(regions):
     """Ragged rows, chunks, reorders and page reuse, with codes and exact regions."""

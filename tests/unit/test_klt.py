@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -38,8 +39,12 @@ from kvxform.verify.prober import Prober
 WINDOWS = 12
 
 
-def ready(program: Program, *, rope: str = "pre", fisher: bool = True) -> Program:
-    """Return a program with a cache and a calibration."""
+@functools.cache
+def ready(
+    kind: str = "llama", *, rope: str = "pre", fisher: bool = True, layers: int = 2
+) -> Program:
+    """Return a program with a cache and a calibration, which tests must not change."""
+    program = {"llama": llama_program, "gpt2": gpt2_program}[kind](layers=layers)
     text = token_ids(program, WINDOWS, 32, seed=3)
     calibration = collect(program, text, name="random", fisher=fisher)
     cached, _ = apply(InsertCache(), program)
@@ -59,7 +64,7 @@ def stored(program: Program, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor,
 def test_bases_are_undone_when_they_are_read(rope, width):
     """Without codes the logits stay: one basis a head, or one for both heads."""
     program = llama_program()
-    turned, found = apply(Klt(bits=8, width=width), ready(program, rope=rope))
+    turned, found = apply(Klt(bits=8, width=width), ready(rope=rope))
     assert fired(found) == 2
     ids = token_ids(program)
     expected = run(program, ids)
@@ -70,8 +75,7 @@ def test_bases_are_undone_when_they_are_read(rope, width):
 
 
 def test_components_of_the_calibration_text_are_white():
-    program = llama_program()
-    before = ready(program)
+    before = ready()
     turned, _ = apply(Klt(bits=8), before)
     text = before.calibration.token_ids
     for k, v in stored(turned, text).values():
@@ -81,7 +85,7 @@ def test_components_of_the_calibration_text_are_white():
 
 
 def errors(program: Program, bits: float, **options: object) -> float:
-    quantised, _ = apply(Klt(bits=bits, **options), ready(program))
+    quantised, _ = apply(Klt(bits=bits, **options), ready())
     assert quantised.plan.bits_per_value <= bits
     assert quantised.plan.bits_per_value > bits - 8 / 32
     ids = token_ids(program, 4, 40, seed=9)
@@ -97,8 +101,8 @@ def test_more_bits_mean_less_error_and_weights_pay():
 
 
 def test_one_budget_is_shared_by_all_streams():
-    shared, _ = apply(Klt(bits=3), ready(llama_program()))
-    alike, _ = apply(Klt(bits=3, weighted=False), ready(llama_program(), fisher=False))
+    shared, _ = apply(Klt(bits=3), ready())
+    alike, _ = apply(Klt(bits=3, weighted=False), ready(fisher=False))
     widths = [
         [stream.planes[0].width for site in p.plan.sites for stream in site.streams.values()]
         for p in (shared, alike)
@@ -115,7 +119,8 @@ def test_one_budget_is_shared_by_all_streams():
 def test_the_state_is_right_after_every_step(trellis):
     program = llama_program(layers=1)
     program.info = dataclasses.replace(program.info, context_length=None)
-    paged, _ = apply(PageCache(16), ready(program))
+    paged, _ = apply(PageCache(16), ready(layers=1))
+    paged.info = program.info
     klt = Klt(bits=3, trellis=trellis, regions={"sink": 2, "recent": 3})
     quantised, _ = apply(klt, paged)
     checks = Prober(program, OptimizedModel, quantised.plan).check_full(quantised)
@@ -141,7 +146,7 @@ def test_latents_are_left_alone():
 
 def test_models_without_rope_are_fine():
     program = gpt2_program()
-    turned, found = apply(Klt(bits=8), ready(program, rope="none"))
+    turned, found = apply(Klt(bits=8), ready("gpt2", rope="none"))
     assert fired(found) == 2
     ids = token_ids(program)
     assert float((run(turned, ids) - run(program, ids)).abs().max()) < 1e-5
@@ -162,7 +167,7 @@ def test_options_are_checked(options, rule):
 
 
 def test_streams_that_are_turned_cannot_be_folded():
-    turned, _ = apply(Klt(bits=3), ready(llama_program()))
+    turned, _ = apply(Klt(bits=3), ready())
     value = dataclasses.replace(turned.plan.sites[0].value, read=ReadForm("folded"))
     turned.plan = turned.plan.replace_site(0, value=value)
     with pytest.raises(CodegenError, match="turned when it is read"):
@@ -173,13 +178,13 @@ def test_streams_that_are_turned_cannot_be_folded():
     ("rope", "rule"), [("pre", "after RoPE"), ("post", "bases must be undone")]
 )
 def test_kernels_refuse_what_they_cannot_undo(rope, rule):
-    turned, _ = apply(Klt(bits=3), ready(llama_program(layers=1), rope=rope))
+    turned, _ = apply(Klt(bits=3), ready(rope=rope, layers=1))
     with pytest.raises(CodegenError, match=rule):
         check_plan(turned.plan)
 
 
 def test_the_verifier_wants_the_inverse():
-    turned, _ = apply(Klt(bits=3), ready(llama_program()))
+    turned, _ = apply(Klt(bits=3), ready())
     node = turned.attention_node(1)
     node.kwargs = {name: x for name, x in node.kwargs.items() if name != "value_basis"}
     with pytest.raises(PassError, match="value_basis must be that of what is cached"):

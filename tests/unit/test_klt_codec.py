@@ -35,7 +35,7 @@ def codes_of(codec: KltCodec, row: list[int]) -> list[int]:
     return found
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     bits=st.lists(st.lists(st.integers(0, 8), min_size=5, max_size=5), min_size=1, max_size=3),
     gain=st.booleans(),
