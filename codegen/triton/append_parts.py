@@ -105,6 +105,16 @@ class StreamText:
         return bool(self.rope or self.block)
 
     @property
+    def joins_codes(self) -> bool:
+        """Whether codes of one tensor are packed with each other."""
+        return self.spec.block > 1 and self.spec.bits < 8
+
+    @property
+    def has_extremes(self) -> bool:
+        """Whether scales are found from the extremes of channels of a token."""
+        return self.spec.has_scale and self.spec.axis == "token"
+
+    @property
     def has_row(self) -> bool:
         """Whether there are exact buffers, by row of the session."""
         return bool(self.spec.sink or self.is_ring)

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvxform.codecs.base import PlaneSpec
-from kvxform.codegen.triton.spec import SiteSpec, StreamSpec, SubTile, sub_tiles
+from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
+from kvxform.codegen.triton.sub_tiles import SubTile, sub_tiles
 
 SUBNORMAL = 24  # bit 0 of a float16 is worth 2**-24
 MIN_BLOCK = 16  # the shortest inner axis of `tl.dot`
