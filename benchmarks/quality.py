@@ -2,26 +2,29 @@ r"""Quality per true bit of caches of SmolLM2-135M: recipes, and Hugging Face's 
 
     python benchmarks/quality.py --text wikitext2/test.txt --calibration wikitext2/valid.txt \
         --json benchmarks/results/quality.json
-    python benchmarks/quality.py --only kv4,hf-quanto --json ...  # some rows; the others stay
-    python benchmarks/quality.py --device cuda --jobs 6 --json ... # rows side by side, one file
-    python benchmarks/quality_page.py                              # docs/quality.md and the plot
+    python benchmarks/quality.py --only 'kv4$,hf-quanto' --json ...  # some rows; others stay
+    python benchmarks/quality.py --missing --json ...                # what the file does not have
+    python benchmarks/quality.py --device cuda --jobs 4 --json ...   # rows side by side
+    python benchmarks/quality_page.py                                # docs/quality.md and the plot
 
-Each row is written as soon as it is measured. With `--missing` rows that the file has are left out,
-so that an interrupted run goes on where it stopped. Perplexity is measured in both protocols over
-the same windows, `decode` on the first `--decode-window` tokens of each.
+The model is captured and calibrated once. Then every format gets its perplexity and attention
+error, then every format its passkeys, and so on: each part of a row is written as soon as it is
+measured, so that an interrupted run loses nothing and leaves the same columns for all formats.
+Protocol `decode` scores the first `--decode-window` tokens of each window.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import fcntl
+import multiprocessing
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from results import (
     ResultFile,
     Row,
@@ -33,29 +36,68 @@ from results import (
     is_wanted,
 )
 
-from kvxform.evaluate.scorecard import Effort
+from kvxform.evaluate.scorecard import Effort, Subject
 from kvxform.evaluate.tables import HEADINGS, table_rows
-from kvxform.quality import ALL, QualityRun, expand_names
+from kvxform.quality import ALL, QualityRun, expand_names, is_recipe
 
 MODEL = "smollm2-135m"
 BENCHMARK = "quality"
+PHASES = (("prefill", "attention"), ("passkeys",), ("decode",), ("encoding",))
 
 
 def main() -> None:
     """Measure the rows that are asked for."""
     options = parse_options()
-    file = ResultFile(options.json, BENCHMARK)
-    names = [
-        name
-        for name in expand_names(options.formats)
-        if is_wanted(name, options.only) and not (options.missing and name in file.rows)
-    ]
-    if options.jobs > 1:
-        run_side_by_side(names, options)
-        file = ResultFile(options.json, BENCHMARK)
+    names = [name for name in expand_names(options.formats) if is_wanted(name, options.only)]
+    run = open_run(options)
+    run.calibrate(names)
+    say("ready")
+    end = time.monotonic() + options.seconds - wait_for(options.after)
+    book, fork = Book(options.json), multiprocessing.get_context("fork")
+    with fork.Pool(1) as pool:  # a process that has used CUDA cannot be forked: another one asks
+        described = pool.apply(describe_run, (options,))
+    number = book.start_run({**described, "command": public_command(sys.argv)})
+    if options.jobs == 1:
+        measure_share(run, names, book, number, options, end)
     else:
-        measure_rows(names, file, options)
-    print_rows([row for key, row in file.rows.items() if key in names])
+        run_side_by_side(run, names, book, number, options, end)
+    print_rows([row for key, row in book.read().rows.items() if key in names])
+
+
+def wait_for(path: Path | None) -> float:
+    """Wait until a file is there; return for how many seconds it has been."""
+    if path is None:
+        return 0.0
+    while not path.exists():
+        time.sleep(0.2)
+    return time.time() - path.stat().st_mtime
+
+
+def run_side_by_side(
+    run: QualityRun,
+    names: Sequence[str],
+    book: Book,
+    number: int,
+    options: argparse.Namespace,
+    end: float,
+) -> None:
+    """Deal the rows out to processes, which share what was captured; end them when time is up."""
+    if torch.cuda.is_initialized():
+        raise SystemExit("CUDA is in use already, so that this process cannot be forked")
+    fork = multiprocessing.get_context("fork")
+    workers = [
+        fork.Process(
+            target=measure_alone,
+            args=(run, names[job :: options.jobs], book, number, options, end),
+        )
+        for job in range(options.jobs)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, end + options.grace - time.monotonic()))
+        if worker.is_alive():
+            worker.terminate()
 
 
 def parse_options() -> argparse.Namespace:
@@ -69,18 +111,24 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="text for statistics; likewise")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that measure side by side")
-    parser.add_argument("--missing", action="store_true", help="only rows that are not there yet")
+    parser.add_argument("--missing", action="store_true", help="only parts that are not there yet")
+    parser.add_argument("--parts", default="", help="comma separated parts of rows; default: all")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--decode-window", type=int, default=256)
     parser.add_argument("--passkey", default="1024,2048,4096", help="lengths of prompts")
-    parser.add_argument("--keys", type=int, default=2, help="numbers hidden at each depth")
+    parser.add_argument("--keys", type=int, default=1, help="numbers hidden at each depth")
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a prefill")
+    parser.add_argument("--after", type=Path, help="file to wait for once everything is ready")
+    parser.add_argument(
+        "--seconds", type=float, default=1e6, help="begin no part after so many, from --after on"
+    )
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds to finish what began")
     return parser.parse_args()
 
 
-def measure_rows(names: Sequence[str], file: ResultFile, options: argparse.Namespace) -> None:
-    """Measure rows one after the other; one that fails says why and stops nothing."""
+def open_run(options: argparse.Namespace) -> QualityRun:
+    """Return the captured source model, on the CPU."""
     lengths = [int(word) for word in options.passkey.split(",") if word]
     effort = Effort(
         window=options.window,
@@ -90,83 +138,117 @@ def measure_rows(names: Sequence[str], file: ResultFile, options: argparse.Names
         passkey_lengths=tuple(lengths),
         passkey_keys=options.keys,
     )
-    run = QualityRun(
+    return QualityRun(
         options.model,
         effort,
         text=options.text,
         calibration=options.calibration,
         tokenizer=options.tokenizer,
-        device=options.device,
     )
-    file.start_run({**describe_run(options), "command": public_command(sys.argv)})
-    for name in names:
-        start = time.perf_counter()
-        try:
-            row: Row = run.measure(name).to_dict()
-        except Exception as error:  # other rows are worth having
-            traceback.print_exc()
-            row = {"name": name, "error": first_line(error)}
-        file.add(name, {**row, "seconds": round(time.perf_counter() - start, 1)})
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
-def run_side_by_side(names: Sequence[str], options: argparse.Namespace) -> None:
-    """Deal the rows out to processes, and join what they write into the result file."""
-    with tempfile.TemporaryDirectory() as folder:
-        parts = [Path(folder) / f"{job}.json" for job in range(options.jobs)]
-        shares = [names[job :: options.jobs] for job in range(options.jobs)]
-        passed = own_arguments(sys.argv[1:])
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, *passed, "--formats", ",".join(share),
-                 "--jobs", "1", "--json", str(part)]
-            )
-            for share, part in zip(shares, parts, strict=True)
-            if share
-        ]  # fmt: skip
-        for process in started:
-            process.wait()
-        merge(options.json, [part for part in parts if part.exists()])
+class Book:
+    """A result file that several processes write parts of rows into.
+
+    Args:
+        path: The file; None keeps the rows of one process in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._memory = ResultFile(None, BENCHMARK)
+
+    def read(self) -> ResultFile:
+        """Return the file as it is."""
+        return self._memory if self._path is None else ResultFile(self._path, BENCHMARK)
+
+    def start_run(self, run: Row) -> int:
+        """Say where the parts that follow come from; return the number of the run."""
+        file = self.read()
+        file.start_run(run)
+        file.write()
+        return len(file.runs) - 1
+
+    def add(self, name: str, number: int, parts: Row) -> None:
+        """Put parts of a row into the file; `made_by` says which run made each of them."""
+        if self._path is None:
+            self._put(self._memory, name, number, parts)
+            return
+        with self._path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            file = self.read()
+            self._put(file, name, number, parts)
+            file.write()
+
+    @staticmethod
+    def _put(file: ResultFile, name: str, number: int, parts: Row) -> None:
+        old = file.rows.get(name, {"key": name, "run": number, "made_by": {}})
+        made_by = old["made_by"] | dict.fromkeys(parts, number)
+        file.rows[name] = {**old, **parts, "made_by": made_by}
 
 
-def own_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments that a process of a share gets too."""
-    dropped, kept, skip = ("--formats", "--jobs", "--json", "--only"), [], False
-    for argument in arguments:
-        if not skip and argument not in dropped:
-            kept.append(argument)
-        skip = argument in dropped
-    return kept
+def measure_alone(run: QualityRun, *rest: object) -> None:
+    """Measure a share of the rows in a process that was forked."""
+    torch.set_num_threads(1)  # the threads of the parent are not here
+    measure_share(run, *rest)  # type: ignore[arg-type]
 
 
-def merge(path: Path | None, parts: Sequence[Path]) -> None:
-    """Put the rows of `parts`, files of one run, into the result file as one run."""
-    file = ResultFile(path, BENCHMARK)
-    for number, part in enumerate(parts):
-        share = ResultFile(part, BENCHMARK)
-        if number == 0:
-            file.start_run({**share.runs[-1], "command": public_command(sys.argv)})
-        for key, row in share.rows.items():
-            file.add(key, {k: v for k, v in row.items() if k not in ("key", "run")})
+def measure_share(
+    run: QualityRun,
+    names: Sequence[str],
+    book: Book,
+    number: int,
+    options: argparse.Namespace,
+    end: float,
+) -> None:
+    """Measure rows part by part; one that fails says why and stops nothing."""
+    run.move(options.device)
+    subjects: dict[str, Subject] = {}
+    wanted = options.parts.split(",") if options.parts else [p for phase in PHASES for p in phase]
+    for phase in PHASES:
+        for name in sorted(names, key=lambda name: not is_recipe(name)):
+            have = book.read().rows.get(name, {}).get("made_by", {}) if options.missing else {}
+            parts = [part for part in phase if part in wanted and part not in have]
+            if not parts or time.monotonic() > end:
+                continue
+            start = time.perf_counter()
+            try:
+                if name not in subjects:
+                    subjects[name] = run.open(name)
+                opened = time.perf_counter()
+                found = run.measure(subjects[name], *parts)
+                book.add(name, number, found)
+            except Exception as error:  # other rows are worth having
+                traceback.print_exc()
+                book.add(name, number, {"name": name, f"error {parts[0]}": first_line(error)})
+                continue
+            times = f"{opened - start:.1f} s to open, {time.perf_counter() - opened:.1f} s"
+            say(f"{name}: {', '.join(parts)}: {times}")
+
+
+def say(text: str) -> None:
+    """Print a line for people."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def public_command(arguments: Sequence[str]) -> str:
-    """Return the command as a reader would type it: places of files on this machine left out."""
+    """Return the command as a reader would type it: what belongs to this machine left out."""
+    dropped = ("--model", "--tokenizer", "--after", "--seconds", "--grace")
     kept, skip = [arguments[0]], False
     for argument in arguments[1:]:
-        if not skip and argument not in ("--model", "--tokenizer"):
+        if not skip and argument not in dropped:
             kept.append(Path(argument).name if "/" in argument else argument)
-        skip = argument in ("--model", "--tokenizer")
+        skip = argument in dropped
     return describe_command(kept)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Print one table, and the rows that failed."""
-    done = [row for row in rows if "error" not in row]
-    print(format_table(HEADINGS, table_rows(done)))
+    """Print one table, and what failed."""
+    print(format_table(HEADINGS, table_rows([row for row in rows if "footprint" in row])))
     for row in rows:
-        if "error" in row:
-            print(f"{row['name']}: {row['error']}")
+        for key, value in row.items():
+            if key.startswith("error"):
+                print(f"{row['key']}: {key}: {value}")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def fill_all(results: Results) -> dict[Path, str]:
 def rows_of(results: Results) -> list[Row]:
     """Return the rows that were measured, the source first, then by falling bits."""
     file = results.get("quality")
-    rows = [row for row in file["rows"] if "error" not in row] if file else []
+    rows = [row for row in file["rows"] if "footprint" in row] if file else []
     return sorted(rows, key=order)
 
 
@@ -108,14 +108,14 @@ METHOD_COLUMNS = (
 
 def passkey_table(rows: Sequence[Row], results: Results) -> str:
     """Return found numbers by length and depth; a cell is the share, and nats of a digit."""
-    lengths = sorted({p["length"] for row in rows for p in row["passkeys"]})
-    depths = sorted({d for row in rows for p in row["passkeys"] for d in p["depths"]})
+    lengths = sorted({p["length"] for row in rows for p in row.get("passkeys") or ()})
+    depths = sorted({d for row in rows for p in row.get("passkeys") or () for d in p["depths"]})
     if not lengths:
         return MISSING
     length = lengths[-1]
     lines = []
     for row in rows:
-        for passkey in row["passkeys"]:
+        for passkey in row.get("passkeys") or ():
             if passkey["length"] == length:
                 cells = zip(passkey["found"], passkey["nll"], strict=True)
                 by_depth = [f"{share:.0%} ({nats:.2f})" for share, nats in cells]
@@ -126,12 +126,16 @@ def passkey_table(rows: Sequence[Row], results: Results) -> str:
 
 def encode_table(rows: Sequence[Row], results: Results) -> str:
     """Return seconds of building tables and tokens per second of encoding."""
-    timed = [row for row in rows if row["encoding"]]
-    lines = [
-        (row["name"], f"{row['encoding']['build_s']:.2f}", f"{row['encoding']['tokens_per_s']:.0f}")
-        for row in timed
-    ]
-    return f"{format_table(('format', 'tables, seconds', 'tokens a second'), lines)}\n"
+    lines = []
+    for row in rows:
+        cost = row.get("encoding")
+        if cost:
+            gpu = cost["gpu_tokens_per_s"]
+            device = None if gpu is None else f"{gpu:.0f}"
+            built = f"{cost['build_s']:.2f}"
+            lines.append((row["name"], built, f"{cost['cpu_tokens_per_s']:.0f}", device))
+    header = ("format", "tables, seconds", "tokens a second, CPU", "GPU")
+    return f"{format_table(header, lines)}\n"
 
 
 def decode_table(rows: Sequence[Row], results: Results) -> str:
@@ -145,7 +149,7 @@ def decode_table(rows: Sequence[Row], results: Results) -> str:
             f"{row['decode']['top1_agreement']:.1%}",
         )
         for row in rows
-        if row["decode"]
+        if row.get("decode")
     ]
     return f"{format_table(('format', 'perplexity', 'change', 'KL', 'top-1'), lines)}\n"
 
@@ -153,7 +157,7 @@ def decode_table(rows: Sequence[Row], results: Results) -> str:
 def sources(rows: Sequence[Row], results: Results) -> str:
     """Return one line for each run that made some of the rows."""
     runs = results["quality"]["runs"]
-    used = sorted({row["run"] for row in rows})
+    used = sorted({number for row in rows for number in row["made_by"].values()})
     return "".join(f"{describe_source(runs[index])}\n" for index in used)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from kvxform.calibrate import CalibrationLike, make_calibration
+from kvxform.calibrate.sources import LONGEST_WINDOW
 from kvxform.capture import capture, open_source
 from kvxform.errors import KvxformError
 from kvxform.evaluate.peers import PEERS, PREFIX, is_installed
-from kvxform.evaluate.scorecard import Bench, Effort, Scorecard
+from kvxform.evaluate.scorecard import Bench, Effort, Subject, heading
 from kvxform.ir.calibration import Calibration
 from kvxform.order import plan_passes
 from kvxform.pipeline import run_pipeline
@@ -24,7 +27,6 @@ from kvxform.tokenizer import load_tokenizer
 
 SOURCE = "source"
 ALL = "all"
-Tell = Callable[[str], None]
 
 
 class QualityRun:
@@ -36,8 +38,6 @@ class QualityRun:
         text: UTF-8 file that is measured on; help topics of the standard library by default.
         calibration: What statistics are collected on, as for `kvxform.optimize`.
         tokenizer: Folder of the tokenizer; that of the model by default.
-        device: Where everything runs; the CPU by default.
-        tell: Called with a word before each part.
 
     Raises:
         KvxformError: KVX801 if there is no tokenizer, and all of the library's.
@@ -51,68 +51,95 @@ class QualityRun:
         text: Path | None = None,
         calibration: CalibrationLike = None,
         tokenizer: Path | None = None,
-        device: str | torch.device | None = None,
-        tell: Tell | None = None,
     ) -> None:
-        self._tell = tell or (lambda part: None)
         words_to_measure = read_text(text)
-        self._tell("reading the model")
         opened = open_source(model)
         path = opened.info.tokenizer_path if tokenizer is None else str(tokenizer)
         words = load_tokenizer(path)
-        if words is None or not isinstance(opened.model, torch.nn.Module):
+        if words is None or not isinstance(opened.model, nn.Module):
             rule = "a quality table needs a model with a tokenizer"
             raise KvxformError("KVX801", rule, got=repr(model))
-        place = torch.device("cpu") if device is None else parse_device(device)
         program = capture(opened.model, name=opened.info.name).program
         info = dataclasses.replace(program.info, tokenizer_path=path)
-        self._program = move_program(dataclasses.replace(program, info=info), place)
+        self._module, self._program = opened.model, dataclasses.replace(program, info=info)
         self._given = calibration
         self._calibrations: dict[tuple[object, ...], Calibration] = {}
-        tokens = encode_text(words, words_to_measure)
-        self._bench = Bench(opened.model.to(place), words, tokens, effort, self._tell)
+        self._bench = Bench(opened.model, words, encode_text(words, words_to_measure), effort)
 
-    def measure(self, name: str) -> Scorecard:
-        """Measure `source`, a peer (`hf-...`), or a recipe: a bundled name or a file.
+    def move(self, device: str | torch.device) -> None:
+        """Let everything that follows run on `device`."""
+        place = parse_device(device)
+        assert place is not None, "a device is given"
+        self._module.to(place)
+        self._program = move_program(self._program, place)
+
+    def calibrate(self, names: Iterable[str]) -> None:
+        """Collect what the recipes among `names` need, now and where the model is."""
+        recipes = [load_recipe(name) for name in names if is_recipe(name)]
+        fisher = any(self._needs(recipe)[1] for recipe in recipes)
+        for recipe in recipes:
+            self._calibration_for(recipe, fisher)
+
+    def open(self, name: str) -> Subject:
+        """Return `source`, a peer (`hf-...`), or a recipe (bundled name or file) to be measured.
 
         Raises:
             KvxformError: As for `kvxform.optimize`; KVX801 for a peer that is not installed.
         """
         if name == SOURCE:
-            return self._bench.measure_source()
+            return self._bench.source()
         if name.startswith(PREFIX):
-            return self._bench.measure_peer(name)
-        return self._bench.measure_model(name, self.optimize(name))
+            return self._bench.peer(name)
+        return self._bench.recipe(name, self.optimize(name))
 
-    def optimize(self, name: RecipeLike) -> OptimizedModel:
+    def measure(self, subject: Subject, *parts: str) -> dict[str, Any]:
+        """Return parts of the scorecard of a format as plain data, all of them by default."""
+        return {**heading(subject), **self._bench.measure(subject, parts)}
+
+    def optimize(self, recipe: RecipeLike) -> OptimizedModel:
         """Return the model under a recipe; nothing is verified on the way."""
-        recipe = load_recipe(name)
-        calibration = self._calibrate(recipe)
-        self._tell("passes")
+        loaded = load_recipe(recipe)
         program, report = run_pipeline(
-            self._program, recipe, executor=OptimizedModel, verify="none", calibration=calibration
+            self._program,
+            loaded,
+            executor=OptimizedModel,
+            verify="none",
+            calibration=self._calibration_for(loaded, fisher=False),
         )
         return OptimizedModel(program, report=report)
 
-    def _calibrate(self, recipe: Recipe) -> Calibration | None:
-        """Return the statistics that the passes of `recipe` ask for; alike ones are kept."""
+    def _needs(self, recipe: Recipe) -> tuple[bool, bool]:
+        """Return whether passes of `recipe` need statistics, and gradients."""
         steps = plan_passes(recipe.passes, self._program.facts, auto_order=recipe.auto_order)
-        if not any(step.graph_pass.needs_calibration for step in steps):
+        passes = [step.graph_pass for step in steps]
+        return any(p.needs_calibration for p in passes), any(p.needs_fisher for p in passes)
+
+    def _calibration_for(self, recipe: Recipe, fisher: bool) -> Calibration | None:
+        """Return the statistics that `recipe` asks for; those of an earlier one if they fit."""
+        is_needed, needs_fisher = self._needs(recipe)
+        if not is_needed:
             return None
         wanted = recipe.calibration
-        fisher = any(step.graph_pass.needs_fisher for step in steps)
-        key = (wanted.tokens, wanted.window, wanted.seed, fisher)
-        if key not in self._calibrations:
-            self._tell("calibration")
-            self._calibrations[key] = make_calibration(
+        longest = self._program.info.context_length or LONGEST_WINDOW
+        window = wanted.window or min(LONGEST_WINDOW, longest)
+        key = (wanted.tokens, window, wanted.seed)
+        found = self._calibrations.get(key)
+        if found is None or (needs_fisher and not found.has_gradients):
+            found = make_calibration(
                 self._program,
                 self._given,
                 tokens=wanted.tokens,
-                window=wanted.window,
+                window=window,
                 seed=wanted.seed,
-                fisher=fisher,
+                fisher=fisher or needs_fisher,
             )
-        return self._calibrations[key]
+        self._calibrations[key] = found
+        return found
+
+
+def is_recipe(name: str) -> bool:
+    """Return whether a format is a recipe, neither the source nor a peer."""
+    return name != SOURCE and not name.startswith(PREFIX)
 
 
 def expand_names(names: str) -> list[str]:

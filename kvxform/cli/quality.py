@@ -51,6 +51,7 @@ def run_table(request: TableRequest) -> None:
         windows=request.windows,
         decode_window=min(request.decode_window, request.window),
         passkey_lengths=parse_lengths(request.passkey),
+        encoding=request.json,  # the table has no room for it
     )
     names = expand_names(request.names)
     run = QualityRun(
@@ -58,12 +59,13 @@ def run_table(request: TableRequest) -> None:
         effort,
         text=request.text,
         calibration=request.calibration,
-        device=request.device,
     )
+    if request.device is not None:
+        run.move(request.device)
     cards = []
     for done, name in enumerate(names):
         talk(f"[{done + 1}/{len(names)}] {name}")
-        cards.append(run.measure(name).to_dict())
+        cards.append(run.measure(run.open(name)))
     if request.plot is not None:
         draw_quality(cards, request.plot, highlight=("kvx-",))
         talk(f"wrote {request.plot}")

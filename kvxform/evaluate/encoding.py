@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import Codec, make_codec
+from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.plan import CachePlan
 
 BLOCK = 512  # tokens encoded at a time
+Kind = tuple[str, int, int]  # a codec as JSON, KV heads, channels
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class EncodeCost:
     Attributes:
         build_s: Seconds of building all tables, measured in a process that has none in memory or
             on disk.
-        tokens_per_s: Tokens per second through the codecs of all layers, in blocks.
+        cpu_tokens_per_s: Tokens per second through the codecs of all layers, in blocks, on the CPU.
+        gpu_tokens_per_s: The same on the device of the model; None if that is the CPU.
         block: Tokens of a block.
     """
 
     build_s: float
-    tokens_per_s: float
+    cpu_tokens_per_s: float
+    gpu_tokens_per_s: float | None
     block: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,37 +59,53 @@ def measure_encoding(
 
     Args:
         plan: What is cached.
-        device: Where to encode.
+        device: Where the model is.
         block: Tokens encoded at a time; rounded up to whole groups of a codec.
         repeats: Timed rounds; the median counts.
     """
-    place = torch.device(device)
     kinds = Counter(
         (json.dumps(stream.codec, sort_keys=True), site.num_kv_heads, stream.head_dim)
         for site in plan.owners
         for stream in site.streams.values()
     )
-    block_s = 0.0
-    for (spec, heads, dim), count in kinds.items():
-        codec = make_codec(json.loads(spec))
-        tokens = -(-block // codec.tokens_per_group) * codec.tokens_per_group
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(heads, tokens, dim, generator=generator).to(place)
-        _time_encoding(codec, x)  # a first one that does not count
-        times = [_time_encoding(codec, x) for _ in range(repeats)]
-        block_s += count * statistics.median(times) * block / tokens
-    return EncodeCost(_build_elsewhere(list(kinds)), block / block_s, block)
+
+    def rate(place: torch.device) -> float:
+        times = (n * _block_time(kind, place, block, repeats) for kind, n in kinds.items())
+        return block / sum(times)
+
+    place = torch.device(device)
+    gpu = None if place.type == "cpu" else rate(place)
+    return EncodeCost(_build_elsewhere(list(kinds)), rate(torch.device("cpu")), gpu, block)
+
+
+def _block_time(kind: Kind, place: torch.device, block: int, repeats: int) -> float:
+    """Return seconds of one stream for `block` tokens."""
+    spec, heads, dim = kind
+    codec = make_codec(json.loads(spec))
+    tokens = -(-block // codec.tokens_per_group) * codec.tokens_per_group
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(heads, tokens, dim, generator=generator).to(place)
+    _time_encoding(codec, x)  # a first one that does not count
+    times = [_time_encoding(codec, x) for _ in range(repeats)]
+    return statistics.median(times) * block / tokens
 
 
 def _time_encoding(codec: Codec, x: Tensor) -> float:
     start = time.perf_counter()
-    codec.encode(x)
+    _encode(codec, x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter() - start
 
 
-def _build_elsewhere(kinds: list[tuple[str, int, int]]) -> float:
+def _encode(codec: Codec, x: Tensor) -> None:
+    if isinstance(codec, SaliencyCodec) and codec.needs_queries:
+        codec.encode_ranked(x, x.square().sum(-1))  # scores come with the tokens
+    else:
+        codec.encode(x)
+
+
+def _build_elsewhere(kinds: list[Kind]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "kvxform.evaluate.encoding"],
@@ -98,11 +118,11 @@ def _build_elsewhere(kinds: list[tuple[str, int, int]]) -> float:
     return float(done.stdout)
 
 
-def _build(kinds: Iterable[tuple[str, int, int]]) -> float:
+def _build(kinds: Iterable[Kind]) -> float:
     start = time.perf_counter()
     for spec, heads, dim in kinds:
         codec = make_codec(json.loads(spec))
-        codec.encode(torch.ones(heads, codec.tokens_per_group, dim))
+        _encode(codec, torch.ones(heads, codec.tokens_per_group, dim))
     return time.perf_counter() - start
 
 

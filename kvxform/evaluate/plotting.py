@@ -18,7 +18,7 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
     """Draw the change of perplexity against true bits at 1024 tokens; the same input, same file.
 
     Args:
-        cards: What `Scorecard.to_dict` returned; those without bits or perplexity are left out.
+        cards: What `QualityRun.measure` returned; those without bits or perplexity are left out.
         path: Where to write the SVG.
         highlight: Beginnings of names that are drawn bold and joined by a line.
 
@@ -58,7 +58,7 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
 
 
 def _point(card: Card) -> tuple[float, float, str] | None:
-    worse = change(card["prefill"] or card["decode"])
+    worse = change(card.get("prefill") or card.get("decode"))
     if card["footprint"] is None or worse is None:
         return None
     return card["footprint"]["bits_short"], max(worse, LOWEST), card["name"]

@@ -1,25 +1,24 @@
-"""Scorecard: all that is measured of one cache format, beside its true bits."""
+"""Scorecard: all that is measured of one cache format, beside its true bits, part by part."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from kvxform.evaluate.attention import AttentionError, measure_attention
-from kvxform.evaluate.encoding import EncodeCost, measure_encoding
+from kvxform.evaluate.attention import measure_attention
+from kvxform.evaluate.encoding import measure_encoding
 from kvxform.evaluate.footprint import Footprint, measure_footprint
-from kvxform.evaluate.passkey import DEPTHS, PasskeyPrompts, PasskeyResult, find_passkeys
+from kvxform.evaluate.passkey import DEPTHS, find_passkeys
 from kvxform.evaluate.passkey import make_prompts as make_passkeys
 from kvxform.evaluate.peers import find_peer, make_peer_runner, peer_footprint
 from kvxform.evaluate.perplexity import EvalResult, Protocol, evaluate
 from kvxform.evaluate.runners import Remembered, Runner, SessionRunner, SourceRunner
 from kvxform.runtime.model import OptimizedModel
 
-Tell = Callable[[str], None]
+Card = Mapping[str, Any]  # the parts of a format as plain data; None where one means nothing
 
 
 @dataclass(frozen=True)
@@ -48,36 +47,23 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Scorecard:
-    """What was measured of one format.
+class Subject:
+    """A format that is ready to be measured.
 
     Attributes:
         name: Recipe, peer, or `source`.
+        runner: What runs it.
         footprint: True bits; None for the source model.
-        prefill: Protocol `quantized-prefill`; None where that means nothing.
-        decode: Protocol `decode`, on the first `decode_window` tokens of each window.
-        attention: Error of each layer alone.
-        passkeys: What was found, by length.
-        encoding: What encoding costs.
+        model: The optimised model, if it is a recipe.
+        is_stateless: Whether a stateless call passes through the cache. It does not in peers,
+            whose prefill attends to exact values.
     """
 
     name: str
+    runner: Runner
     footprint: Footprint | None = None
-    prefill: EvalResult | None = None
-    decode: EvalResult | None = None
-    attention: AttentionError | None = None
-    passkeys: tuple[PasskeyResult, ...] = ()
-    encoding: EncodeCost | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        parts = ("footprint", "prefill", "decode", "attention", "encoding")
-        found = {name: getattr(self, name) for name in parts}
-        return {
-            "name": self.name,
-            **{name: None if part is None else part.to_dict() for name, part in found.items()},
-            "passkeys": [passkey.to_dict() for passkey in self.passkeys],
-        }
+    model: OptimizedModel | None = None
+    is_stateless: bool = True
 
 
 class Bench:
@@ -88,93 +74,99 @@ class Bench:
         tokenizer: Its tokenizer.
         token_ids: The text, int64 `[n]`.
         effort: How much to measure.
-        tell: Called with a word before each part.
     """
 
     def __init__(
-        self,
-        source: nn.Module,
-        tokenizer: Any,
-        token_ids: Tensor,
-        effort: Effort,
-        tell: Tell | None = None,
+        self, source: nn.Module, tokenizer: Any, token_ids: Tensor, effort: Effort
     ) -> None:
         self._module, self._effort = source, effort
         self._source = Remembered(SourceRunner(source))
-        self._tokens = token_ids
-        self._tell = tell or (lambda part: None)
-        self._prompts: Sequence[PasskeyPrompts] = [
+        self._tokens = token_ids[: effort.windows * effort.window]
+        self._prompts = [
             make_passkeys(tokenizer, length, depths=effort.passkey_depths, keys=effort.passkey_keys)
             for length in effort.passkey_lengths
         ]
+        self._parts: dict[str, Callable[[Subject], Any]] = {
+            "prefill": self._prefill,
+            "attention": self._attention,
+            "passkeys": self._passkeys,
+            "decode": self._decode,
+            "encoding": self._encoding,
+        }
 
-    def measure_source(self) -> Scorecard:
-        """Measure the source model itself: what every other row is compared with."""
-        card = Scorecard("source", prefill=self._evaluate(self._source, "quantized-prefill"))
-        return self._with_steps(card, self._source)
+    def source(self) -> Subject:
+        """Return the source model itself: what every other row is compared with."""
+        return Subject("source", self._source)
 
-    def measure_model(self, name: str, model: OptimizedModel) -> Scorecard:
-        """Measure a recipe.
-
-        Args:
-            name: What to call it.
-            model: The optimised source model.
-        """
-        plan = model.plan
-        assert plan is not None, "a format has a cache"
+    def recipe(self, name: str, model: OptimizedModel) -> Subject:
+        """Return an optimised source model as something to measure."""
+        assert model.plan is not None, "a format has a cache"
         longest = max([self._effort.window, *self._effort.passkey_lengths])
-        runner = SessionRunner(model, longest)
-        card = Scorecard(
-            name,
-            measure_footprint(plan),
-            self._evaluate(runner, "quantized-prefill"),
-            attention=self._attention(model),
-            encoding=self._encoding(model),
-        )
-        return self._with_steps(card, runner)
+        return Subject(name, SessionRunner(model, longest), measure_footprint(model.plan), model)
 
-    def measure_peer(self, name: str) -> Scorecard:
-        """Measure a setting of Hugging Face's `QuantizedCache`; see `kvxform.evaluate.peers`.
+    def peer(self, name: str) -> Subject:
+        """Return a setting of Hugging Face's `QuantizedCache`; see `kvxform.evaluate.peers`.
 
         Raises:
             KvxformError: KVX801 if it is unknown or its package is not installed.
         """
         peer = find_peer(name)
-        card = Scorecard(name, peer_footprint(self._module, peer))
-        return self._with_steps(card, make_peer_runner(self._module, peer))
+        runner = make_peer_runner(self._module, peer)
+        return Subject(name, runner, peer_footprint(self._module, peer), is_stateless=False)
 
-    def _with_steps(self, card: Scorecard, runner: Runner) -> Scorecard:
-        """Add what is decoded token by token."""
-        decode = self._evaluate(runner, "decode") if self._effort.decode_window else None
-        self._tell("passkey")
-        size = self._effort.batch_size
-        found = tuple(find_passkeys(runner, prompts, batch_size=size) for prompts in self._prompts)
-        return dataclasses.replace(card, decode=decode, passkeys=found)
+    def measure(self, subject: Subject, parts: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Return parts of the scorecard of a format as plain data, all of them by default."""
+        return {part: self._parts[part](subject) for part in parts or self._parts}
 
-    def _evaluate(self, runner: Runner, protocol: Protocol) -> EvalResult:
-        self._tell(protocol)
-        effort, tokens = self._effort, self._tokens[: self._effort.windows * self._effort.window]
-        size, window = effort.batch_size, effort.window
-        if protocol == "decode":  # steps are short: all windows go side by side
-            size, window = effort.windows, effort.decode_window
-            tokens = tokens.view(effort.windows, effort.window)[:, :window].flatten()
+    def _prefill(self, subject: Subject) -> dict[str, Any] | None:
+        if not subject.is_stateless:
+            return None
+        effort = self._effort
+        return self._evaluate(
+            subject.runner, "quantized-prefill", effort.window, effort.batch_size
+        ).to_dict()
+
+    def _decode(self, subject: Subject) -> dict[str, Any] | None:
+        """Decode all windows side by side; steps of one token are short."""
+        effort = self._effort
+        if not effort.decode_window:
+            return None
+        return self._evaluate(
+            subject.runner, "decode", effort.decode_window, effort.windows
+        ).to_dict()
+
+    def _evaluate(
+        self, runner: Runner, protocol: Protocol, window: int, batch_size: int
+    ) -> EvalResult:
+        rows = self._tokens.view(self._effort.windows, self._effort.window)[:, :window]
         return evaluate(
             runner,
-            tokens,
+            rows.flatten(),
             window=window,
-            windows=effort.windows,
+            windows=len(rows),
             protocol=protocol,
             reference=self._source,
-            batch_size=size,
+            batch_size=batch_size,
         )
 
-    def _attention(self, model: OptimizedModel) -> AttentionError:
-        self._tell("attention")
-        return measure_attention(model, self._tokens[None, : self._effort.window])
-
-    def _encoding(self, model: OptimizedModel) -> EncodeCost | None:
-        if not self._effort.encoding:
+    def _attention(self, subject: Subject) -> dict[str, Any] | None:
+        if subject.model is None:
             return None
-        self._tell("encoding")
-        assert model.plan is not None, "a format has a cache"
-        return measure_encoding(model.plan, model.device)
+        return measure_attention(subject.model, self._tokens[None, : self._effort.window]).to_dict()
+
+    def _passkeys(self, subject: Subject) -> list[dict[str, Any]]:
+        size = self._effort.batch_size
+        found = (find_passkeys(subject.runner, p, batch_size=size) for p in self._prompts)
+        return [result.to_dict() for result in found]
+
+    def _encoding(self, subject: Subject) -> dict[str, Any] | None:
+        if subject.model is None or not self._effort.encoding:
+            return None
+        assert subject.model.plan is not None, "a format has a cache"
+        return measure_encoding(subject.model.plan, subject.model.device).to_dict()
+
+
+def heading(subject: Subject) -> dict[str, Any]:
+    """Return what a scorecard says of a format before anything is run."""
+    footprint = subject.footprint
+    return {"name": subject.name, "footprint": None if footprint is None else footprint.to_dict()}

@@ -17,7 +17,7 @@ def table_rows(cards: Sequence[Card]) -> list[tuple[str, ...]]:
     """Return the cells of scorecards under `HEADINGS`, fewest true bits last; the source first.
 
     Args:
-        cards: What `Scorecard.to_dict` returned.
+        cards: What `QualityRun.measure` returned; parts may be missing.
     """
     return [_cells(card) for card in sorted(cards, key=order)]
 
@@ -30,7 +30,8 @@ def order(card: Card) -> tuple[bool, float, str]:
 
 
 def _cells(card: Card) -> tuple[str, ...]:
-    footprint, prefill, decode = card["footprint"], card["prefill"], card["decode"]
+    footprint, prefill, decode = card["footprint"], card.get("prefill"), card.get("decode")
+    attention = card.get("attention")
     compared = prefill or decode  # peers have no meaningful prefill
     return (
         card["name"],
@@ -41,8 +42,8 @@ def _cells(card: Card) -> tuple[str, ...]:
         _number(change(decode), "+.2%"),
         _number(compared and compared["kl"], ".4f"),
         _number(compared and compared["top1_agreement"], ".1%"),
-        _number(card["attention"] and card["attention"]["mean"], ".5f"),
-        passkey_cell(card["passkeys"]),
+        _number(attention and attention["mean"], ".5f"),
+        passkey_cell(card.get("passkeys") or ()),
         _number(footprint and footprint["bytes_short"] / 1024, ".0f"),
     )
 

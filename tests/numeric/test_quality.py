@@ -15,7 +15,7 @@ from kvxform.cli.main import main
 from kvxform.codecs.base import make_codec
 from kvxform.errors import KvxformError
 from kvxform.evaluate.attention import measure_attention
-from kvxform.evaluate.encoding import measure_encoding
+from kvxform.evaluate.encoding import EncodeCost, measure_encoding
 from kvxform.evaluate.peers import Peer, find_peer, is_installed, make_peer_runner
 from kvxform.evaluate.runners import Remembered, SourceRunner
 from kvxform.evaluate.scorecard import Effort
@@ -85,27 +85,32 @@ def test_attention_over_an_exact_cache_has_no_error(run, ids):
 @pytest.mark.slow
 def test_encoding_is_timed(model):
     cost = measure_encoding(model.plan, block=16, repeats=1)
-    assert cost.tokens_per_s > 0
+    assert cost.cpu_tokens_per_s > 0
+    assert cost.gpu_tokens_per_s is None
     assert 0 <= cost.build_s < 30
 
 
 def test_scorecards_of_source_and_recipe(folder, run):
-    source, ours = run.measure("source"), run.measure(str(folder / "int3.json"))
-    assert source.prefill.perplexity == source.prefill.reference_perplexity
-    assert source.decode.perplexity == pytest.approx(source.decode.reference_perplexity, rel=1e-5)
-    assert ours.prefill.reference_perplexity == source.prefill.perplexity
-    assert ours.prefill.kl > 1e-5
-    assert ours.decode.window == 24
-    assert ours.footprint.bits_long == 3 + 32 / 8
-    assert len(ours.passkeys[0].found) == 5
-    rows = table_rows([ours.to_dict(), source.to_dict()])
+    names = ("source", str(folder / "int3.json"))
+    source, ours = (run.measure(run.open(name)) for name in names)
+    exact = source["prefill"]["perplexity"]
+    assert exact == source["prefill"]["reference_perplexity"]
+    decoded = source["decode"]
+    assert decoded["perplexity"] == pytest.approx(decoded["reference_perplexity"], rel=1e-5)
+    assert ours["prefill"]["reference_perplexity"] == exact
+    assert ours["prefill"]["kl"] > 1e-5
+    assert ours["decode"]["window"] == 24
+    assert ours["footprint"]["bits_long"] == 3 + 32 / 8
+    assert len(ours["passkeys"][0]["found"]) == 5
+    rows = table_rows([ours, source])
     assert [len(row) for row in rows] == [len(HEADINGS)] * 2
     assert rows[0][0] == "source"
     assert rows[1][1:3] == ("7.00", "7.00")
 
 
 def test_the_command_measures_each_format_once(folder, capsys, monkeypatch):
-    monkeypatch.setattr("kvxform.evaluate.scorecard.measure_encoding", lambda plan, device: None)
+    cost = EncodeCost(0.5, 1000.0, None, 8)
+    monkeypatch.setattr("kvxform.evaluate.scorecard.measure_encoding", lambda *_: cost)
     small = ["--window", "32", "--windows", "1", "--decode-window", "8", "--passkey", ""]
     names = ["source", str(folder / "int3.json")]
     words = ["eval", str(folder), "--recipes", ",".join([*names, "source"]), *small]
@@ -113,6 +118,7 @@ def test_the_command_measures_each_format_once(folder, capsys, monkeypatch):
     data = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in data["rows"]] == names
     assert data["rows"][1]["decode"]["window"] == 8
+    assert data["rows"][1]["encoding"] == cost.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,14 @@ def row(name, bits, perplexity):
         "key": name,
         "name": name,
         "run": 0,
+        "made_by": {"footprint": 0, "prefill": 0},
         "footprint": footprint if bits else None,
         "prefill": result(perplexity),
         "decode": result(perplexity, window=256),
         "attention": {"mean": 0.99} if bits else None,
-        "encoding": {"build_s": 1.5, "tokens_per_s": 1000.0} if bits else None,
+        "encoding": {"build_s": 1.5, "cpu_tokens_per_s": 1000.0, "gpu_tokens_per_s": None}
+        if bits
+        else None,
         "passkeys": [passkey],
     }
 
@@ -109,23 +112,42 @@ def test_the_plot_is_the_same_each_time(results, tmp_path):
     assert "kivi2" in (tmp_path / "a.svg").read_text()
 
 
-def test_shares_of_processes_are_joined_into_one_run(tmp_path, monkeypatch):
-    quality, results = load("quality"), load("results")
-    monkeypatch.setattr("sys.argv", ["quality.py", "--jobs", "2", "--text", "/a/b/test.txt"])
-    for number, name in enumerate(("kv4", "int8")):
-        part = results.ResultFile(tmp_path / f"{number}.json", "quality")
-        part.start_run({"device": "x"})
-        part.add(name, {"name": name})
-    quality.merge(tmp_path / "all.json", sorted(tmp_path.glob("?.json")))
-    data = json.loads((tmp_path / "all.json").read_text())
-    assert [(row["key"], row["run"]) for row in data["rows"]] == [("kv4", 0), ("int8", 0)]
-    assert [run["command"] for run in data["runs"]] == [
-        "python benchmarks/quality.py --jobs 2 --text test.txt"
-    ]
+def test_parts_of_rows_are_joined_and_remember_their_runs(tmp_path):
+    book = load("quality").Book(tmp_path / "a.json")
+    first = book.start_run({"command": "one"})
+    book.add("kv4", first, {"name": "kv4", "prefill": 1})
+    second = book.start_run({"command": "two"})
+    load("quality").Book(tmp_path / "a.json").add("kv4", second, {"name": "kv4", "passkeys": []})
+    (row,) = book.read().rows.values()
+    assert row["made_by"] == {"name": 1, "prefill": 0, "passkeys": 1}
+    assert (row["prefill"], row["passkeys"], row["run"]) == (1, [], 0)
+    assert [run["command"] for run in book.read().runs] == ["one", "two"]
 
 
-def test_arguments_of_shares():
-    own = load("quality").own_arguments
-    assert own(["--jobs", "8", "--device", "cuda", "--json", "a", "--only", "x"]) == [
-        "--device", "cuda",
-    ]  # fmt: skip
+def test_commands_leave_places_of_this_machine_out():
+    command = load("quality").public_command
+    words = ["/x/quality.py", "--model", "/m.gguf", "--text", "/a/b/test.txt", "--jobs", "2"]
+    assert command(words) == "python benchmarks/quality.py --text test.txt --jobs 2"
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys):
+    models, tokenizers = load("models"), load("tiny_tokenizers")
+    texts = load("kvxform.texts")
+    model = models.tiny_hf("llama", vocab_size=150, head_dim=64, max_position_embeddings=1024)
+    model.save_pretrained(tmp_path / "m")
+    tokenizers.byte_pair_tokenizer([texts.default_text()[:20000]], 150).save_pretrained(
+        tmp_path / "m"
+    )
+    small = ["--window", "24", "--windows", "1", "--decode-window", "8", "--passkey", ""]
+    words = ["quality.py", "--model", str(tmp_path / "m"), "--formats", "source,kv4", *small]
+    words += ["--json", str(tmp_path / "q.json"), "--parts", "prefill,attention,decode"]
+    monkeypatch.setattr("sys.argv", [*words, "--only", "kv4", "--seconds", "1000"])
+    load("quality").main()
+    monkeypatch.setattr("sys.argv", [*words, "--missing", "--jobs", "2"])
+    load("quality").main()
+    rows = {row["key"]: row for row in json.loads((tmp_path / "q.json").read_text())["rows"]}
+    assert set(rows["kv4"]["made_by"].values()) == {0}
+    assert set(rows["source"]["made_by"].values()) == {1}
+    assert rows["source"]["prefill"]["kl"] == 0
+    assert "kv4" in capsys.readouterr().out
