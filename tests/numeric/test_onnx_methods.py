@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import onnx
 import pytest
 import torch
 from onnx_codecs import klt_codec
 from onnx_tools import open_export
 from programs import apply, llama_program, token_ids
 
+import kvxform.ir.ops as kvx
 import kvxform.passes  # noqa: F401
 from kvxform.codecs.base import CODECS, layers_of, make_codec
+from kvxform.ir.types import TensorType
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.structure.cache_prerope import CachePrerope
@@ -43,15 +46,16 @@ RANKED_PAIR = [RANKED, {**RANKED, "separable": True}]  # K and V are ranked alik
 def program_of(streams, *, prerope=False, regions=None):
     """Return a model whose streams take these codecs in turn, two a layer."""
     program = llama_program(
-        dtype=torch.float32, layers=-(-len(streams) // 2), kv_heads=HEADS, head_dim=HEAD_DIM
+        dtype=torch.float32, layers=len(streams) // 2, kv_heads=HEADS, head_dim=HEAD_DIM
     )
     program.info = dataclasses.replace(program.info, context_length=None)
     program, _ = apply(InsertCache(), program)
     if prerope:
         program, _ = apply(CachePrerope(), program)
-    pairs = zip(streams[::2], [*streams[1::2], INT4], strict=False)
+    pairs = zip(streams[::2], streams[1::2], strict=True)
     layers = {str(i): {"key": k, "value": v} for i, (k, v) in enumerate(pairs)}
-    program, _ = apply(QuantizeKv(key=INT4, value=INT4, layers=layers, regions=regions), program)
+    first = {**layers.pop("0"), "regions": regions}
+    program, _ = apply(QuantizeKv(**first, layers=layers), program)
     return program
 
 
@@ -102,6 +106,67 @@ def test_ranked_tokens_are_as_in_eager(tmp_path):
         torch.testing.assert_close(found, expected[:, t], rtol=0, atol=TOLERANCE * largest)
     session.reset()
     assert_prefill_like(session, ids, expected)
+
+
+def give_weight(program, before, name, value):
+    """Return a node that reads a new weight, put before `before`."""
+    program.weights[name] = value
+    with program.graph.inserting_before(before):
+        node = program.graph.create_node("get_attr", name)
+    node.meta = {**before.meta, "type": TensorType(value.dtype, tuple(value.shape))}
+    return node
+
+
+def put_in_bases(program, heads):
+    """Store K and V of every layer times orthogonal matrices, of `heads` heads each."""
+    for append in list(program.calls(kvx.CACHE_APPEND)):
+        attention = program.attention_node(append.kwargs["layer"])
+        for i, name in enumerate(("key", "value")):
+            size = heads * HEAD_DIM
+            matrices = torch.linalg.qr(torch.randn(HEADS // heads, size, size)).Q
+            there = give_weight(program, append, f"{append.name}.{name}", matrices)
+            back = give_weight(program, attention, f"{append.name}.{name}.back", matrices.mT)
+            source = append.args[i]
+            with program.graph.inserting_before(append):
+                turned = program.graph.call_function(kvx.ROTATE, (source, there))
+            turned.meta = dict(source.meta)
+            append.args = (*append.args[:i], turned, *append.args[i + 1 :])
+            attention.kwargs = {**attention.kwargs, f"{name}_basis": back}
+
+
+@pytest.mark.parametrize(("heads", "prerope"), [(1, True), (2, False)])
+def test_bases_are_undone_when_streams_are_read(heads, prerope, tmp_path):
+    exact = {"codec": "none", "dtype": "float32"}
+    regions = {"sink": 3, "recent": 8, "dtype": "float32"}
+    program = program_of([exact, exact], prerope=prerope, regions=regions)
+    ids = token_ids(program, 1, PROMPT)
+    expected = OptimizedModel(program)(ids)
+    put_in_bases(program, heads)
+    session = open_export(program, tmp_path / "out")
+    for first, last in ((0, 16), (16, PROMPT)):
+        found = session.prefill(ids[:, first:last])
+        torch.testing.assert_close(found, expected[:, last - 1], rtol=0, atol=1e-4)
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+    rotations = [node for node in graph.node if "rotate" in node.name]
+    assert len(rotations) >= 4 * len(program.sites)  # K and V, new and as read
+
+
+def test_padded_rows_of_keys_before_rope_are_as_if_alone(tmp_path):
+    program = program_of([INT4, INT4], prerope=True)
+    ids = token_ids(program, 2, 30)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :11] = 0
+    prompts = torch.zeros(2, 20, dtype=torch.int64)
+    prompts[mask.bool()] = torch.cat([ids[0, :20], ids[1, :9]])
+    model = OptimizedModel(program)
+    expected = [model(row[None])[0] for row in ids]
+    session = open_export(program, tmp_path / "out")
+    found = [session.prefill(prompts, mask)]
+    found += [session.decode(torch.stack([ids[0, 20 + t], ids[1, 9 + t]])) for t in range(5)]
+    for t, logits in enumerate(found):
+        wanted = torch.stack([expected[0][19 + t], expected[1][8 + t]])
+        largest = float(wanted.abs().max())
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=TOLERANCE * largest)
 
 
 @pytest.mark.slow
