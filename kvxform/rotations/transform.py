@@ -105,7 +105,7 @@ def share_bytes(
         offers.append(offer.cummin(0).values)
     flat = torch.cat(offers)
     taken = torch.zeros(len(flat), dtype=torch.bool)
-    taken[flat.argsort(descending=True, stable=True)[:total]] = True
+    taken[flat.argsort(descending=True, stable=True)[: max(total, len(costs))]] = True
     counts = [int(own.sum()) for own in taken.split([len(offer) for offer in offers])]
     found = []
     for best, cost, bits, count in zip(order, costs, overhead, counts, strict=True):

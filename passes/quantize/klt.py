@@ -161,8 +161,9 @@ class Klt(GraphPass):
             return split.transpose(1, 2).flatten(2)
 
         samples, gradients = by_runs(statistics.samples), statistics.gradients
-        if not self.weighted or gradients is None:
+        if not self.weighted:
             return [fit_transform(x, None, self.ridge) for x in samples]
+        assert gradients is not None, "the pipeline has collected them"
         pairs = zip(samples, by_runs(gradients), strict=True)
         return [fit_transform(x, g, self.ridge) for x, g in pairs]
 
