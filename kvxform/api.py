@@ -29,6 +29,7 @@ from kvxform.report import Report
 from kvxform.runtime.executables import check_place, default_device
 from kvxform.runtime.loading import load_model, move_program, parse_device
 from kvxform.runtime.model import OptimizedModel
+from kvxform.texts import read_text
 
 ModelSource = nn.Module | torch.export.ExportedProgram | str | Path
 VERIFY_LEVELS = ("none", "probe", "full")
@@ -183,6 +184,8 @@ def _check_options(calibration: Any, verify: str) -> None:
             where="optimize",
             got=type(calibration).__name__,
         )
+    if isinstance(calibration, str | Path):
+        read_text(calibration)  # a file that cannot be read is found now, not after the capture
     if verify not in VERIFY_LEVELS:
         rule = f"verify must be one of {', '.join(VERIFY_LEVELS)}"
         raise RecipeError("KVX107", rule, where="optimize", got=repr(verify))

@@ -162,6 +162,7 @@ def test_the_target_overrides_that_of_the_recipe():
         ({"recipe": "kv5"}, RecipeError, "KVX101"),
         ({"target": "cuda"}, RecipeError, "KVX107"),
         ({"calibration": ["text"]}, RecipeError, "KVX107"),
+        ({"calibration": "no-such-text.txt"}, KvxformError, "KVX801"),
         ({"verify": "some"}, RecipeError, "KVX107"),
         ({"device": "abacus"}, KvxformError, "KVX704"),
     ],
