@@ -59,21 +59,19 @@ def _four_bits(table: tuple[float, ...], first: int, word: str) -> list[str]:
         "shr.b32 t1, t0, 3;",
         "sub.u32 t1, t0, t1;",  # 7 for each of these: their order is reversed
         f"lop3.b32 t1, {word}, 0x77777777, t1, 0x6A;",
+        "prmt.b32 t1, t1, 0, 0x3120;",  # codes 0 and 1 of both halves, then 2 and 3
         "shr.b32 t2, t1, 16;",
     ]
     for name, content in tables.items():
         pair = f"{_hex(content[:4])}, {_hex(content[4:])}"
         lines += [f"prmt.b32 {name}0, {pair}, t1;", f"prmt.b32 {name}1, {pair}, t2;"]
-    for half in range(2):  # codes 0 and 1 of both halves of the word, then 2 and 3
-        selector = ("0x5140", "0x7362")[half]
-        lines += [f"prmt.b32 t1, p0, q0, {selector};", f"prmt.b32 t2, p1, q1, {selector};"]
-        for j in range(2):
-            output, shift = f"${first + 2 * half + j}", 12 - 4 * (2 * half + j)
-            lines += [f"shl.b32 t3, t0, {shift};"] if shift else []
-            lines += [
-                f"prmt.b32 {output}, t1, t2, {('0x5410', '0x7632')[j]};",
-                f"lop3.b32 {output}, {output}, {'t3' if shift else 't0'}, 0x80008000, 0x78;",
-            ]
+    for j in range(4):
+        output, shift, selector = f"${first + j}", 12 - 4 * j, ("0x6240", "0x7351")[j % 2]
+        lines += [f"shl.b32 t3, t0, {shift};"] if shift else []
+        lines += [
+            f"prmt.b32 {output}, p{j // 2}, q{j // 2}, {selector};",
+            f"lop3.b32 {output}, {output}, {'t3' if shift else 't0'}, 0x80008000, 0x78;",
+        ]
     return lines
 
 
