@@ -28,6 +28,7 @@ from kvxform.errors import CodegenError
 
 # Jinja could parse templates for this, but that takes longer than to render them.
 _REFERENCE = re.compile(r"""{%-?\s*(?:include|import|from|extends)\s+["']([^"']+)["']""")
+MOST_NUMBERS = 16  # of a table in the meta data
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def _make_meta(spec: KernelSpec, template: str, interpret: bool) -> dict[str, An
     return {
         "kernel": spec.kind,
         "interpret": interpret,
-        "spec": data,
+        "spec": _shorten(data),
         "spec_hash": _hash(json.dumps(data, sort_keys=True))[:16],
         "template_hash": _hash(_template_text(template))[:16],
         "versions": {"kvxform": metadata.version("kvxform"), "triton": triton_version()},
@@ -104,6 +105,15 @@ def _make_meta(spec: KernelSpec, template: str, interpret: bool) -> dict[str, An
             f"{bandwidth} GB/s": round(stored * 1e3 / bandwidth, 3) for bandwidth in (1000, 3000)
         },
     }
+
+
+def _shorten(data: Any) -> Any:
+    """Replace long tables, which the text holds anyway, by how many numbers they have."""
+    if isinstance(data, dict):
+        return {name: _shorten(value) for name, value in data.items()}
+    if isinstance(data, list) and len(data) > MOST_NUMBERS:
+        return f"{len(data)} numbers, {_hash(json.dumps(data))[:16]}"
+    return data
 
 
 def triton_version() -> str:

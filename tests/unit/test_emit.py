@@ -208,3 +208,12 @@ def test_text_that_needs_kvxform_is_refused():
 def test_a_variable_that_nobody_set_is_refused():
     with pytest.raises(jinja2.UndefinedError, match="nothing"):
         emit(fake_spec(template="unknown.jinja"))
+
+
+def test_long_tables_are_not_repeated():
+    stream = StreamSpec(64, 8, group=64, block=2, gain="norm", table=tuple(range(512)))
+    source = emit(GatherSpec(SiteSpec(2, 1, stream, stream, 16, "rows", "float16")))
+    assert source.meta["spec"]["site"]["key"]["table"].startswith("512 numbers, ")
+    other = dataclasses.replace(stream, table=tuple(range(1, 513)))
+    again = emit(GatherSpec(SiteSpec(2, 1, other, other, 16, "rows", "float16")))
+    assert again.name != source.name
