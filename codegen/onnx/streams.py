@@ -10,6 +10,7 @@ encoded in this call; `attend` picks per query.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -95,12 +96,10 @@ def append(
         new: New tokens, `[B, Hk, S, D]`.
         encode: Emits their planes; by default that of the codec.
     """
-    past = e.ports.enter(site, stream)
+    past, plan = e.ports.enter(site, stream), site.streams[stream]
     if encode is None:
-        emitter = codec_emitter(site.streams[stream])
-        encode = lambda x: emitter.encode(e.builder, x)  # noqa: E731
-    hand = at_hand(e, site.streams[stream], new, past)
-    return store(e, site, stream, new, past, hand, encode)
+        encode = functools.partial(codec_emitter(plan).encode, e.builder)
+    return store(e, site, stream, new, past, at_hand(e, plan, new, past), encode)
 
 
 def at_hand(e: Emission, plan: StreamPlan, new: ir.Value, past: Mapping[str, ir.Value]) -> ir.Value:

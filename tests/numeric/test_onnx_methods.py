@@ -12,7 +12,6 @@ from onnx_tools import open_export
 from programs import apply, llama_program, token_ids
 
 import kvxform.ir.ops as kvx
-import kvxform.passes  # noqa: F401
 from kvxform.codecs.base import CODECS, layers_of, make_codec
 from kvxform.ir.types import TensorType
 from kvxform.passes.base.insert_cache import InsertCache
