@@ -16,9 +16,7 @@ weighted with squared gradients, so that the error that counts is `sum of g^2 (x
 holds the quantiles of a normal distribution (`levels: normal`, NF4 at 4 bits); with stored ranges
 nothing has to be calibrated then.
 
-With `q_norm` levels are moved once more, after codes are chosen, so that decoded values have the
-mean and the standard deviation of the calibration (for 2 bits).
-
+With `q_norm` decoded values get the mean and the deviation of the calibration back (for 2 bits).
 Outliers beyond the ranges are cut off; codec `outliers` with `pick: deviation` keeps them.
 
 Source: KVQuant, arXiv 2401.18079, sections 3.1 to 3.5; normal levels: QLoRA, arXiv 2305.14314.
