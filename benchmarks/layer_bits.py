@@ -22,12 +22,12 @@ from kvxform.order import plan_passes
 from kvxform.pipeline import apply_pass
 from kvxform.recipe import load_recipe
 from kvxform.runtime.loading import move_program, parse_device
+from kvxform.sensitivity.choosing import Offer, choose
 from kvxform.sensitivity.deciding import (
     Assignment,
     Formats,
     codecs_of,
     decide_by_search,
-    decide_exactly,
     size_of,
     uniform,
 )
@@ -35,6 +35,7 @@ from kvxform.sensitivity.formats import stream_formats
 from kvxform.sensitivity.measuring import Bench
 
 BITS = (8, 4, 2)
+SHORT = (("K", "key"), ("V", "value"))
 BASE = {"codec": "int", "bits": 4}
 ROTATIONS = {"plain": ([], []), "hadamard": (["rotate-v"], ["rotate-qk"])}
 
@@ -85,25 +86,36 @@ def measure(name: str, program: Program, bench: Bench, trials: int, file: Result
         for site in program.plan.owners
         for stream in site.streams
     }
-    rows = [file.add(f"{name}/layer {n}", layer_row(bench, formats, n)) for n, _ in pairs(formats)]
+    layers = [n for n, _ in pairs(formats)]
+    rows = {n: file.add(f"{name}/layer {n}", layer_row(bench, formats, n)) for n in layers}
+    offers = {
+        (n, stream): [
+            Offer(found.size, rows[n][f"{short} {bits}"])
+            for bits, found in zip(BITS, formats[n, stream], strict=True)
+        ]
+        for n in layers
+        for short, stream in SHORT
+    }
     file.add(
         f"{name}/uniform",
         {label(formats, a): bench.divergence(codecs_of(formats, a)) for a in uniform(formats)},
     )
     budget = size_of(formats, dict.fromkeys(formats, BITS.index(4)))
+    exact = choose(offers, budget)
+    assert exact is not None, "4 bits everywhere keep the budget"
     found = {
-        "exact": decide_exactly(bench, formats, budget),
+        "exact": exact,
         "kvtuner": decide_by_search(bench, formats, budget, objective="kl", trials=trials, seed=0),
     }
     for method, chosen in found.items():
         row = {
             "kl": bench.divergence(codecs_of(formats, chosen)),
             "bytes_per_token": size_of(formats, chosen),
-            "layers": {n: label(formats, chosen, n) for n, _ in pairs(formats)},
+            "layers": {n: label(formats, chosen, n) for n in layers},
         }
-        rows.append(file.add(f"{name}/{method}", row))
+        file.add(f"{name}/{method}", row)
     heading = ["layer", *(f"{stream} {bits}" for stream in "KV" for bits in BITS), "K8V4", "K4V8"]
-    cells = [[r["key"], *(f"{r[c]:.2e}" for c in heading[1:])] for r in rows if "K8V4" in r]
+    cells = [[n, *(f"{row[c]:.2e}" for c in heading[1:])] for n, row in rows.items()]
     print(format_table(heading, cells))
     for row in (file.rows[f"{name}/{key}"] for key in ("uniform", *found)):
         print(row)
@@ -112,9 +124,9 @@ def measure(name: str, program: Program, bench: Bench, trials: int, file: Result
 def layer_row(bench: Bench, formats: Formats, layer: int) -> Row:
     """Return the divergences and attention errors of one layer."""
     row: Row = {}
-    for short, stream in (("K", (layer, "key")), ("V", (layer, "value"))):
-        for bits, found in zip(BITS, formats[stream], strict=True):
-            row[f"{short} {bits}"] = bench.divergence({stream: found.codec})
+    for short, stream in SHORT:
+        for bits, found in zip(BITS, formats[layer, stream], strict=True):
+            row[f"{short} {bits}"] = bench.divergence({(layer, stream): found.codec})
     for key, value in ((8, 4), (4, 8)):
         pair = {(layer, "key"): BITS.index(key), (layer, "value"): BITS.index(value)}
         row[f"K{key}V{value}"] = bench.attention_error(layer, codecs_of(formats, pair))
