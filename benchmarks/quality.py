@@ -50,7 +50,7 @@ def main() -> None:
     options = parse_options()
     names = [name for name in expand_names(options.formats) if is_wanted(name, options.only)]
     run = open_run(options)
-    run.calibrate(names)
+    run.expect(names, collect=options.jobs > 1 and options.after is None)
     say("ready")
     end = time.monotonic() + options.seconds - wait_for(options.after)
     book, fork = Book(options.json), multiprocessing.get_context("fork")

@@ -64,6 +64,7 @@ class QualityRun:
         self._module, self._program = opened.model, dataclasses.replace(program, info=info)
         self._given = calibration
         self._calibrations: dict[tuple[object, ...], Calibration] = {}
+        self._gradients = False  # whether some format will ask for them
         self._bench = Bench(opened.model, words, encode_text(words, words_to_measure), effort)
 
     def move(self, device: str | torch.device) -> None:
@@ -73,12 +74,17 @@ class QualityRun:
         self._module.to(place)
         self._program = move_program(self._program, place)
 
-    def calibrate(self, names: Iterable[str]) -> None:
-        """Collect what the recipes among `names` need, now and where the model is."""
+    def expect(self, names: Iterable[str], *, collect: bool = False) -> None:
+        """Say which formats will come, so that what they need is collected at once for all.
+
+        Args:
+            names: Formats.
+            collect: Collect it now, where the model is; otherwise when the first one comes.
+        """
         recipes = [load_recipe(name) for name in names if is_recipe(name)]
-        fisher = any(self._needs(recipe)[1] for recipe in recipes)
-        for recipe in recipes:
-            self._calibration_for(recipe, fisher)
+        self._gradients = any(self._needs(recipe)[1] for recipe in recipes)
+        for recipe in recipes if collect else ():
+            self._calibration_for(recipe)
 
     def open(self, name: str) -> Subject:
         """Return `source`, a peer (`hf-...`), or a recipe (bundled name or file) to be measured.
@@ -104,7 +110,7 @@ class QualityRun:
             loaded,
             executor=OptimizedModel,
             verify="none",
-            calibration=self._calibration_for(loaded, fisher=False),
+            calibration=self._calibration_for(loaded),
         )
         return OptimizedModel(program, report=report)
 
@@ -114,7 +120,7 @@ class QualityRun:
         passes = [step.graph_pass for step in steps]
         return any(p.needs_calibration for p in passes), any(p.needs_fisher for p in passes)
 
-    def _calibration_for(self, recipe: Recipe, fisher: bool) -> Calibration | None:
+    def _calibration_for(self, recipe: Recipe) -> Calibration | None:
         """Return the statistics that `recipe` asks for; those of an earlier one if they fit."""
         is_needed, needs_fisher = self._needs(recipe)
         if not is_needed:
@@ -131,7 +137,7 @@ class QualityRun:
                 tokens=wanted.tokens,
                 window=window,
                 seed=wanted.seed,
-                fisher=fisher or needs_fisher,
+                fisher=self._gradients or needs_fisher,
             )
         self._calibrations[key] = found
         return found

@@ -62,6 +62,7 @@ def run_table(request: TableRequest) -> None:
     )
     if request.device is not None:
         run.move(request.device)
+    run.expect(names)
     cards = []
     for done, name in enumerate(names):
         talk(f"[{done + 1}/{len(names)}] {name}")
