@@ -1,7 +1,7 @@
 """Codes of any number of levels in bytes, as `kvxform.codecs.radix` lays them out, in int64.
 
-A word of up to 7 bytes is exact in int64 alone, whose Add, Sub, Mul, Div and CumSum run everywhere.
-Its digits come from division, for a base need not be a power of two.
+A word of up to 7 bytes is exact in int64 alone, which stock ONNX Runtime adds, multiplies, divides
+and sums up. Its digits come from division, for a base need not be a power of two.
 """
 
 from __future__ import annotations
