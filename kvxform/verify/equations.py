@@ -125,7 +125,8 @@ def attend(
     if basis is not None:
         values = (rotate_heads(values[0], basis), rotate_heads(values[1], basis))
     k_exact, k_encoded, v_exact, v_encoded = (
-        x.repeat_interleave(groups, 0) for x in (*keys, *values)  # [Hk, T, D] -> [H, T, D]
+        x.repeat_interleave(groups, 0)
+        for x in (*keys, *values)  # [Hk, T, D] -> [H, T, D]
     )
     wide, use_codes = q.double(), key.is_encoded[positions]  # [S, T]
     scores = scoring.scale * torch.where(
