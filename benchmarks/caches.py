@@ -179,11 +179,10 @@ class Filled:
         pages = (
             self.table[row, : -(-int(self.lengths[row]) // self.site.page_size)].long().to(DEVICE)
         )
-        some = {name: tensor[pages] for name, tensor in self.tensors.items()}
         if self.site.layout == "fragment":
-            planes = fragment.to_planes(self.site, some["pool"])
+            planes = fragment.to_planes(self.site, self.tensors["pool"][pages])
         else:
-            planes = {half: self._planes(some, half) for half in ("key", "value")}
+            planes = {half: self._planes(half, pages) for half in ("key", "value")}
         length = int(self.lengths[row])
         found = []
         for half, codec in (("key", self.format.key), ("value", self.format.value)):
@@ -197,9 +196,9 @@ class Filled:
             found.append(values.transpose(0, 1).flatten(1, 2))  # [n, Hk, r, D] -> [Hk, n * r, D]
         return found[0], found[1]
 
-    def _planes(self, tensors: dict[str, Tensor], half: str) -> dict[str, Tensor]:
+    def _planes(self, half: str, pages: Tensor) -> dict[str, Tensor]:
         names = [plane.name for plane in self.site.streams[half].planes]
-        return {name: tensors[f"{half}_{name}"] for name in names}
+        return {name: self.tensors[f"{half}_{name}"][pages] for name in names}
 
 
 def fill(name: str, problem: Problem, page_size: int) -> Filled:
