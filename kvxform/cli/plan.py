@@ -13,6 +13,8 @@ from kvxform.cli.options import Json, Lowering, Model, RecipeName
 from kvxform.cli.output import format_bytes, plain_table, print_data, print_json
 
 if TYPE_CHECKING:
+    from kvxform.codecs.basis import Basis
+    from kvxform.ir.plan import SitePlan
     from kvxform.ir.program import Program
     from kvxform.report import Report
 
@@ -113,7 +115,7 @@ def plan_data(program: Program, report: Report, batch: int, tokens: int) -> dict
             "before": sum(s.values_per_token for s in plan.sites) * 2.0 * tokens,
             "after": plan.read_bytes_per_step(1, tokens),
         },
-        "added_per_step": _added_per_step(program),
+        "added_per_step": added_per_step(program),
         "extra_flops_per_token": plan.extra_flops_per_token(),
     }
     return data
@@ -174,18 +176,30 @@ def _geometries(program: Program) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _added_per_step(program: Program) -> str:
+def added_per_step(program: Program) -> str:
     """Return in words what the plan adds to a decode step."""
     plan = program.plan
     assert plan is not None, "only asked for a program with a cache"
-    added = [
-        f"one {site.key.basis} on q and on new k"
-        for site in plan.sites
-        if site.key.basis.kind in ("hadamard", "matrix")
-    ]
-    if any(site.v_basis.kind != "identity" for site in program.sites):
+    added = []
+    for site in plan.sites:
+        added += [
+            f"one {stream.basis} on new {name[0]}, its inverse on every {name} that is read"
+            for name, stream in site.streams.items()
+            if stream.basis.inverse is not None
+        ]
+        if site.key.basis.inverse is None and site.key.basis.kind in ("hadamard", "matrix"):
+            added.append(f"one {site.key.basis} on q and on new k")
+        if site.key.rope == "pre":
+            added.append("RoPE on every key that is read")
+    if any(_is_folded(plan.site(site.layer), site.v_basis) for site in program.sites):
         added.append("rotation of V folded into weights")
     return "; ".join(dict.fromkeys(added)) or "nothing"
+
+
+def _is_folded(site: SitePlan, basis: Basis) -> bool:
+    """Whether weights have absorbed the rotation of values."""
+    value = site.streams.get("value")
+    return basis.kind != "identity" and (value is None or value.basis.inverse is None)
 
 
 def _short_count(tokens: int) -> str:

@@ -286,16 +286,21 @@ class CachePlan:
         return total * batch_size
 
     def extra_flops_per_token(self) -> int:
-        """Return additions spent on online rotations of q and of new k, for one token."""
+        """Return products and additions spent on online rotations for one new token.
+
+        Inverses that are applied to what is read are not counted; they grow with the cache.
+        """
         total = 0
         for site in self.sites:
-            basis = site.key.basis
-            if basis.kind == "hadamard":
-                heads = site.num_q_heads + (site.num_kv_heads if site.owner == site.layer else 0)
-                total += heads * site.key.head_dim * int(math.log2(basis.block))
-            elif basis.kind == "matrix" and site.key.rope != "pre":
-                heads = site.num_q_heads + (site.num_kv_heads if site.owner == site.layer else 0)
-                total += heads * site.key.head_dim**2 * basis.heads
+            own = site.num_kv_heads if site.owner == site.layer else 0
+            for name, stream in site.streams.items():
+                basis, width = stream.basis, stream.head_dim
+                is_undone = basis.inverse is not None
+                queries = site.num_q_heads if name == "key" and not is_undone else 0
+                if basis.kind == "hadamard" and name == "key":
+                    total += (queries + own) * width * int(math.log2(basis.block))
+                elif basis.kind == "matrix" and (name == "key" or is_undone):
+                    total += (queries + own) * width**2 * basis.heads
         return total
 
     def to_json(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from programs import (
 
 import kvxform.ir.ops as kvx
 from kvxform.calibrate import collect
+from kvxform.cli.plan import added_per_step
 from kvxform.codecs.base import make_codec
 from kvxform.codegen.triton.capability import check_plan
 from kvxform.errors import CodegenError, PassError, RecipeError
@@ -57,6 +58,17 @@ def stored(program: Program, ids: torch.Tensor) -> dict[int, tuple[torch.Tensor,
     cache = DenseCache()
     program.to_module()(ids, default_positions(ids), make_handle(cache))
     return cache.stored
+
+
+def test_the_plan_says_what_a_step_takes_more():
+    turned, _ = apply(Klt(bits=8, width=32), ready())
+    assert added_per_step(turned) == (
+        "one matrix(2 heads) on new k, its inverse on every key that is read; "
+        "one matrix(2 heads) on new v, its inverse on every value that is read; "
+        "RoPE on every key that is read"
+    )
+    # 2 layers, K and V of one token: 32 channels times a matrix of 32 x 32
+    assert turned.plan.extra_flops_per_token() == 2 * 2 * 32 * 32
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
