@@ -24,10 +24,19 @@ from family_rows import Row, measure
 from family_table import read, render
 from models import plain
 
+QUICK = (
+    "llama", "qwen3", "gemma3_text", "gpt_oss", "deepseek_v2", "falcon", "gptj", "gpt2", "bloom",
+    "mixtral", "phi", "cohere", "by hand", "multihead",
+)  # fmt: skip
 TABLE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
-@pytest.mark.parametrize("name", [*NAMED, *PLAIN])
+def family(name):
+    """Return `name` as a parameter; one family of each kind of attention is in the quick set."""
+    return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [family(name) for name in [*NAMED, *PLAIN]])
 def test_the_exact_cache_of_a_family(name):
     """In float64, where no two tokens tie; the rows of the table hold the rest."""
     subject = Subject.of(ALL[name], torch.float64)

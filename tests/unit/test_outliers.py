@@ -39,7 +39,8 @@ def defined(codec: OutliersCodec, x: torch.Tensor) -> torch.Tensor:
             chosen = [*vector.topk(side).indices, *vector.topk(side, largest=False).indices]
         else:
             count = math.ceil(codec.share * len(vector))
-            chosen = (vector - vector.median()).abs().topk(count).indices
+            distance = (vector - vector.median()).abs()
+            chosen = distance.argsort(descending=True, stable=True)[:count]  # the first of equals
         kept[index][[int(i) for i in chosen]] = True
         filled[index][kept[index]] = vector[~kept[index]].mean()
     if codec.axis == "channel":
