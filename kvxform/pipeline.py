@@ -88,10 +88,9 @@ def run_pipeline(
     planned, plan_report = plan_pipeline(program, recipe)
     passes = plan_passes(recipe.passes, program.facts, auto_order=recipe.auto_order)
     is_full = verify == "full" and planned.plan is not None
-    measures_target = verify != "none" and lowered is not None
     calibrates = any(p.graph_pass.needs_calibration for p in passes)
-    stages = len(passes) + calibrates + (verify != "none") + measures_target + is_full
-    clock = _Clock(stages, progress)
+    measured = 0 if verify == "none" else 1 + (lowered is not None) + is_full
+    clock = _Clock(len(passes) + calibrates + measured, progress)
     prober: Prober | None = None
     if calibrates:
         with clock.stage("calibration"):
@@ -100,26 +99,33 @@ def run_pipeline(
         with clock.stage("source model"):
             prober = Prober(program, executor, planned.plan)
     program, records, last = _apply_passes(program, passes, prober, clock)
-    report = dataclasses.replace(
-        _with_plan(plan_report, program, recipe),
-        verify=verify,
-        passes=tuple(records),
-        calibration=program.calibration.name if program.calibration else None,
-    )
-    program = dataclasses.replace(program, calibration=None)
+    report = _with_plan(plan_report, program, recipe)
+    report = dataclasses.replace(report, verify=verify, passes=tuple(records))
     if prober is not None and last is not None:
         report = _with_measurements(report, program, recipe, prober, last)
     if prober is not None and lowered is not None:
-        with clock.stage(f"target {recipe.target.lowering}"):
-            stage = prober.measure_lowering(program, lowered)
-            lowering = require_lowering(recipe.target.lowering, stage, prober)
-        report = dataclasses.replace(report, lowering=lowering)
+        report = _with_target(report, program, recipe, prober, lowered, clock)
     if prober is not None and is_full:
         with clock.stage("cache state"):
-            checks = prober.check_full(program, lowered)
-        report = dataclasses.replace(report, cache=cache_measured(checks))
+            cache = cache_measured(prober.check_full(program, lowered))
+        report = dataclasses.replace(report, cache=cache)
     require_bounds(report)
-    return program, report
+    return dataclasses.replace(program, calibration=None), report
+
+
+def _with_target(
+    report: Report,
+    program: Program,
+    recipe: Recipe,
+    prober: Prober,
+    lowered: Executor,
+    clock: _Clock,
+) -> Report:
+    """Return the report with the lowering that the recipe asks for, compared with the reference."""
+    with clock.stage(f"target {recipe.target.lowering}"):
+        stage = prober.measure_lowering(program, lowered)
+        lowering = require_lowering(recipe.target.lowering, stage, prober)
+    return dataclasses.replace(report, lowering=lowering)
 
 
 def _calibrated(
@@ -233,7 +239,9 @@ def _require_matches(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> 
 
 
 def _with_plan(report: Report, program: Program, recipe: Recipe) -> Report:
-    """Fill in what the plan of `program` costs."""
+    """Fill in what the plan of `program` costs, and what it was calibrated on."""
+    if program.calibration is not None:
+        report = dataclasses.replace(report, calibration=program.calibration.name)
     if program.plan is not None:
         plan, layers = plan_summary(program.plan), layer_records(program.plan, ())
         report = dataclasses.replace(report, plan=plan, layers=layers)
