@@ -134,6 +134,8 @@ def encode_table(rows: Sequence[Row], results: Results) -> str:
             device = None if gpu is None else f"{gpu:.0f}"
             built = f"{cost['build_s']:.2f}"
             lines.append((row["name"], built, f"{cost['cpu_tokens_per_s']:.0f}", device))
+    if not lines:
+        return MISSING
     header = ("format", "tables, seconds", "tokens a second, CPU", "GPU")
     return f"{format_table(header, lines)}\n"
 
@@ -151,6 +153,8 @@ def decode_table(rows: Sequence[Row], results: Results) -> str:
         for row in rows
         if row.get("decode")
     ]
+    if not lines:
+        return MISSING
     return f"{format_table(('format', 'perplexity', 'change', 'KL', 'top-1'), lines)}\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from kvxform.errors import KvxformError
 from kvxform.evaluate.tables import change
 
 OURS, OTHERS = "#1f6f8b", "#8a939b"
+PANEL_HEIGHT, LINE = 360, 8  # of the axis and of a label, in points
+LABEL_WIDTH = 0.55  # bits that a label covers
 LOWEST = 1e-4  # changes below it, negative ones too, are drawn here
 Card = Mapping[str, Any]
 
@@ -38,6 +41,7 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
     ours = [p for p in points if any(p[2].startswith(name) for name in highlight)]
     if ours:
         panel.plot([p[0] for p in ours], [p[1] for p in ours], color=OURS, linewidth=1)
+    shifts = _label_shifts(points)
     for bits, worse, name in points:
         is_ours = (bits, worse, name) in ours
         color = OURS if is_ours else OTHERS
@@ -45,8 +49,8 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
         panel.plot(bits, worse, marker, color=color, markersize=5)
         weight = "bold" if is_ours else "normal"
         panel.annotate(
-            name, (bits, worse), xytext=(5, 3), textcoords="offset points", fontsize=7,
-            color=color, weight=weight,
+            name, (bits, worse), xytext=(5, 3 + shifts[name]), textcoords="offset points",
+            fontsize=7, color=color, weight=weight,
         )  # fmt: skip
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
@@ -55,6 +59,22 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(True, which="both", linewidth=0.3)
     figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _label_shifts(points: Sequence[tuple[float, float, str]]) -> dict[str, float]:
+    """Return how far each label moves, in points of the page, so that it clears those above it."""
+    heights = [math.log10(worse) for _, worse, _ in points]
+    scale = PANEL_HEIGHT / max(1.0, max(heights) - min(heights)) if heights else 1.0
+    placed: list[tuple[float, float]] = []  # bits and height, from the top
+    shifts = {}
+    for bits, worse, name in sorted(points, key=lambda point: -point[1]):
+        wanted = height = math.log10(worse) * scale
+        for other_bits, other in placed:
+            if abs(bits - other_bits) < LABEL_WIDTH and other - height < LINE:
+                height = other - LINE
+        placed.append((bits, height))
+        shifts[name] = height - wanted
+    return shifts
 
 
 def _point(card: Card) -> tuple[float, float, str] | None:
