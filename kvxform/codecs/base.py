@@ -184,6 +184,32 @@ class Codec(ABC):
         return rows * 8 / (head_dim * num_heads)
 
 
+class WrapperCodec(Codec):
+    """A codec around another one, its field `inner`; what is not said here is the inner one's."""
+
+    inner: Codec
+
+    @property
+    def is_headwise(self) -> bool:
+        """Whether the inner codec takes heads alone."""
+        return self.inner.is_headwise
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the inner codec is to be fitted."""
+        return self.inner.needs_calibration
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the inner codec weighs errors."""
+        return self.inner.needs_fisher
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Tokens of a group of the inner codec."""
+        return self.inner.tokens_per_group
+
+
 CODECS: dict[str, type[Codec]] = {}
 C = TypeVar("C", bound=type[Codec])
 

@@ -29,6 +29,7 @@ from kvxform.codecs.base import (
     Codec,
     CodecSamples,
     PlaneSpec,
+    WrapperCodec,
     register_codec,
     require_option,
 )
@@ -41,7 +42,7 @@ SEED = 0
 
 @register_codec
 @dataclass(frozen=True)
-class LowRankResidualCodec(Codec):
+class LowRankResidualCodec(WrapperCodec):
     """A low-rank correction of another codec.
 
     Attributes:
@@ -67,21 +68,6 @@ class LowRankResidualCodec(Codec):
         names = {plane.name for plane in self.inner.planes(64)}
         rule = "inner must not be corrected itself"
         self._require(LOW_RANK_TOKENS not in names, rule, self.inner.name)
-
-    @property
-    def is_headwise(self) -> bool:
-        """Whether the inner codec takes heads alone; the correction does."""
-        return self.inner.is_headwise
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the inner codec is to be fitted."""
-        return self.inner.needs_calibration
-
-    @property
-    def needs_fisher(self) -> bool:
-        """Whether the inner codec weighs errors."""
-        return self.inner.needs_fisher
 
     @property
     def tokens_per_group(self) -> int:

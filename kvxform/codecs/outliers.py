@@ -32,6 +32,7 @@ from kvxform.codecs.base import (
     Codec,
     CodecSamples,
     PlaneSpec,
+    WrapperCodec,
     register_codec,
     require_option,
 )
@@ -56,7 +57,7 @@ class Ranged(Protocol):
 
 @register_codec
 @dataclass(frozen=True)
-class OutliersCodec(Codec):
+class OutliersCodec(WrapperCodec):
     """Outliers in front of another codec.
 
     Attributes:
@@ -88,21 +89,6 @@ class OutliersCodec(Codec):
             self._require(self.group is None, rule, self.group)
         names = {plane.name for plane in self.inner.planes(64)}
         self._require(VALUE not in names, "inner must not store outliers itself", self.inner.name)
-
-    @property
-    def is_headwise(self) -> bool:
-        """Whether the inner codec takes heads alone; outliers are found per head."""
-        return self.inner.is_headwise
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the inner codec is to be fitted."""
-        return self.inner.needs_calibration
-
-    @property
-    def needs_fisher(self) -> bool:
-        """Whether the inner codec weighs errors."""
-        return self.inner.needs_fisher
 
     @property
     def tokens_per_group(self) -> int:

@@ -25,6 +25,7 @@ from kvxform.codecs.base import (
     Codec,
     CodecSamples,
     PlaneSpec,
+    WrapperCodec,
     register_codec,
     require_option,
 )
@@ -38,7 +39,7 @@ SCOPES = ("site", "head")
 
 @register_codec
 @dataclass(frozen=True)
-class TokenNormCodec(Codec):
+class TokenNormCodec(WrapperCodec):
     """Norms per token in front of another codec.
 
     Attributes:
@@ -68,21 +69,6 @@ class TokenNormCodec(Codec):
     def is_headwise(self) -> bool:
         """Whether each head has its own norm, and the inner codec takes heads alone."""
         return self.over == "head" and self.inner.is_headwise
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the inner codec is to be fitted."""
-        return self.inner.needs_calibration
-
-    @property
-    def needs_fisher(self) -> bool:
-        """Whether the inner codec weighs errors."""
-        return self.inner.needs_fisher
-
-    @property
-    def tokens_per_group(self) -> int:
-        """Tokens of a group of the inner codec."""
-        return self.inner.tokens_per_group
 
     def check(self, head_dim: int) -> None:
         """Raise PassError KVX203 if the inner codec cannot take `head_dim`."""
