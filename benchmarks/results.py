@@ -87,9 +87,16 @@ def is_wanted(key: str, only: str) -> bool:
     return not only or any(part in f"{key}$" for part in only.split(","))
 
 
+def _plain(value: Any) -> str | float:
+    """Return a value of the command line for a file: of paths the last part alone."""
+    if isinstance(value, Path):
+        return value.name
+    return value if isinstance(value, str | int | float) else str(value)
+
+
 def describe_run(options: argparse.Namespace, **measured: Any) -> Row:
     """Return what the numbers of a run depend on."""
-    plain = {k: v if isinstance(v, str | int | float) else str(v) for k, v in vars(options).items()}
+    plain = {key: _plain(value) for key, value in vars(options).items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": describe_command(sys.argv),
