@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from kvxform.ir.scoring import Scoring, attend
 QUERY_CHUNK = 256  # queries whose probabilities exist at the same time
 
 
-class Watcher(fx.Interpreter):
+class Watcher(fx.Interpreter, ABC):
     """Interprets a program without a cache; values are freed as soon as nothing reads them."""
 
     def show(self, token_ids: Tensor) -> Any:
@@ -22,8 +23,9 @@ class Watcher(fx.Interpreter):
         row = token_ids[None]
         return self.run(row, default_positions(row))
 
+    @abstractmethod
     def seen(self, layer: int, stream: str, x: Tensor) -> None:
-        """Take one operand; for subclasses.
+        """Take one operand.
 
         Args:
             layer: Layer of the attention.
@@ -31,7 +33,6 @@ class Watcher(fx.Interpreter):
                 operand comes out of RoPE.
             x: Its values `[1, heads, S, D]`.
         """
-        raise NotImplementedError
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, after its operands were shown."""

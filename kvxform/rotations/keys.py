@@ -8,6 +8,7 @@ attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -46,15 +47,21 @@ def turn_keys(rewriter: Rewriter, layer: int, query: Turn, key: Turn) -> None:
         rewriter.set_args(attention, (q, program.attention_node(owner).args[1], *rest))
 
 
-def dense_turn(rewriter: Rewriter, name: str) -> Turn:
-    """Return a product with the matrices `[Hk, D, D]` of weight `name`; see `kvx::rotate`."""
-    matrices = rewriter.program.weights[name]
+def dense_turn(rewriter: Rewriter, name: str, target: Callable[..., Any] = kvx.ROTATE) -> Turn:
+    """Return a product with weight `name`.
+
+    Args:
+        rewriter: Of the program that has the weight.
+        name: Matrices `[Hk, D, D]`, or whatever else `target` takes as its second operand.
+        target: `kvx::rotate`, or another operation `(x, weight)` of the shape of `x`.
+    """
+    operand = rewriter.program.weights[name]
 
     def turn(value: fx.Node, user: fx.Node) -> fx.Node:
-        type_ = TensorType(matrices.dtype, tuple(matrices.shape))
+        type_ = TensorType(operand.dtype, tuple(operand.shape))
         weight = rewriter.get_weight_node(name, user, type_)
         kind = value.meta["type"]
-        return rewriter.call_before(user, kvx.ROTATE, (value, weight), type_=kind, like=value)
+        return rewriter.call_before(user, target, (value, weight), type_=kind, like=value)
 
     return turn
 

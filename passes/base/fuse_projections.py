@@ -41,7 +41,7 @@ class FuseProjections(GraphPass):
             linears = _readers(node)
             if len(linears) > 1:
                 found.append(_check(node, linears, uses, latent))
-            elif linears and _is_fused(linears[0], program):
+            elif linears and any(_is_fused(user) for user in node.users):
                 found.append(NoMatch("already one projection", node=node.name, done=True))
         return found
 
@@ -111,9 +111,10 @@ def _latent_weights(program: Program) -> set[str]:
     return {up.weight for latent in latents for up in (latent.up_k, latent.up_v)}
 
 
-def _is_fused(linear: LinearCall, program: Program) -> bool:
-    node = next(n for n in program.graph.nodes if n.name == linear.node)
-    return len(node.users) > 1 and all(user.target is SLICE for user in node.users)
+def _is_fused(node: fx.Node) -> bool:
+    """Whether a node is a linear layer of which there are slices only."""
+    readers = list(node.users)
+    return node.target is LINEAR and len(readers) > 1 and all(r.target is SLICE for r in readers)
 
 
 def _joint_name(weights: list[str]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from kvxform.codecs.basis import Basis
 from kvxform.errors import RecipeError
@@ -24,9 +24,8 @@ from kvxform.ir.calibration import Calibration
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.linear import weight_uses
 from kvxform.ir.program import AttentionSite, Program, Projection
-from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
-from kvxform.rotations.keys import Turn, turn_keys
+from kvxform.rotations.keys import dense_turn, turn_keys
 from kvxform.rotations.values import check_basis, share_rows
 
 MULTIPLY = torch.ops.aten.mul.Tensor
@@ -93,7 +92,8 @@ class BalanceChannels(GraphPass):
         else:
             own = f"balance_channels.q_{site.layer}"
             rewriter.set_weight(own, of_query)
-            turn_keys(rewriter, site.layer, _multiply(rewriter, own), _multiply(rewriter, name))
+            query, key = (dense_turn(rewriter, weight, MULTIPLY) for weight in (own, name))
+            turn_keys(rewriter, site.layer, query, key)
         rewriter.set_basis(site.layer, key=Basis("scale", weight=name))
 
     def _check(
@@ -172,16 +172,3 @@ def _fold(rewriter: Rewriter, projection: Projection | None, factors: Tensor) ->
         factor = factors.flatten().to(weight)
         own = weight.index_select(axis, rows).movedim(axis, -1) * factor
         rewriter.set_weight(name, weight.index_copy(axis, rows, own.movedim(-1, axis)))
-
-
-def _multiply(rewriter: Rewriter, name: str) -> Turn:
-    """Return a product with the factors of weight `name`, `[heads, 1, D]`."""
-    factors = rewriter.program.weights[name]
-
-    def turn(value: fx.Node, user: fx.Node) -> fx.Node:
-        type_ = TensorType(factors.dtype, tuple(factors.shape))
-        weight = rewriter.get_weight_node(name, user, type_)
-        kind = value.meta["type"]
-        return rewriter.call_before(user, MULTIPLY, (value, weight), type_=kind, like=value)
-
-    return turn
