@@ -12,6 +12,7 @@ from kvxform.errors import VerifyError
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.ir.rounding import rounding_dtype
+from kvxform.pass_base import PASSES
 from kvxform.verify.cache_state import StateCheck, check_schedule, is_lossy
 from kvxform.verify.probe import (
     Difference,
@@ -87,7 +88,13 @@ class Prober:
         return self.probe.lengths
 
     def measure(self, program: Program) -> StageMeasure:
-        """Run `program` on the probe; the next call compares with it."""
+        """Run `program` on the probe; the next call compares with it.
+
+        After a pass that changes the model itself, caches are held to the model it leaves.
+        """
+        if program.plan is None and _is_changed(program):
+            self._source_program = program
+            self._source = run_source(program, self.probe)
         model = self.executor(program)
         state: StateCheck | None = None
         if program.plan is None:
@@ -196,6 +203,11 @@ class Prober:
         """Return the logits of a schedule in the order of `pick`, `[positions, vocab]`."""
         places = self.probe.real.nonzero().tolist()
         return torch.stack([logits[sequence, position] for sequence, position in places])
+
+
+def _is_changed(program: Program) -> bool:
+    """Whether the last pass of `program` promised no identity."""
+    return bool(program.passes) and not PASSES[program.passes[-1]].numerics.is_exact
 
 
 def first_encoded_length(plan: CachePlan | None) -> int:
