@@ -8,7 +8,8 @@
   `codec_fib_vq`, `codec_octahedral`
 - `codec_polar`, `codec_nuq`: angles; levels in ranges
 - `codec_klt`, `codec_klt_trellis`: components of unequal bits
-- `codec_token_norm`, `codec_outliers`, `codec_low_rank`, `codec_saliency`: around other codecs
+- `codec_token_norm`, `codec_outliers`, `codec_low_rank`, `codec_saliency`,
+  `codec_truncate`: around other codecs
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvxform.codegen.onnx import (
     codec_polar,
     codec_saliency,
     codec_token_norm,
+    codec_truncate,
 )
 from kvxform.codegen.onnx.codec_base import CODEC_EMITTERS, CodecEmitter, emitter_of
 from kvxform.ir.plan import StreamPlan
@@ -50,6 +52,7 @@ EMITTER_MODULES = (  # they fill CODEC_EMITTERS
     codec_polar,
     codec_saliency,
     codec_token_norm,
+    codec_truncate,
 )
 
 

@@ -32,6 +32,7 @@ class PlaneSpec:
         tokens_per_row: Cached tokens that share one row (1 for per-token planes).
         shared: All KV heads of a site have one row together, so that the head axis of the plane
             is 1.
+        joined: KV heads that have one row together, where it is not all of them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PlaneSpec:
     width: int
     tokens_per_row: int = 1
     shared: bool = False
+    joined: int = 1
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -52,7 +54,7 @@ class PlaneSpec:
 
     def heads(self, num_heads: int) -> int:
         """Return the size of the head axis of the plane at a site of `num_heads` KV heads."""
-        return 1 if self.shared else num_heads
+        return 1 if self.shared else num_heads // self.joined
 
     def bytes_per_token(self, num_heads: int) -> float:
         """Return bytes of one token of all heads."""
@@ -153,8 +155,8 @@ class Codec(ABC):
         `x` may have any float dtype. Unless the codec `is_headwise`, all KV heads of the site must
         be there, in order; otherwise the head axis may be left out.
 
-        Returns one tensor per plane, shape `[..., Hk, T / tokens_per_row, width]`, with 1 in place
-        of Hk where the plane is shared.
+        Returns one tensor per plane, shape `[..., Hk, T / tokens_per_row, width]`, with
+        `PlaneSpec.heads(Hk)` in place of Hk.
         """
 
     @abstractmethod

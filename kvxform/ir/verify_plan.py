@@ -111,6 +111,10 @@ def _check_site_plan(site: AttentionSite, plan: SitePlan) -> None:
             raise invalid(
                 f"{what} must be the same in site and plan: {wanted}", found, layer=site.layer
             )
+    joined = {plane.joined for stream in plan.streams.values() for plane in stream.planes}
+    if any(plan.num_kv_heads % heads for heads in joined):
+        rule = f"heads that share a row of a plane must divide {plan.num_kv_heads} KV heads"
+        raise invalid(rule, sorted(joined), layer=site.layer)
 
 
 def _check_stream(name: str, stream: StreamPlan, plan: CachePlan) -> None:
