@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def optimize(
 ) -> OptimizedModel:
     """Rewrite the KV cache of a model by a recipe, and measure every step.
 
+    Warns if a pass has changed the model in a way that asks for training; see `heal`.
+
     Args:
         model: `nn.Module`, `"smollm2-135m"`, a Hugging Face folder, a .gguf file, or an
             `ExportedProgram`; it is not changed.
@@ -80,6 +83,8 @@ def optimize(
             )
     source = dataclasses.replace(report.source, capture_error=captured.max_abs_error)
     report = dataclasses.replace(report, source=source)
+    if report.needs_training:
+        warnings.warn(report.training_hint(), stacklevel=2)
     return run(program, report=report)
 
 

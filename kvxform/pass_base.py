@@ -10,7 +10,7 @@ import dataclasses
 import enum
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -94,11 +94,18 @@ class NoMatch:
 
 
 class Rewriter:
-    """The only thing that changes a Program; stamps every new node with its provenance."""
+    """The only thing that changes a Program; stamps every new node with its provenance.
 
-    def __init__(self, program: Program, pass_name: str) -> None:
+    Args:
+        program: What is changed, in place.
+        pass_name: Who changes it.
+        numerics: The contract of the pass; weights that a pass with a loss sets may be healed.
+    """
+
+    def __init__(self, program: Program, pass_name: str, numerics: Numerics = EXACT) -> None:
         self.program = program
         self.pass_name = pass_name
+        self.numerics = numerics
         self.modified = False
 
     def node(self, name: str) -> fx.Node:
@@ -171,11 +178,27 @@ class Rewriter:
         self.program.graph.erase_node(old)
         self.modified = True
 
-    def set_weight(self, name: str, value: Tensor) -> None:
-        """Bind weight `name` to a new tensor; the old tensor is not written to."""
-        store = self.program.store
+    def set_weight(self, name: str, value: Tensor, *, made_from: Iterable[str] = ()) -> None:
+        """Bind weight `name` to a new tensor; the old tensor is not written to.
+
+        A pass with a loss leaves its mark on it (`Program.touched`). After an exact pass the weight
+        keeps the mark it had, or takes that of the first marked weight in `made_from`.
+        """
+        store, touched = self.program.store, self.program.touched
         self.program.weights[name] = value if store is None else store.keep(value)
         self.modified = True
+        if not self.numerics.is_exact:
+            self.mark_touched([name])
+            return
+        marks = [touched[source] for source in (name, *made_from) if source in touched]
+        if marks:
+            touched[name] = marks[0]
+
+    def mark_touched(self, names: Iterable[str]) -> None:
+        """Let healing train weights that now do something else although they are as they were."""
+        for name in names:
+            assert name in self.program.weights, "only weights are trained"
+            self.program.touched[name] = self.pass_name
 
     def update_site(self, layer: int, **changes: Any) -> AttentionSite:
         """Replace fields of the AttentionSite of `layer`."""
@@ -219,6 +242,7 @@ class Rewriter:
         used |= {b.weight for s in self.program.sites for b in (s.k_basis, s.v_basis)}
         for name in [n for n in self.program.weights if n not in used]:
             del self.program.weights[name]
+            self.program.touched.pop(name, None)
         graph.lint()
 
     def _stamp(self, node: fx.Node, like: fx.Node, type_: ValueType) -> None:

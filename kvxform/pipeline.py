@@ -205,7 +205,7 @@ def apply_pass(program: Program, planned: PlannedPass) -> tuple[Program, Sequenc
     if not matches:
         return program, found
     clone = program.clone()
-    rewriter = Rewriter(clone, planned.name)
+    rewriter = Rewriter(clone, planned.name, planned.graph_pass.numerics)
     for match in matches:
         planned.graph_pass.rewrite(clone, match, rewriter)
     rewriter.finish()
@@ -239,7 +239,9 @@ def _require_matches(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> 
 
 
 def _with_plan(report: Report, program: Program, recipe: Recipe) -> Report:
-    """Fill in what the plan of `program` costs, and what it was calibrated on."""
+    """Fill in what the plan of `program` costs, its calibration, and what healing may train."""
+    trainable = tuple(Counter(program.touched.values()).items())
+    report = dataclasses.replace(report, trainable=trainable)
     if program.calibration is not None:
         report = dataclasses.replace(report, calibration=program.calibration.name)
     if program.plan is not None:

@@ -231,6 +231,7 @@ class Report:
         lowering: How the target compares with the eager lowering; None if that is the target, or
             if not measured.
         calibration: The text that statistics come from, or None if no pass needed any.
+        trainable: Every pass whose weights healing may train, and how many they are.
         version: Version of this form.
     """
 
@@ -245,6 +246,7 @@ class Report:
     cache: CacheMeasured | None = None
     lowering: LoweringRecord | None = None
     calibration: str | None = None
+    trainable: tuple[tuple[str, int], ...] = ()
     version: int = REPORT_VERSION
 
     @property
@@ -262,6 +264,24 @@ class Report:
         """Logits of the finished model against the source; None if not measured."""
         measured = [p.vs_source for p in self.passes if p.vs_source is not None]
         return measured[-1] if measured else None
+
+    @property
+    def needs_training(self) -> tuple[str, ...]:
+        """Names of the passes after which the model should be healed."""
+        return tuple(p.name for p in self.passes if p.exactness == "needs training")
+
+    def training_hint(self, artifact: str = "ARTIFACT", source: str | None = None) -> str:
+        """Return one line that says which passes need training and how to heal, or nothing.
+
+        Args:
+            artifact: Folder of the saved model.
+            source: The model that went in; by default as the report has it.
+        """
+        if not self.needs_training:
+            return ""
+        names = " and ".join(dict.fromkeys(self.needs_training))
+        command = f"kvxform heal {artifact} --source {source or self.source.name} -o HEALED"
+        return f"what {names} changed should be trained: {command}"
 
     def to_data(self) -> dict[str, Any]:
         """Return plain data."""

@@ -325,7 +325,7 @@ def apply(graph_pass: GraphPass, program: Program) -> tuple[Program, list[Match 
     """Return a rewritten clone, checked by the verifier, and what `match` found."""
     found = graph_pass.match(program)
     clone = program.clone()
-    rewriter = Rewriter(clone, graph_pass.pass_name())
+    rewriter = Rewriter(clone, graph_pass.pass_name(), graph_pass.numerics)
     for match in found:
         if isinstance(match, Match):
             graph_pass.rewrite(clone, match, rewriter)

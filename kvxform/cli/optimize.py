@@ -43,6 +43,8 @@ def run(
         model, recipe, calibration=calibration, target=lowering, verify=verify.value
     )
     optimized.save(out)
+    if optimized.report.needs_training:
+        talk(f"kvxform: {optimized.report.training_hint(str(out), model)}")
     files = {"artifact": str(out), "report": str(out / "report.html")}
     if onnx:
         talk("kvxform: writing the ONNX package")

@@ -124,6 +124,7 @@ def encode_program(program: Program) -> dict[str, object]:
         "rejected": [dataclasses.asdict(site) for site in program.rejected],
         "facts": program.facts.changed(),
         "passes": list(program.passes),
+        "touched": program.touched,
         "graph": format_graph(program.graph).splitlines(),
         "weights": {name: entry.model_dump() for name, entry in table.items()},
     }
@@ -147,6 +148,7 @@ def decode_program(
         plan=plan,
         facts=Facts(file.facts),
         passes=file.passes,
+        touched=file.touched,
     )
     try:
         verify_program(program)

@@ -210,7 +210,8 @@ class Program:
 
     `store` keeps the weights of a large model in files; without it they are in memory.
     `calibration` holds statistics of the source model while passes run; it is never saved, and
-    None in a dry run over shapes.
+    None in a dry run over shapes. `touched` names the weights that healing may train, each with the
+    pass that changed what it does; see `Rewriter.set_weight`.
     """
 
     graph: fx.Graph
@@ -221,13 +222,17 @@ class Program:
     plan: CachePlan | None = None
     facts: Facts = field(default_factory=Facts)
     passes: tuple[str, ...] = ()
+    touched: dict[str, str] = field(default_factory=dict)
     store: WeightStore | None = field(default=None, repr=False, compare=False)
     calibration: Calibration | None = field(default=None, repr=False, compare=False)
 
     def clone(self) -> Program:
         """Return an independent Program that shares only weight tensors."""
         return dataclasses.replace(
-            self, graph=copy.deepcopy(self.graph), weights=dict(self.weights)
+            self,
+            graph=copy.deepcopy(self.graph),
+            weights=dict(self.weights),
+            touched=dict(self.touched),
         )
 
     def site(self, layer: int) -> AttentionSite:

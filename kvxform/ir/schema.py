@@ -38,7 +38,10 @@ class WeightEntry(_File):
 
 
 class ProgramFile(_File):
-    """`program.json`: a program without its plan and without the values of its weights."""
+    """`program.json`: a program without its plan and without the values of its weights.
+
+    Folders from before there were structure passes have no `touched`.
+    """
 
     version: int
     info: ModelInfo
@@ -46,6 +49,7 @@ class ProgramFile(_File):
     rejected: tuple[RejectedSite, ...]
     facts: dict[str, FactValue]
     passes: tuple[str, ...]
+    touched: dict[str, str] = {}
     graph: tuple[str, ...]
     weights: dict[str, WeightEntry]
 

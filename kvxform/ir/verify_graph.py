@@ -108,6 +108,9 @@ def _check_weights(program: Program) -> None:
         found = TensorType(weight.dtype, tuple(weight.shape))
         if found != node.meta["type"]:
             raise invalid(f"weight {node.target} must be {node.meta['type']}", found, node)
+    unknown = sorted(set(program.touched) - set(program.weights))
+    if unknown:
+        raise invalid("what healing may train must be a weight", repr(unknown[0]))
 
 
 def _check_output(program: Program) -> None:

@@ -51,14 +51,16 @@ class FuseProjections(GraphPass):
         nodes = [rewriter.node(linear.node) for linear in linears]
         name = _joint_name([linear.weight for linear in linears])
         weights = [program.weights[linear.weight] for linear in linears]
-        rewriter.set_weight(f"{name}.weight", torch.cat(weights))
-        biases = [program.weights[linear.bias] for linear in linears if linear.bias is not None]
-        if biases:
-            rewriter.set_weight(f"{name}.bias", torch.cat(biases))
-        self._replace(nodes, name, bool(biases), rewriter)
+        names = [linear.weight for linear in linears]
+        rewriter.set_weight(f"{name}.weight", torch.cat(weights), made_from=names)
+        bias_names = [linear.bias for linear in linears if linear.bias is not None]
+        if bias_names:
+            biases = torch.cat([program.weights[name] for name in bias_names])
+            rewriter.set_weight(f"{name}.bias", biases, made_from=bias_names)
+        self._replace(nodes, name, bool(bias_names), rewriter)
         start = 0
         for linear, weight in zip(linears, weights, strict=True):
-            _move_projection(program, linear.weight, name, bool(biases), start, rewriter)
+            _move_projection(program, linear.weight, name, bool(bias_names), start, rewriter)
             start += len(weight)
 
     def _replace(self, nodes: list[fx.Node], name: str, has_bias: bool, rewriter: Rewriter) -> None:

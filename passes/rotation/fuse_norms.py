@@ -170,7 +170,7 @@ def _check(
 def _untie(rewriter: Rewriter, linear: LinearCall, weight: Tensor) -> None:
     """Let a linear layer read `weight`, under a name of its own."""
     name = linear.weight.removesuffix(".weight") + ".untied"
-    rewriter.set_weight(name, weight)
+    rewriter.set_weight(name, weight, made_from=[linear.weight])
     node = rewriter.node(linear.node)
     own = rewriter.get_weight_node(name, node, TensorType(weight.dtype, tuple(weight.shape)))
     old = next(n for n in node.all_input_nodes if n.target == linear.weight)

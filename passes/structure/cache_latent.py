@@ -156,7 +156,7 @@ def _stack(
     if name == "absorbed_v":
         stack = stack.transpose(1, 2).contiguous()
     key = f"{up.weight.removesuffix('.weight')}.{name}"
-    rewriter.set_weight(key, stack)
+    rewriter.set_weight(key, stack, made_from=[up.weight])
     return rewriter.get_weight_node(key, before, TensorType(stack.dtype, tuple(stack.shape)))
 
 
