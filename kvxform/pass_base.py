@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, fx
 
 from kvxform.codecs.basis import Basis
+from kvxform.ir.calibration import Calibration
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
 from kvxform.ir.program import META_KEYS, AttentionSite, Program
@@ -60,6 +61,23 @@ def approx(metric: str, bound: float | None = None) -> Numerics:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What an approximation of keys or values gives up, on the calibration text.
+
+    Attributes:
+        layer: Layer that owns them.
+        stream: `key` or `value`.
+        error: Norm of what is lost as a share of the norm of what there was.
+        heads: Heads that are approximated together; empty for all of the layer.
+    """
+
+    layer: int
+    stream: str
+    error: float
+    heads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Match:
     """One place where a pass applies; all that `rewrite` needs travels in here.
 
@@ -67,11 +85,15 @@ class Match:
         layer: Layer of the site, or None for matches that belong to no site.
         node: Name of the anchor node in the graph, or empty.
         data: Whatever `match` found; plain data and node names, not nodes.
+        losses: What the pass gives up there, for the report.
+        note: A sentence for the report about what is done there, or empty.
     """
 
     layer: int | None = None
     node: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    losses: tuple[Loss, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,6 +229,13 @@ class Rewriter:
         self.modified = True
         return site
 
+    def set_sites(
+        self, sites: tuple[AttentionSite, ...], calibration: Calibration | None = None
+    ) -> None:
+        """Replace all sites, where a pass adds layers, and the statistics by their numbers."""
+        self.program.sites, self.program.calibration = sites, calibration
+        self.modified = True
+
     def set_plan(self, plan: CachePlan) -> None:
         """Replace the CachePlan."""
         self.program.plan = plan
@@ -232,12 +261,17 @@ class Rewriter:
         if value is not None and isinstance(site_plan.value, StreamPlan):
             self.update_site_plan(layer, value=dataclasses.replace(site_plan.value, basis=value))
 
-    def finish(self) -> None:
-        """Remove dead nodes and weights, and check the graph."""
+    def remove_dead_calls(self) -> None:
+        """Remove every call and weight node that nothing reads."""
         graph = self.program.graph
         for node in reversed(list(graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users:
                 graph.erase_node(node)
+
+    def finish(self) -> None:
+        """Remove dead nodes and weights, and check the graph."""
+        graph = self.program.graph
+        self.remove_dead_calls()
         used = {n.target for n in graph.nodes if n.op == "get_attr"}
         used |= {b.weight for s in self.program.sites for b in (s.k_basis, s.v_basis)}
         for name in [n for n in self.program.weights if n not in used]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kvxform.calibrate import CalibrationLike, make_calibration
+from kvxform.calibrate import CalibrationLike, collect, make_calibration
 from kvxform.contracts import bound_records, require_bounds, require_contract, require_lowering
 from kvxform.errors import PassError
 from kvxform.ir.program import Program
@@ -98,7 +98,7 @@ def run_pipeline(
     if verify != "none":
         with clock.stage("source model"):
             prober = Prober(program, executor, planned.plan)
-    program, records, last = _apply_passes(program, passes, prober, clock)
+    program, records, last = _apply_passes(program, recipe, passes, prober, clock)
     report = _with_plan(plan_report, program, recipe)
     report = dataclasses.replace(report, verify=verify, passes=tuple(records))
     if prober is not None and last is not None:
@@ -143,14 +143,40 @@ def _calibrated(
     return dataclasses.replace(program, calibration=calibration)
 
 
+def _recalibrated(program: Program, recipe: Recipe, rest: Sequence[PlannedPass]) -> Program:
+    """Return a program whose last pass changed the model, with statistics of what it is now.
+
+    Only if one of the passes in `rest` reads them.
+    """
+    calibration = program.calibration
+    reads = any(p.graph_pass.needs_calibration for p in rest)
+    if calibration is None or program.is_cached or not reads:
+        return program
+    found = collect(
+        program,
+        calibration.token_ids,
+        name=calibration.name,
+        seed=recipe.calibration.seed,
+        fisher=any(p.graph_pass.needs_fisher for p in rest),
+    )
+    return dataclasses.replace(program, calibration=found)
+
+
 def _apply_passes(
-    program: Program, passes: Sequence[PlannedPass], prober: Prober | None, clock: _Clock
+    program: Program,
+    recipe: Recipe,
+    passes: Sequence[PlannedPass],
+    prober: Prober | None,
+    clock: _Clock,
 ) -> tuple[Program, list[PassRecord], StageMeasure | None]:
     """Apply `passes`; with a prober, measure each and return what the last one measured too."""
     records, last = [], None
-    for planned_pass in passes:
+    for index, planned_pass in enumerate(passes):
         with clock.stage(planned_pass.name):
+            before = program
             program, found = apply_pass(program, planned_pass)
+            if program is not before and not planned_pass.graph_pass.numerics.is_exact:
+                program = _recalibrated(program, recipe, passes[index + 1 :])
             record = pass_record(planned_pass, found)
             if prober is not None:
                 last = prober.measure(program)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from kvxform.errors import ArtifactError
+from kvxform.pass_base import Loss
 
 REPORT_VERSION = 1
 
@@ -101,6 +102,8 @@ class PassRecord:
         tolerance: Largest value of the metric that the contract allows in `vs_before`, or None.
         metric: Metric of the tolerance: `relative` or `kl`.
         cache: Cache state; None before there is a cache or if not measured.
+        losses: What it gives up of K and V where it was applied, on the calibration text.
+        notes: What it did there, in words, and at how many places.
     """
 
     name: str
@@ -116,6 +119,8 @@ class PassRecord:
     tolerance: float | None = None
     metric: str = ""
     cache: CacheMeasured | None = None
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

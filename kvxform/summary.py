@@ -49,16 +49,20 @@ def pass_record(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> PassR
     """Return the record of a pass that has not been measured."""
     cls = type(planned.graph_pass)
     misses = [f for f in found if isinstance(f, NoMatch)]
+    matches = [f for f in found if isinstance(f, Match)]
     reasons = Counter(f.reason for f in misses if not f.done)
+    notes = Counter(match.note for match in matches if match.note)
     return PassRecord(
         name=planned.name,
         options=dict(planned.step.options),
         about=first_sentence(cls.__doc__),
         source=cls.source,
         exactness=cls.numerics.exactness.value,
-        matched=sum(isinstance(f, Match) for f in found),
+        matched=len(matches),
         done_before=sum(f.done for f in misses),
         skipped=tuple(reasons.items()),
+        losses=tuple(loss for match in matches for loss in match.losses),
+        notes=tuple(notes.items()),
     )
 
 
