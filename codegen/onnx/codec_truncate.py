@@ -1,4 +1,4 @@
-"""Codec `truncate` as nodes: the first channels of joined heads, and zeros for the rest."""
+"""Codec `truncate` as nodes: the first channels of joined heads, and constants for the rest."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ class TruncateEmitter:
 
     def decode(self, b: Builder, planes: Mapping[str, ir.Value], dtype: ir.DataType) -> ir.Value:
         """Emit values, computed as the inner codec does."""
-        rank, heads, dim = self.codec.rank, self.codec.heads, self.head_dim
-        kept = emitter_of(self.codec.inner, rank).decode(b, planes, dtype)
-        missing = heads * dim - rank
-        joined = b.op("Pad", kept, b.const([0] * 7 + [missing])) if missing else kept
+        codec, heads, dim = self.codec, self.codec.heads, self.head_dim
+        joined = kept = emitter_of(codec.inner, codec.rank).decode(b, planes, dtype)
+        if codec.missing:
+            joined = b.op("Pad", kept, b.const([0] * 7 + [codec.missing]))
+        if codec.missing and codec.fill:
+            joined = b.op("Add", joined, b.cast(b.table(codec.filling()), dtype))
         if heads == 1:
             return joined
         parts = b.ops("Split", joined, b.const([dim] * heads), dtypes=[dtype] * heads, axis=3)

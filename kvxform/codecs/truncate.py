@@ -1,11 +1,12 @@
-"""Codec `truncate`: the first channels of a vector through another codec; the rest is zero.
+"""Codec `truncate`: the first channels of a vector through another codec; the rest is constant.
 
 It stores a stream in an orthogonal basis whose first components matter most. g KV heads are joined
 to one vector of g D channels, as a basis over g heads joins them:
 
-    stored:  inner.encode(x[:rank])          decoded:  inner.decode(...), then zeros
+    stored:  inner.encode(x[:rank])          decoded:  inner.decode(...), then `fill`
 
-What is lost is the energy of the channels that are left out, and what the inner codec loses.
+With `fill` their means, what is lost is the variance of the channels that are left out, without it
+their energy; and what the inner codec loses.
 
 Source: the low-rank features of CSKV, arXiv 2409.10593, in an orthogonal basis.
 """
@@ -42,6 +43,8 @@ class TruncateCodec(WrapperCodec):
         head_dim: Channels of one head.
         heads: KV heads of a joined vector; a divisor of those of the site.
         inner: Codec of the stored channels, which sees vectors of `rank` channels.
+        fill: What the other channels come back as, for each joined vector of a token in order;
+            empty for zeros.
     """
 
     name: ClassVar[str] = "truncate"
@@ -49,6 +52,7 @@ class TruncateCodec(WrapperCodec):
     head_dim: int
     heads: int = 1
     inner: Codec = field(default_factory=lambda: ExactCodec("float16"))
+    fill: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the options on their own."""
@@ -57,15 +61,28 @@ class TruncateCodec(WrapperCodec):
             is_count = isinstance(value, int) and value > 0
             require_option(is_count, self.name, f"{name} must be a positive number", value)
         rule = f"rank must be at most the {self.heads * self.head_dim} channels there are"
-        require_option(self.rank <= self.heads * self.head_dim, self.name, rule, self.rank)
+        require_option(self.missing >= 0, self.name, rule, self.rank)
+        sizes = {len(own) for own in self.fill}
+        rule = f"fill must have {self.missing} numbers for each joined vector"
+        require_option(sizes <= {self.missing}, self.name, rule, sizes)
         is_alone = isinstance(self.inner, Codec) and self.inner.is_headwise
         rule = "inner must be a codec that takes each head alone"
         require_option(is_alone, self.name, rule, self.inner)
 
     @property
     def is_headwise(self) -> bool:
-        """Whether no heads are joined."""
-        return self.heads == 1
+        """Whether no heads are joined, and all are alike."""
+        return self.heads == 1 and len(self.fill) <= 1
+
+    @property
+    def missing(self) -> int:
+        """Channels of a joined vector that are not stored."""
+        return self.heads * self.head_dim - self.rank
+
+    def filling(self) -> Tensor:
+        """Return what is added to decoded vectors, float32 `[1 or Hk / g, 1, g D]`."""
+        assert self.fill, "there is something to add"
+        return torch.nn.functional.pad(torch.tensor(self.fill), (self.rank, 0)).unsqueeze(1)
 
     def check(self, head_dim: int) -> None:
         """Raise PassError KVX203 if heads have another size, or `inner` cannot take the rank."""
@@ -84,10 +101,11 @@ class TruncateCodec(WrapperCodec):
         return self.inner.encode(self._kept(x))
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Decode to `dtype`, `[..., Hk, T, D]`, with zeros for channels that are left out."""
+        """Decode to `dtype`, `[..., Hk, T, D]`."""
         kept = self.inner.decode(planes, dtype)  # [..., Hk / g, T, rank]
-        missing = self.heads * self.head_dim - self.rank
-        joined = torch.nn.functional.pad(kept, (0, missing))
+        joined = torch.nn.functional.pad(kept, (0, self.missing))
+        if self.fill:
+            joined = joined + self.filling().to(joined)
         if self.heads == 1:
             return joined
         apart = joined.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)

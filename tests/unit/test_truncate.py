@@ -45,6 +45,24 @@ def test_it_stores_the_first_channels_of_joined_heads(heads, groups, blocks, inn
         assert not back[..., rank:].any()
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_is_left_out_comes_back_as_it_is_told(heads):
+    groups = 4 // heads
+    fill = torch.randn(groups, 8 * heads - 4)
+    codec = TruncateCodec(4, 8, heads, INNER[0], tuple(map(tuple, fill.tolist())))
+    x = torch.randn(2, 4, 8, 8)
+    back = codec.decode(codec.encode(x), torch.float32)
+    for group in range(groups):
+        own = slice(group * heads, (group + 1) * heads)
+        joined, given = (torch.cat(y[:, own].unbind(1), -1) for y in (back, x))
+        assert torch.equal(joined[..., :4], given[..., :4])
+        assert torch.equal(joined[..., 4:], fill[group].expand(2, 8, -1))
+    assert not codec.is_headwise
+    assert make_codec(codec.to_dict()) == codec
+    check_codec(codec, x)
+    check_empty(codec, 8, 4)
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_bytes_are_those_of_the_rank(heads):
     full, part = (codec_of(rank, heads, ExactCodec("float16")) for rank in (8 * heads, 4))
@@ -87,6 +105,7 @@ def test_it_is_plain_data():
         ({"rank": 0}, "rank must be a positive"),
         ({"heads": 0}, "heads must be a positive"),
         ({"rank": 17, "heads": 2}, "at most the 16 channels"),
+        ({"fill": ((0.0,) * 3,)}, "fill must have 4 numbers"),
         ({"inner": "int"}, "takes each head alone"),
         ({"inner": IntCodec(4, across_heads=True)}, "takes each head alone"),
     ],
