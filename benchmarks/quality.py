@@ -7,10 +7,9 @@ r"""Quality per true bit of caches of SmolLM2-135M: recipes, and Hugging Face's 
     python benchmarks/quality.py --device cuda --jobs 4 --json ...   # rows side by side
     python benchmarks/quality_page.py                                # docs/quality.md and the plot
 
-The model is captured and calibrated once. Then every format gets its perplexity and attention
-error, then every format its passkeys, and so on: each part of a row is written as soon as it is
-measured, so that an interrupted run loses nothing and leaves the same columns for all formats.
-Protocol `decode` scores the first `--decode-window` tokens of each window.
+Rows are measured in the order of `--formats`. Each part of a row is written as soon as it is
+measured, so that an interrupted run loses nothing. Protocol `decode` scores the first
+`--decode-window` tokens of each window.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import torch
 from results import (
@@ -38,7 +39,7 @@ from results import (
 
 from kvxform.evaluate.scorecard import Effort, Subject
 from kvxform.evaluate.tables import HEADINGS, table_rows
-from kvxform.quality import ALL, QualityRun, expand_names, is_recipe
+from kvxform.quality import ALL, QualityRun, expand_names
 
 MODEL = "smollm2-135m"
 BENCHMARK = "quality"
@@ -48,49 +49,37 @@ PHASES = (("prefill", "attention"), ("passkeys",), ("decode",), ("encoding",))
 def main() -> None:
     """Measure the rows that are asked for."""
     options = parse_options()
-    names = [name for name in expand_names(options.formats) if is_wanted(name, options.only)]
-    run = open_run(options)
-    run.expect(names, collect=options.jobs > 1 and options.after is None)
-    say("ready")
-    end = time.monotonic() + options.seconds - wait_for(options.after)
-    book, fork = Book(options.json), multiprocessing.get_context("fork")
-    with fork.Pool(1) as pool:  # a process that has used CUDA cannot be forked: another one asks
-        described = pool.apply(describe_run, (options,))
-    number = book.start_run({**described, "command": public_command(sys.argv)})
+    names = wanted_rows(options)
+    book = Book(options.json)
+    number = book.start_run({**describe_run(options), "command": public_command(sys.argv)})
+    end = time.monotonic() + options.seconds
     if options.jobs == 1:
-        measure_share(run, names, book, number, options, end)
+        measure_rows(names, book, number, options, end)
     else:
-        run_side_by_side(run, names, book, number, options, end)
+        run_side_by_side(names, book, number, options, end)
     print_rows([row for key, row in book.read().rows.items() if key in names])
 
 
-def wait_for(path: Path | None) -> float:
-    """Wait until a file is there; return for how many seconds it has been."""
-    if path is None:
-        return 0.0
-    while not path.exists():
-        time.sleep(0.2)
-    return time.time() - path.stat().st_mtime
+def wanted_rows(options: argparse.Namespace) -> list[str]:
+    """Return the names of the rows that are asked for."""
+    return [name for name in expand_names(options.formats) if is_wanted(name, options.only)]
 
 
 def run_side_by_side(
-    run: QualityRun,
-    names: Sequence[str],
-    book: Book,
-    number: int,
-    options: argparse.Namespace,
-    end: float,
+    names: Sequence[str], book: Book, number: int, options: argparse.Namespace, end: float
 ) -> None:
-    """Deal the rows out to processes, which share what was captured; end them when time is up."""
-    if torch.cuda.is_initialized():
-        raise SystemExit("CUDA is in use already, so that this process cannot be forked")
-    fork = multiprocessing.get_context("fork")
+    """Let processes take one row after another; end them when time is up.
+
+    They are new interpreters: a fork of this one could not use CUDA if anything here, or in what
+    it imports, has asked for a device.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    waiting = spawn.SimpleQueue()
+    for name in [*names, *[None] * options.jobs]:  # each process ends at a None
+        waiting.put(name)
     workers = [
-        fork.Process(
-            target=measure_alone,
-            args=(run, names[job :: options.jobs], book, number, options, end),
-        )
-        for job in range(options.jobs)
+        spawn.Process(target=take_rows, args=(waiting, book, number, options, end))
+        for _ in range(options.jobs)
     ]
     for worker in workers:
         worker.start()
@@ -98,6 +87,12 @@ def run_side_by_side(
         worker.join(max(0.0, end + options.grace - time.monotonic()))
         if worker.is_alive():
             worker.terminate()
+
+
+def take_rows(waiting: SimpleQueue[str | None], *rest: Any) -> None:
+    """Measure rows of a queue up to a None, as one of several processes."""
+    torch.set_num_threads(1)
+    measure_rows(iter(waiting.get, None), *rest)
 
 
 def parse_options() -> argparse.Namespace:
@@ -119,16 +114,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--passkey", default="1024,2048,4096", help="lengths of prompts")
     parser.add_argument("--keys", type=int, default=1, help="numbers hidden at each depth")
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a prefill")
-    parser.add_argument("--after", type=Path, help="file to wait for once everything is ready")
-    parser.add_argument(
-        "--seconds", type=float, default=1e6, help="begin no part after so many, from --after on"
-    )
+    parser.add_argument("--seconds", type=float, default=1e6, help="begin no part after so many")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds to finish what began")
     return parser.parse_args()
 
 
 def open_run(options: argparse.Namespace) -> QualityRun:
-    """Return the captured source model, on the CPU."""
+    """Return the captured source model on the device, told of all rows that will come."""
     lengths = [int(word) for word in options.passkey.split(",") if word]
     effort = Effort(
         window=options.window,
@@ -138,13 +130,16 @@ def open_run(options: argparse.Namespace) -> QualityRun:
         passkey_lengths=tuple(lengths),
         passkey_keys=options.keys,
     )
-    return QualityRun(
+    run = QualityRun(
         options.model,
         effort,
         text=options.text,
         calibration=options.calibration,
         tokenizer=options.tokenizer,
     )
+    run.expect(wanted_rows(options))
+    run.move(options.device)
+    return run
 
 
 class Book:
@@ -184,46 +179,36 @@ class Book:
     def _put(file: ResultFile, name: str, number: int, parts: Row) -> None:
         old = file.rows.get(name, {"key": name, "run": number, "made_by": {}})
         made_by = old["made_by"] | dict.fromkeys(parts, number)
-        file.rows[name] = {**old, **parts, "made_by": made_by}
+        row = {**old, **parts, "made_by": made_by}
+        for part in parts:  # what failed once is there now
+            row.pop(f"error {part}", None)
+            made_by.pop(f"error {part}", None)
+        file.rows[name] = row
 
 
-def measure_alone(run: QualityRun, *rest: object) -> None:
-    """Measure a share of the rows in a process that was forked."""
-    torch.set_num_threads(1)  # the threads of the parent are not here
-    measure_share(run, *rest)  # type: ignore[arg-type]
-
-
-def measure_share(
-    run: QualityRun,
-    names: Sequence[str],
-    book: Book,
-    number: int,
-    options: argparse.Namespace,
-    end: float,
+def measure_rows(
+    names: Iterable[str], book: Book, number: int, options: argparse.Namespace, end: float
 ) -> None:
-    """Measure rows part by part; one that fails says why and stops nothing."""
-    run.move(options.device)
-    subjects: dict[str, Subject] = {}
-    wanted = options.parts.split(",") if options.parts else [p for phase in PHASES for p in phase]
-    for phase in PHASES:
-        for name in sorted(names, key=lambda name: not is_recipe(name)):
-            have = book.read().rows.get(name, {}).get("made_by", {}) if options.missing else {}
-            parts = [part for part in phase if part in wanted and part not in have]
-            if not parts or time.monotonic() > end:
-                continue
+    """Measure rows part by part; one that fails says why and stops no other row."""
+    run = open_run(options)
+    say(f"ready on {options.device}")
+    wanted = options.parts.split(",") if options.parts else [part for few in PHASES for part in few]
+    for name in names:
+        have = book.read().rows.get(name, {}).get("made_by", {}) if options.missing else {}
+        left = [[p for p in few if p in wanted and p not in have] for few in PHASES]
+        subject: Subject | None = None
+        for parts in filter(None, left):
+            if time.monotonic() > end:
+                break
             start = time.perf_counter()
             try:
-                if name not in subjects:
-                    subjects[name] = run.open(name)
-                opened = time.perf_counter()
-                found = run.measure(subjects[name], *parts)
-                book.add(name, number, found)
+                subject = subject or run.open(name)
+                book.add(name, number, run.measure(subject, *parts))
             except Exception as error:  # other rows are worth having
                 traceback.print_exc()
                 book.add(name, number, {"name": name, f"error {parts[0]}": first_line(error)})
                 continue
-            times = f"{opened - start:.1f} s to open, {time.perf_counter() - opened:.1f} s"
-            say(f"{name}: {', '.join(parts)}: {times}")
+            say(f"{name}: {', '.join(parts)}: {time.perf_counter() - start:.1f} s")
 
 
 def say(text: str) -> None:
@@ -233,7 +218,7 @@ def say(text: str) -> None:
 
 def public_command(arguments: Sequence[str]) -> str:
     """Return the command as a reader would type it: what belongs to this machine left out."""
-    dropped = ("--model", "--tokenizer", "--after", "--seconds", "--grace")
+    dropped = ("--model", "--tokenizer", "--seconds", "--grace")
     kept, skip = [arguments[0]], False
     for argument in arguments[1:]:
         if not skip and argument not in dropped:

@@ -74,17 +74,10 @@ class QualityRun:
         self._module.to(place)
         self._program = move_program(self._program, place)
 
-    def expect(self, names: Iterable[str], *, collect: bool = False) -> None:
-        """Say which formats will come, so that what they need is collected at once for all.
-
-        Args:
-            names: Formats.
-            collect: Collect it now, where the model is; otherwise when the first one comes.
-        """
+    def expect(self, names: Iterable[str]) -> None:
+        """Say which formats will come, so that what they need is collected at once for all."""
         recipes = [load_recipe(name) for name in names if is_recipe(name)]
         self._gradients = any(self._needs(recipe)[1] for recipe in recipes)
-        for recipe in recipes if collect else ():
-            self._calibration_for(recipe)
 
     def open(self, name: str) -> Subject:
         """Return `source`, a peer (`hf-...`), or a recipe (bundled name or file) to be measured.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,6 +131,58 @@ def test_commands_leave_places_of_this_machine_out():
     command = load("quality").public_command
     words = ["/x/quality.py", "--model", "/m.gguf", "--text", "/a/b/test.txt", "--jobs", "2"]
     assert command(words) == "python benchmarks/quality.py --text test.txt --jobs 2"
+
+
+def test_what_failed_once_is_forgotten_when_it_is_there(tmp_path):
+    book = load("quality").Book(tmp_path / "a.json")
+    number = book.start_run({"command": "one"})
+    book.add("kv4", number, {"name": "kv4", "error decode": "no"})
+    book.add("kv4", number, {"name": "kv4", "decode": 1})
+    (row,) = book.read().rows.values()
+    assert "error decode" not in row
+    assert row["made_by"] == {"name": 0, "decode": 0}
+
+
+class Inline:
+    """A multiprocessing context whose processes run at once, here."""
+
+    SimpleQueue = SimpleQueue
+
+    class Process:
+        def __init__(self, target, args):
+            self.start = lambda: target(*args)
+
+        def join(self, timeout):
+            assert timeout > 0
+
+        def is_alive(self):
+            return False
+
+
+def test_rows_go_to_new_interpreters_each_of_them_once(monkeypatch):
+    """A fork could not use CUDA once the parent has asked for a device, so none is made."""
+    quality, methods, taken = load("quality"), [], []
+    monkeypatch.setattr(
+        quality.multiprocessing, "get_context", lambda method: methods.append(method) or Inline
+    )
+    monkeypatch.setattr(quality, "measure_rows", lambda names, *_: taken.append(list(names)))
+    options = SimpleNamespace(jobs=2, grace=1.0)
+    quality.run_side_by_side(["a", "b", "c"], None, 0, options, time.monotonic())
+    assert methods == ["spawn"]
+    assert sorted(name for names in taken for name in names) == ["a", "b", "c"]
+    assert len(taken) == 2
+
+
+def test_the_parent_of_processes_opens_no_model_and_no_device(tmp_path, monkeypatch, capsys):
+    quality, asked = load("quality"), []
+    for place, name in ((quality, "open_run"), (quality.torch.cuda, "_lazy_init")):
+        monkeypatch.setattr(place, name, lambda *_: pytest.fail("the parent must not"))
+    monkeypatch.setattr(quality, "run_side_by_side", lambda names, *_: asked.extend(names))
+    words = ["quality.py", "--jobs", "2", "--device", "cuda", "--formats", "source,kv4"]
+    monkeypatch.setattr("sys.argv", [*words, "--json", str(tmp_path / "q.json")])
+    quality.main()
+    assert asked == ["source", "kv4"]
+    assert len(quality.Book(tmp_path / "q.json").read().runs) == 1
 
 
 @pytest.mark.slow
