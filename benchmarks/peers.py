@@ -204,6 +204,14 @@ def prepare_xformers(problem: Problem, splits: int | None) -> Prepared:
     return Prepared(calls, cache_bytes, f"{splits or 'its own number of'} splits, contiguous")
 
 
+def prepare_onnxruntime(problem: Problem) -> Prepared:
+    """ONNX Runtime's GroupQueryAttention over contiguous int8 buffers; appends the last token."""
+    from peer_onnxruntime import prepare_calls
+
+    calls, cache_bytes = prepare_calls(problem)
+    return Prepared(calls, cache_bytes, "one scale a tensor, contiguous, append included")
+
+
 _fa3 = functools.partial(functools.partial, prepare_flash_attention_3)
 _sdpa = functools.partial(functools.partial, prepare_sdpa)
 PEERS: Mapping[str, Peer] = {
@@ -214,6 +222,7 @@ PEERS: Mapping[str, Peer] = {
     "flashinfer": Peer("bf16", prepare_flashinfer),
     "flex": Peer("bf16", prepare_flex),
     "fa3-fp8": Peer("fp8", _fa3(page_size=256, dtype=torch.float8_e4m3fn)),
+    "ort-gqa-int8": Peer("int8", prepare_onnxruntime),
     "xformers-int4": Peer("int4", functools.partial(prepare_xformers, splits=None)),
     "xformers-int4-s16": Peer("int4", functools.partial(prepare_xformers, splits=16)),
     "xformers-int4-s32": Peer("int4", functools.partial(prepare_xformers, splits=32)),

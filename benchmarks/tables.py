@@ -138,17 +138,18 @@ def largest_table(rows: list[Row], part: str) -> str:
     return format_table(header, lines)
 
 
+STORED = (("bf16",), ("fp8", "int8"), ("int4",))
 SUMMARY = ("ours-bf16", "ours-int8", "ours-int4", "ours-int2")
 
 
 def summary_table(rows: list[Row], part: str) -> str:
     """Return one line a shape: the best of others by what they store, then ours."""
-    header = ("sequences x tokens", "best bf16", "fp8", "best int4", *SUMMARY)
+    header = ("sequences x tokens", "best bf16", "best 8-bit", "best int4", *SUMMARY)
     lines = []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         here = [row for row in rows if row["shape"] == shape and "us" in row]
         others = [row for row in here if not is_ours(row)]
-        cells = [best_of([r for r in others if r["stored"] == s]) for s in ("bf16", "fp8", "int4")]
+        cells = [best_of([r for r in others if r["stored"] in kinds]) for kinds in STORED]
         cells += [best_of([r for r in here if r["name"] == name]) for name in SUMMARY]
         lines.append((shape, *cells))
     return format_table(header, lines)

@@ -287,3 +287,13 @@ def test_end_to_end_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     fits, row_bytes = largest["largest_batch"], largest["row_bytes"]
     assert fits * row_bytes <= 1e6 - largest["weight_bytes"] < (fits + 1) * row_bytes
     assert "kv4" in capsys.readouterr().out
+
+
+def test_onnxruntime_attends_over_int8_buffers_and_appends_the_newest_token():
+    problems = load("problems")
+    problem = problems.make_problem("test", dtype=torch.float16)
+    calls, cache_bytes = load("peer_onnxruntime").prepare_calls(problem)
+    out = calls[0]().reshape(problem.q.shape)
+    error = problems.relative_error(problems.checked_part(out, problem.checked_rows), problem.exact)
+    assert 1e-4 < error < 0.03  # rounding to 8 bits, and no more
+    assert cache_bytes == 2 * (20 + 3) * 8 * 128
