@@ -3,6 +3,8 @@
 - `rotation.fuse_norms`: gains of norms move into the linear layers that follow
 - `rotation.rotate_residual`: the residual stream is rotated inside of the weights
 - `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
+- `structure.loop_layers`: a window of layers runs several times, in damped steps
+- `structure.factor_kv`: keys and values of a layer are cached as a few features of all its heads
 - `structure.cache_prerope`: keys are cached before RoPE and turned when they are read
 - `rotation.rotate_v`: values are stored rotated; the rotation lives in W_v and W_o
 - `rotation.spectral_rotation`: K and V in eigenbases that calibration has found
@@ -38,3 +40,5 @@ from kvxform.passes.rotation import rotate_v as rotate_v
 from kvxform.passes.rotation import spectral_rotation as spectral_rotation
 from kvxform.passes.structure import cache_latent as cache_latent
 from kvxform.passes.structure import cache_prerope as cache_prerope
+from kvxform.passes.structure import factor_kv as factor_kv
+from kvxform.passes.structure import loop_layers as loop_layers

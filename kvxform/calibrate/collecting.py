@@ -12,6 +12,7 @@ import kvxform.ir.ops as kvx
 from kvxform.calibrate.gradients import collect_gradients
 from kvxform.calibrate.moments import Picks, StreamMoments, pick_tokens, sample_limit
 from kvxform.ir.calibration import Calibration, LayerStatistics
+from kvxform.ir.linear import as_linear
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.ir.watching import Watcher, column_weights
 
@@ -49,10 +50,10 @@ def collect(
             collector.read(token_ids[row].to(device), row)
             if progress is not None:
                 progress(row + 1, windows)
-    layers = collector.finish()
+    layers, inputs = collector.finish(), collector.inputs()
     if fisher:
         layers = collect_gradients(program, token_ids.to(device), picks, layers)
-    return Calibration(name, token_ids.cpu(), layers)
+    return Calibration(name, token_ids.cpu(), layers, inputs)
 
 
 class _Collector(Watcher):
@@ -65,6 +66,15 @@ class _Collector(Watcher):
         self._streams: dict[tuple[int, str], StreamMoments] = {}
         self._weighted: dict[int, Tensor] = {}
         self._envelopes: dict[int, Tensor] = {}
+        weights = {p.weight for site in program.sites for p in (site.k, site.v) if p is not None}
+        self._linears = {
+            node: (call, x)
+            for node in self.graph.nodes
+            for x in node.all_input_nodes
+            for call in [as_linear(node, x)]
+            if call is not None and call.weight in weights
+        }
+        self._magnitudes: dict[str, Tensor] = {}
 
     def read(self, token_ids: Tensor, row: int) -> None:
         self._row = row
@@ -85,6 +95,8 @@ class _Collector(Watcher):
             self._envelopes[layer] = torch.maximum(before, reach)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n in self._linears:
+            self._add_input(n)
         if n.target is kvx.ATTENTION:
             (q, k, v, positions), options = self.fetch_args_kwargs_from_env(n)
             weights = column_weights(q, k, positions, **options)
@@ -93,6 +105,16 @@ class _Collector(Watcher):
             layer = options["layer"]
             self._weighted[layer] = self._weighted.get(layer, torch.zeros_like(gram)) + gram
         return super().run_node(n)
+
+    def _add_input(self, node: fx.Node) -> None:
+        call, x = self._linears[node]
+        magnitude = self.env[x].abs().flatten(0, -2).mean(0, dtype=torch.float64)
+        before = self._magnitudes.get(call.weight)
+        self._magnitudes[call.weight] = magnitude if before is None else before + magnitude
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return E[|x|] of what K and V are projected from, by weight."""
+        return {name: (x / self._windows).cpu() for name, x in self._magnitudes.items()}
 
     def finish(self) -> dict[int, LayerStatistics]:
         """Return the statistics of every layer."""

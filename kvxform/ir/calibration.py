@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -127,11 +127,14 @@ class Calibration:
         name: What was read, for reports and plans: text, tokens, window, seed.
         token_ids: The text, int64 `[windows, window]`; each row is a sequence of its own.
         layers: Statistics by the layer of the site.
+        inputs: E[|x|] of each channel of what K and V are projected from, float64 `[in]`, by the
+            name of the weight.
     """
 
     name: str
     token_ids: Tensor
     layers: Mapping[int, LayerStatistics]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_gradients(self) -> bool:
