@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, fx
 
 from kvxform.codecs.basis import Basis
-from kvxform.ir.calibration import Calibration
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
 from kvxform.ir.program import META_KEYS, AttentionSite, Program
@@ -229,11 +228,9 @@ class Rewriter:
         self.modified = True
         return site
 
-    def set_sites(
-        self, sites: tuple[AttentionSite, ...], calibration: Calibration | None = None
-    ) -> None:
-        """Replace all sites, where a pass adds layers, and the statistics by their numbers."""
-        self.program.sites, self.program.calibration = sites, calibration
+    def set_sites(self, sites: tuple[AttentionSite, ...]) -> None:
+        """Replace all sites, where a pass adds layers."""
+        self.program.sites = sites
         self.modified = True
 
     def set_plan(self, plan: CachePlan) -> None:

@@ -65,8 +65,8 @@ class SourceRun:
 
     Attributes:
         logits: `[B, S, vocab]`.
-        keys: K at the attention of each layer, `[B, Hk, S, D]`, after RoPE.
-        values: V at the attention of each layer, `[B, Hk, S, D]`.
+        keys: K at the attention of each layer, `[B, Hk, S, D]`, after RoPE, un-rotated.
+        values: V at the attention of each layer, `[B, Hk, S, D]`, un-rotated.
         latents: Of layers with a latent, that and the shared part of the keys,
             `[B, 1, S, rank + rope_dim]`.
     """
@@ -89,6 +89,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.to_module())
+        self._program = program
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self._latents = {s.layer: find_latent(program, s) for s in program.sites if s.latent}
@@ -113,8 +114,9 @@ class _Recorder(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is kvx.ATTENTION:
-            self.keys[kwargs["layer"]] = args[1].clone()
-            self.values[kwargs["layer"]] = args[2].clone()
+            site, weights = self._program.site(kwargs["layer"]), self._program.weights
+            self.keys[site.layer] = site.k_basis.unrotate(args[1].clone(), weights)
+            self.values[site.layer] = site.v_basis.unrotate(args[2].clone(), weights)
         return super().call_function(target, args, kwargs)
 
 

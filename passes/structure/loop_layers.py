@@ -20,7 +20,6 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.errors import PassError, RecipeError
-from kvxform.ir.calibration import LayerStatistics
 from kvxform.ir.facts import Requirement
 from kvxform.ir.layers import check_layers, named_layers
 from kvxform.ir.program import AttentionSite, Program
@@ -116,12 +115,7 @@ class LoopLayers(GraphPass):
             h = self._damped(rewriter, f, h, f)
         for reader in readers:
             reader.replace_input_with(end, h)
-        sites = _repeated(program.sites, run, self.loops, self.cache == "first")
-        calibration = program.calibration
-        if calibration is not None:
-            layers = _repeated_statistics(calibration.layers, run, self.loops)
-            calibration = dataclasses.replace(calibration, layers=layers)
-        rewriter.set_sites(sites, calibration)
+        rewriter.set_sites(_repeated(program.sites, run, self.loops, self.cache == "first"))
 
     def _window(self, program: Program) -> list[int]:
         layers = [site.layer for site in program.sites]
@@ -227,16 +221,3 @@ def _moved(site: AttentionSite, shift: int, owner: int | None) -> AttentionSite:
     if owner is None and site.shared_with is not None:
         owner = site.shared_with + shift
     return dataclasses.replace(site, layer=site.layer + shift, shared_with=owner)
-
-
-def _repeated_statistics(
-    layers: Mapping[int, LayerStatistics], run: Sequence[int], loops: int
-) -> dict[int, LayerStatistics]:
-    """Return statistics by new layer: all loops of a layer have those of the source."""
-    found = {}
-    for layer, statistics in layers.items():
-        added = 0 if layer <= run[-1] else (loops - 1) * len(run)
-        found[layer + added] = statistics
-    for loop in range(1, loops):
-        found |= {layer + loop * len(run): layers[layer] for layer in run}
-    return dict(sorted(found.items()))
