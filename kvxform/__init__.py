@@ -1,6 +1,7 @@
 """kvxform: a compiler for the KV cache of decoder language models.
 
 - `optimize(model, recipe)` rewrites a model and returns an `OptimizedModel`
+- `heal(path, source)` trains what lossy structure passes touched, against the source
 - `load(path)` opens what `OptimizedModel.save` wrote
 - `Recipe` is an ordered list of passes with options
 - every error is a `KvxformError` with a stable code
@@ -25,7 +26,7 @@ from kvxform.errors import (
 )
 
 if TYPE_CHECKING:
-    from kvxform.api import load, optimize
+    from kvxform.api import heal, load, optimize
     from kvxform.recipe import Recipe
 
     __version__: str
@@ -41,10 +42,16 @@ __all__ = [
     "RecipeError",
     "VerifyError",
     "__version__",
+    "heal",
     "load",
     "optimize",
 ]
-_HOMES = {"Recipe": "kvxform.recipe", "load": "kvxform.api", "optimize": "kvxform.api"}
+_HOMES = {
+    "Recipe": "kvxform.recipe",
+    "heal": "kvxform.api",
+    "load": "kvxform.api",
+    "optimize": "kvxform.api",
+}
 
 
 def __getattr__(name: str) -> Any:

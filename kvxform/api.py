@@ -13,7 +13,7 @@ from torch import nn
 
 from kvxform.calibrate import CalibrationLike
 from kvxform.capture import capture
-from kvxform.errors import CaptureError, RecipeError
+from kvxform.errors import ArtifactError, CaptureError, KvxformError, RecipeError
 from kvxform.explain import (
     Explanation,
     StepLike,
@@ -21,6 +21,9 @@ from kvxform.explain import (
     explain_program,
     make_question,
 )
+from kvxform.healing.checks import require_touched
+from kvxform.healing.healer import heal_program
+from kvxform.healing.options import HealOptions
 from kvxform.ir.program import Program
 from kvxform.ir.store import watching
 from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
@@ -28,9 +31,10 @@ from kvxform.progress import ProgressDisplay
 from kvxform.recipe import Recipe, RecipeLike, load_recipe, retarget
 from kvxform.report import Report
 from kvxform.runtime.executables import check_place, default_device
-from kvxform.runtime.loading import load_model, move_program, parse_device
+from kvxform.runtime.loading import load_model, move_program, parse_device, saved_recipe
 from kvxform.runtime.model import OptimizedModel
-from kvxform.texts import read_text
+from kvxform.texts import encode_text, read_text
+from kvxform.tokenizer import load_tokenizer
 
 ModelSource = nn.Module | torch.export.ExportedProgram | str | Path
 VERIFY_LEVELS = ("none", "probe", "full")
@@ -149,6 +153,65 @@ def explain_model(
     return explain_program(program, question, layer=layer)
 
 
+def heal(
+    artifact: str | Path,
+    source: ModelSource,
+    *,
+    text: str | Path | torch.Tensor | None = None,
+    options: HealOptions | None = None,
+    device: str | torch.device | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> OptimizedModel:
+    """Train what structure passes touched in a saved model, against the model it was made from.
+
+    Args:
+        artifact: A folder that `OptimizedModel.save` wrote; it is not changed.
+        source: As `model` for `optimize`; the same model.
+        text: A UTF-8 file without labels, token ids `[n]`, or None for that of the library.
+        options: How to train.
+        device: Where to train; by default the CPU.
+        checkpoint: File in which the state of the run is kept while it runs, or None.
+        resume: Go on from that file if it is there.
+        progress: Show progress on stderr.
+
+    Returns:
+        The model, run by the eager lowering, with a report of what was gained. Saved and loaded, it
+        has the target of its recipe again.
+
+    Raises:
+        ArtifactError: KVX605 if there is nothing to heal, KVX606 for another source, KVX607 for a
+            checkpoint of another run, and those of `load`.
+        KvxformError: KVX704 or KVX801 for a text that cannot be used.
+    """
+    wanted = HealOptions() if options is None else options
+    place = parse_device("cpu" if device is None else device)
+    words = "" if isinstance(text, torch.Tensor) else read_text(text)
+    opened = load_model(Path(artifact), place, "eager")
+    require_touched(opened.program)
+    if opened.report is None:
+        rule = "an artifact that is healed must have a report"
+        raise ArtifactError("KVX601", rule, where="heal", got=str(artifact))
+    with ProgressDisplay(progress) as display:
+        captured = capture(_source(source), progress=display.talk)
+        path = captured.program.info.tokenizer_path
+        ids = text if isinstance(text, torch.Tensor) else _encode(opened, path, words)
+        program, record = heal_program(
+            opened.program,
+            move_program(captured.program, place),
+            ids,
+            wanted,
+            text=_text_name(text),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            resume=resume,
+            talk=display.talk,
+        )
+    healed = OptimizedModel(program, report=dataclasses.replace(opened.report, healing=record))
+    healed.recipe = saved_recipe(Path(artifact))
+    return healed
+
+
 def load(
     path: str | Path,
     *,
@@ -167,6 +230,21 @@ def load(
         CodegenError: KVX401 if the lowering cannot run the plan, or cannot run on this machine.
     """
     return load_model(Path(path), device, target)
+
+
+def _encode(opened: OptimizedModel, tokenizer_path: str | None, text: str) -> torch.Tensor:
+    """Return the tokens of a text, by the tokenizer of the artifact or else of the source."""
+    tokenizer = opened.tokenizer or load_tokenizer(tokenizer_path)
+    if tokenizer is None:
+        rule = "text needs a model with a tokenizer"
+        raise KvxformError("KVX801", rule, where="heal", hint="give token ids in the Python API")
+    return encode_text(tokenizer, text)
+
+
+def _text_name(text: str | Path | torch.Tensor | None) -> str:
+    if isinstance(text, torch.Tensor):
+        return "token ids"
+    return "Python help topics" if text is None else Path(text).name
 
 
 def _source(model: ModelSource) -> nn.Module | torch.export.ExportedProgram | str:

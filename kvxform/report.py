@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from kvxform.errors import ArtifactError
+from kvxform.healing_record import HealingRecord
 from kvxform.pass_base import Loss
 
 REPORT_VERSION = 1
@@ -237,6 +238,8 @@ class Report:
             if not measured.
         calibration: The text that statistics come from, or None if no pass needed any.
         trainable: Every pass whose weights healing may train, and how many they are.
+        healing: What healing did; None before it. Figures of passes and layers are those from
+            before.
         version: Version of this form.
     """
 
@@ -252,6 +255,7 @@ class Report:
     lowering: LoweringRecord | None = None
     calibration: str | None = None
     trainable: tuple[tuple[str, int], ...] = ()
+    healing: HealingRecord | None = None
     version: int = REPORT_VERSION
 
     @property
@@ -272,7 +276,9 @@ class Report:
 
     @property
     def needs_training(self) -> tuple[str, ...]:
-        """Names of the passes after which the model should be healed."""
+        """Names of the passes after which the model should be healed; none once it was."""
+        if self.healing is not None:
+            return ()
         return tuple(p.name for p in self.passes if p.exactness == "needs training")
 
     def training_hint(self, artifact: str = "ARTIFACT", source: str | None = None) -> str:

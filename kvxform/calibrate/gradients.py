@@ -7,7 +7,7 @@ the expected squared gradient.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,12 +20,6 @@ from kvxform.ir.program import Program
 from kvxform.ir.watching import Watcher
 
 STREAMS = ("k_pre", "k_post", "v")
-# The ops of a source program, as torch differentiates them: dispatched ops have no formula.
-_DIFFERENTIABLE: dict[Any, Callable[..., Tensor]] = {
-    kvx.RMS_NORM: kvx.rms_norm,
-    kvx.ROPE: kvx.rope,
-    kvx.ATTENTION: kvx.attention,
-}
 
 
 def collect_gradients(
@@ -85,4 +79,4 @@ class _Tracer(Watcher):
             self.operands[layer, stream] = x
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(_DIFFERENTIABLE.get(target, target), args, kwargs)
+        return super().call_function(kvx.DIFFERENTIABLE.get(target, target), args, kwargs)

@@ -22,6 +22,7 @@ from kvxform.cli import (
     explain,
     export,
     generate,
+    heal,
     optimize,
     passes,
     plan,
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("optimize")(optimize.run)
+app.command("heal")(heal.run)
 app.command("export")(export.run)
 app.command("codegen")(codegen.run)
 app.command("generate")(generate.run)

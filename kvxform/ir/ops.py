@@ -9,7 +9,7 @@ are HND, `[B, H, S, D]`; `positions` is int64 `[B, S]`. Query head h reads KV he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -195,3 +195,11 @@ CACHE_APPEND = torch.ops.kvx.cache_append.default
 CACHED_ATTENTION = torch.ops.kvx.cached_attention.default
 ATTENTION_OPS = (ATTENTION, CACHED_ATTENTION)
 DIALECT = (RMS_NORM, ROPE, ATTENTION, HADAMARD, ROTATE, CACHE_APPEND, CACHED_ATTENTION)
+# Ops without a cache as torch differentiates them: dispatched ops have no formula.
+DIFFERENTIABLE: Mapping[Any, Callable[..., Tensor]] = {
+    RMS_NORM: rms_norm,
+    ROPE: rope,
+    ATTENTION: attention,
+    HADAMARD: hadamard,
+    ROTATE: rotate,
+}

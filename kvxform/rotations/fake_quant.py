@@ -6,7 +6,7 @@ each vector, which is what a rotation changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +18,6 @@ from kvxform.ir.program import Program, default_positions
 from kvxform.ir.store import watching
 
 Bases = Mapping[tuple[str, int], Tensor]  # ("key" or "value", owner layer) -> [Hk, D, D]
-# Dispatched ops have no derivative; the functions that they stand for have.
-_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
-    kvx.RMS_NORM: kvx.rms_norm,
-    kvx.ROPE: kvx.rope,
-    kvx.HADAMARD: kvx.hadamard,
-    kvx.ROTATE: kvx.rotate,
-    kvx.ATTENTION: kvx.attention,
-}
 
 
 class RoundedProgram(fx.Interpreter):
@@ -61,7 +53,7 @@ class RoundedProgram(fx.Interpreter):
             owner = self._owners[kwargs["layer"]]
             k, v = self._round("key", owner, k), self._round("value", owner, v)
             args = (q, k, v, *rest)
-        return super().call_function(_FUNCTIONS.get(target, target), args, kwargs)
+        return super().call_function(kvx.DIFFERENTIABLE.get(target, target), args, kwargs)
 
     def _round(self, stream: str, owner: int, x: Tensor) -> Tensor:
         basis = self._bases.get((stream, owner))

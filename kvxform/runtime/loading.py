@@ -38,7 +38,7 @@ def load_model(
             info = dataclasses.replace(program.info, tokenizer_path=str(place))
             program = dataclasses.replace(program, info=info)
             break
-    report, recipe = folder / "report.json", _saved_recipe(folder / "recipe.yaml")
+    report, recipe = folder / "report.json", saved_recipe(folder)
     if recipe is not None and target is not None:
         recipe = retarget(recipe, target)
     where = None if device is None else parse_device(device)
@@ -69,7 +69,13 @@ def move_program(program: Program, device: torch.device) -> Program:
     return dataclasses.replace(program, weights=weights)
 
 
-def _saved_recipe(path: Path) -> Recipe | None:
+def saved_recipe(folder: Path) -> Recipe | None:
+    """Return the recipe of an artifact, or None if it has none.
+
+    Raises:
+        ArtifactError: KVX602 if it is damaged.
+    """
+    path = folder / "recipe.yaml"
     if not path.is_file():
         return None
     try:

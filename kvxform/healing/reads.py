@@ -1,0 +1,127 @@
+"""What attention reads of cached streams while a program is trained.
+
+K and V are in full precision, with one exception: codec `truncate` leaves channels out, which is a
+linear step that weights can be trained for. Tokens that the plan keeps exact keep all channels. A
+token of which there are two copies stands in the sequence twice, and masks decide which copy a
+query sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.basis import rotate_heads
+from kvxform.codecs.truncate import TruncateCodec
+from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+from kvxform.ir.scoring import Scoring, attend
+
+Stored = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One copy of all tokens of a stream.
+
+    Attributes:
+        x: `[B, Hk, S, D]`.
+        seen: Which tokens each query sees in this copy, bool `[S, S]`; None for all of them.
+    """
+
+    x: Tensor
+    seen: Tensor | None = None
+
+
+def attend_stored(
+    q: Tensor, stored: Stored, positions: Tensor, scoring: Scoring, plan: SitePlan
+) -> Tensor:
+    """Attend from q `[B, H, S, D]` to the S tokens that were appended, `[B, H, S, Dv]`.
+
+    Args:
+        q: Queries of all tokens.
+        stored: K and V as they were handed to the cache; no V where it is a view of K.
+        positions: `[B, S]`, 0 to S - 1 in every row.
+        scoring: Options of the attention.
+        plan: How the tokens are stored.
+    """
+    k, v = stored
+    keys, values = _copies(k, plan.key), None
+    if v is not None:
+        assert not isinstance(plan.value, KeyView), "values of their own have a stream"
+        values = _copies(v, plan.value)
+    mask = scoring.span.sees(positions, positions)
+    bias = scoring.bias(positions, positions)
+    parts_k, parts_v, masks = [], [], []
+    for key, value in _pairs(keys, values):
+        parts_k.append(_read_keys(key.x, scoring))
+        parts_v.append(_read_values(value.x, scoring))
+        masks.append(_both(_both(mask, key.seen), value.seen))
+    count = len(masks)
+    return attend(
+        q,
+        torch.cat(parts_k, 2),
+        torch.cat(parts_v, 2).to(q.dtype),
+        torch.cat(masks, -1),
+        scoring,
+        bias=None if bias is None else torch.cat([bias] * count, -1),
+    )
+
+
+def _pairs(keys: list[Copy], values: list[Copy] | None) -> list[tuple[Copy, Copy]]:
+    """Return the copies of K and V that some query sees together."""
+    if values is None:
+        return [(key, key) for key in keys]
+    pairs = [(key, value) for key in keys for value in values]
+    return [(a, b) for a, b in pairs if _meet(a.seen, b.seen)]
+
+
+def _meet(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is None or b is None or bool((a & b).any())
+
+
+def _both(mask: Tensor, seen: Tensor | None) -> Tensor:
+    return mask if seen is None else mask & seen
+
+
+def _copies(x: Tensor, stream: StreamPlan) -> list[Copy]:
+    """Return the copies of a stream, each with the tokens that queries see in it."""
+    kept = _kept_channels(stream, x.shape[1], x.device)
+    if kept is None:
+        return [Copy(x)]
+    short = x * kept.to(x)[None, :, None]
+    seen = _in_body(stream, x.shape[2]).to(x.device)
+    if bool(seen.equal(torch.ones_like(seen).tril())):  # nothing is ever exact
+        return [Copy(short)]
+    return [Copy(short, seen), Copy(x, ~seen)]
+
+
+def _kept_channels(stream: StreamPlan, num_heads: int, device: torch.device) -> Tensor | None:
+    """Return which channels are stored, bool `[Hk, D]`, or None if all are."""
+    if stream.codec["codec"] != TruncateCodec.name:
+        return None
+    heads, rank = stream.codec.get("heads", 1), stream.codec["rank"]
+    channels = torch.arange(heads * stream.head_dim, device=device)
+    kept: Tensor = (channels < rank).view(heads, -1).repeat(num_heads // heads, 1)
+    return kept
+
+
+def _in_body(stream: StreamPlan, tokens: int) -> Tensor:
+    """Return which tokens are encoded when each query looks, bool `[S, S]`."""
+    sink = stream.regions.sink
+    ends = torch.tensor([sink + stream.body_tokens(t + 1) for t in range(tokens)])
+    times = torch.arange(tokens)
+    return (times >= sink) & (times < ends[:, None])
+
+
+def _read_keys(k: Tensor, scoring: Scoring) -> Tensor:
+    read = scoring.key_read
+    if read is None:
+        return k
+    table = None if read.inv_freq is None else read.table(k.shape[2], k.dtype)
+    return read.apply(k, 0, table)
+
+
+def _read_values(v: Tensor, scoring: Scoring) -> Tensor:
+    return v if scoring.value_basis is None else rotate_heads(v, scoring.value_basis)
