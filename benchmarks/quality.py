@@ -20,7 +20,8 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -50,19 +51,25 @@ def main() -> None:
     """Measure the rows that are asked for."""
     options = parse_options()
     names = wanted_rows(options)
-    book = Book(options.json)
+    book = Book(options.json, options.benchmark)
     number = book.start_run({**describe_run(options), "command": public_command(sys.argv)})
     end = time.monotonic() + options.seconds
     if options.jobs == 1:
         measure_rows(names, book, number, options, end)
     else:
         run_side_by_side(names, book, number, options, end)
-    print_rows([row for key, row in book.read().rows.items() if key in names])
+    keys = list(map(row_key, names))
+    print_rows([row for key, row in book.read().rows.items() if key in keys])
 
 
 def wanted_rows(options: argparse.Namespace) -> list[str]:
     """Return the names of the rows that are asked for."""
     return [name for name in expand_names(options.formats) if is_wanted(name, options.only)]
+
+
+def row_key(name: str) -> str:
+    """Return what a row is called: the name of a recipe, without folder and ending of its file."""
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else name
 
 
 def run_side_by_side(
@@ -101,7 +108,8 @@ def parse_options() -> argparse.Namespace:
     add_common_options(parser)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--tokenizer", type=Path, help="folder; default: that of the model")
-    parser.add_argument("--formats", default=ALL, help="comma separated names, or all")
+    parser.add_argument("--formats", default=ALL, help="comma separated names or files, or all")
+    parser.add_argument("--benchmark", default=BENCHMARK, help="name that the results go by")
     parser.add_argument("--text", type=Path, help="UTF-8 file; default: Python's help topics")
     parser.add_argument("--calibration", type=Path, help="text for statistics; likewise")
     parser.add_argument("--device", default="cpu")
@@ -147,32 +155,38 @@ class Book:
 
     Args:
         path: The file; None keeps the rows of one process in memory.
+        benchmark: What is measured: the tables of a page ask for it by this name.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._memory = ResultFile(None, BENCHMARK)
+    def __init__(self, path: Path | None, benchmark: str = BENCHMARK) -> None:
+        self._path, self._benchmark = path, benchmark
+        self._memory = ResultFile(None, benchmark)
 
     def read(self) -> ResultFile:
         """Return the file as it is."""
-        return self._memory if self._path is None else ResultFile(self._path, BENCHMARK)
+        return self._memory if self._path is None else ResultFile(self._path, self._benchmark)
 
     def start_run(self, run: Row) -> int:
         """Say where the parts that follow come from; return the number of the run."""
-        file = self.read()
-        file.start_run(run)
-        file.write()
-        return len(file.runs) - 1
+        with self._changing() as file:
+            file.start_run(run)
+            return len(file.runs) - 1
 
     def add(self, name: str, number: int, parts: Row) -> None:
         """Put parts of a row into the file; `made_by` says which run made each of them."""
+        with self._changing() as file:
+            self._put(file, name, number, parts)
+
+    @contextmanager
+    def _changing(self) -> Iterator[ResultFile]:
+        """Give the file to change, to one process at a time, and write it."""
         if self._path is None:
-            self._put(self._memory, name, number, parts)
+            yield self._memory
             return
         with self._path.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             file = self.read()
-            self._put(file, name, number, parts)
+            yield file
             file.write()
 
     @staticmethod
@@ -194,7 +208,8 @@ def measure_rows(
     say(f"ready on {options.device}")
     wanted = options.parts.split(",") if options.parts else [part for few in PHASES for part in few]
     for name in names:
-        have = book.read().rows.get(name, {}).get("made_by", {}) if options.missing else {}
+        key = row_key(name)
+        have = book.read().rows.get(key, {}).get("made_by", {}) if options.missing else {}
         left = [[p for p in few if p in wanted and p not in have] for few in PHASES]
         subject: Subject | None = None
         for parts in filter(None, left):
@@ -203,12 +218,12 @@ def measure_rows(
             start = time.perf_counter()
             try:
                 subject = subject or run.open(name)
-                book.add(name, number, run.measure(subject, *parts))
+                book.add(key, number, {**run.measure(subject, *parts), "name": key})
             except Exception as error:  # other rows are worth having
                 traceback.print_exc()
-                book.add(name, number, {"name": name, f"error {parts[0]}": first_line(error)})
+                book.add(key, number, {"name": key, f"error {parts[0]}": first_line(error)})
                 continue
-            say(f"{name}: {', '.join(parts)}: {time.perf_counter() - start:.1f} s")
+            say(f"{key}: {', '.join(parts)}: {time.perf_counter() - start:.1f} s")
 
 
 def say(text: str) -> None:

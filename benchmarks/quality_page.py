@@ -63,9 +63,9 @@ def fill_all(results: Results) -> dict[Path, str]:
     return pages | {path: fill_method(read(path), results) for path in methods}
 
 
-def rows_of(results: Results) -> list[Row]:
+def rows_of(results: Results, benchmark: str = "quality") -> list[Row]:
     """Return the rows that were measured, the source first, then by falling bits."""
-    file = results.get("quality")
+    file = results.get(benchmark)
     rows = [row for row in file["rows"] if "footprint" in row] if file else []
     return sorted(rows, key=order)
 
@@ -107,7 +107,7 @@ METHOD_COLUMNS = (
 
 
 def passkey_table(rows: Sequence[Row], results: Results) -> str:
-    """Return found numbers by length and depth; a cell is the share, and nats of a digit."""
+    """Return found numbers of the longest prompts by depth; a cell is the share, and nats."""
     lengths = sorted({p["length"] for row in rows for p in row.get("passkeys") or ()})
     depths = sorted({d for row in rows for p in row.get("passkeys") or () for d in p["depths"]})
     if not lengths:
@@ -119,8 +119,10 @@ def passkey_table(rows: Sequence[Row], results: Results) -> str:
             if passkey["length"] == length:
                 cells = zip(passkey["found"], passkey["nll"], strict=True)
                 by_depth = [f"{share:.0%} ({nats:.2f})" for share, nats in cells]
-                lines.append((row["name"], *by_depth))
-    header = (f"{length} tokens, number at", *(f"{depth:.0%}" for depth in depths))
+                digits = sum(passkey["chosen"]) / len(passkey["chosen"])
+                lines.append((row["name"], f"{passkey['rate']:.0%}", f"{digits:.0%}", *by_depth))
+    places = (f"{depth:.0%}" for depth in depths)
+    header = (f"{length} tokens", "found", "digits", *places)
     return f"{format_table(header, lines)}\n"
 
 
@@ -158,9 +160,24 @@ def decode_table(rows: Sequence[Row], results: Results) -> str:
     return f"{format_table(('format', 'perplexity', 'change', 'KL', 'top-1'), lines)}\n"
 
 
-def sources(rows: Sequence[Row], results: Results) -> str:
+def transfer_table(rows: Sequence[Row], results: Results) -> str:
+    """Return changes of perplexity with statistics of another text beside those of the table."""
+    usual = {row["name"]: change(row.get("prefill")) for row in rows}
+    moved = rows_of(results, "transfer")
+    lines = [
+        (row["name"], f"{usual[row['name']]:+.2%}", f"{change(row['prefill']):+.2%}")
+        for row in moved
+        if row["footprint"] and row.get("prefill") and usual.get(row["name"]) is not None
+    ]
+    if not lines:
+        return MISSING
+    header = ("format", "statistics of WikiText-2 valid", "of help topics of Python")
+    return f"{format_table(header, lines)}\n\n{sources(moved, results, 'transfer')}"
+
+
+def sources(rows: Sequence[Row], results: Results, benchmark: str = "quality") -> str:
     """Return one line for each run that made some of the rows."""
-    runs = results["quality"]["runs"]
+    runs = results[benchmark]["runs"]
     used = sorted({number for row in rows for number in row["made_by"].values()})
     return "".join(f"{describe_source(runs[index])}\n" for index in used)
 
@@ -170,6 +187,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Results], str]] = {
     "passkey": passkey_table,
     "encode": encode_table,
     "decode": decode_table,
+    "transfer": transfer_table,
 }
 
 

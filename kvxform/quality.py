@@ -22,7 +22,7 @@ from kvxform.pipeline import run_pipeline
 from kvxform.recipe import Recipe, RecipeLike, bundled_recipes, load_recipe
 from kvxform.runtime.loading import move_program, parse_device
 from kvxform.runtime.model import OptimizedModel
-from kvxform.texts import encode_text, read_text
+from kvxform.texts import read_text
 from kvxform.tokenizer import load_tokenizer
 
 SOURCE = "source"
@@ -65,7 +65,7 @@ class QualityRun:
         self._given = calibration
         self._calibrations: dict[tuple[object, ...], Calibration] = {}
         self._gradients = False  # whether some format will ask for them
-        self._bench = Bench(opened.model, words, encode_text(words, words_to_measure), effort)
+        self._bench = Bench(opened.model, words, words_to_measure, effort)
 
     def move(self, device: str | torch.device) -> None:
         """Let everything that follows run on `device`."""

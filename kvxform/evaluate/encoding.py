@@ -27,6 +27,7 @@ from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.plan import CachePlan
 
 BLOCK = 512  # tokens encoded at a time
+PATIENCE = 0.5  # seconds of rounds after which a codec is not timed again
 Kind = tuple[str, int, int]  # a codec as JSON, KV heads, channels
 
 
@@ -61,7 +62,7 @@ def measure_encoding(
         plan: What is cached.
         device: Where the model is.
         block: Tokens encoded at a time; rounded up to whole groups of a codec.
-        repeats: Timed rounds; the median counts.
+        repeats: Timed rounds, fewer for slow codecs; the median counts.
     """
     kinds = Counter(
         (json.dumps(stream.codec, sort_keys=True), site.num_kv_heads, stream.head_dim)
@@ -86,7 +87,9 @@ def _block_time(kind: Kind, place: torch.device, block: int, repeats: int) -> fl
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(heads, tokens, dim, generator=generator).to(place)
     _time_encoding(codec, x)  # a first one that does not count
-    times = [_time_encoding(codec, x) for _ in range(repeats)]
+    times = [_time_encoding(codec, x)]
+    while len(times) < repeats and sum(times) < PATIENCE:
+        times.append(_time_encoding(codec, x))
     return statistics.median(times) * block / tokens
 
 

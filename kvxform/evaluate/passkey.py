@@ -3,6 +3,9 @@
 The text goes into the cache in one piece. Question and answer follow token by token, so that what
 they read of the text is what the cache holds, for every model alike. The answer is forced: a number
 counts as found if each of its tokens is the likeliest one, which is when greedy decoding finds it.
+Beside that, each token is a choice among those that occur in the answers (ten digits, where each is
+a token): right answers to that fall off gradually. What all answers begin with, such as a token for
+the blank, belongs to the question: a model that would rather write a colon there has lost nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class PasskeyPrompts:
 
     Attributes:
         context: Tokens up to the question, int64 `[rows, n]`.
-        question: Tokens of the question, int64 `[q]`.
+        question: Tokens of the question and of what all answers begin with, int64 `[q]`.
         answers: Tokens of the numbers, int64 `[rows, a]`.
         depths: Where the number is, as a share of the filler, by row.
     """
@@ -59,12 +62,15 @@ class PasskeyResult:
         length: Tokens of prompt and answer.
         depths: Where the number is hidden, as a share of the text.
         found: Share of the numbers that were found, by depth.
+        chosen: Share of tokens of the answers that are likelier than all others in answers, by
+            depth.
         nll: Mean negative log likelihood of a token of the answer in nats, by depth.
     """
 
     length: int
     depths: tuple[float, ...]
     found: tuple[float, ...]
+    chosen: tuple[float, ...]
     nll: tuple[float, ...]
 
     @property
@@ -125,12 +131,24 @@ def make_prompts(
     shortest = min(map(len, answers))  # digits are one token each almost everywhere
     rows = [row for row, answer in enumerate(answers) if len(answer) == shortest]
     width = min(len(contexts[row]) for row in rows)
+    beginning, endings = split_common(torch.stack([answers[row] for row in rows]))
     return PasskeyPrompts(
         torch.stack([contexts[row][:width] for row in rows]),
-        question,
-        torch.stack([answers[row] for row in rows]),
+        torch.cat([question, beginning]),
+        endings,
         tuple(places[row] for row in rows),
     )
+
+
+def split_common(answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens that all answers begin with, `[c]`, and the rest, `[rows, a]`, never empty.
+
+    Args:
+        answers: int64 `[rows, c + a]`. A single row has nothing in common with others.
+    """
+    is_common = (answers == answers[:1]).all(0) if len(answers) > 1 else answers[0] < 0
+    common = min(int(is_common.long().cumprod(0).sum()), answers.shape[1] - 1)
+    return answers[0, :common], answers[:, common:]
 
 
 def _chat_frame(tokenizer: Any) -> tuple[str, str]:
@@ -152,7 +170,8 @@ def find_passkeys(runner: Runner, prompts: PasskeyPrompts, *, batch_size: int = 
         prompts: What `make_prompts` returned.
         batch_size: Prompts that run side by side.
     """
-    found, nll = [], []
+    found, chosen, nll = [], [], []
+    candidates = prompts.answers.unique()
     for rows in torch.arange(len(prompts.context)).split(batch_size):
         answers = prompts.answers[rows]
         logits = runner.prefill(prompts.context[rows])
@@ -162,17 +181,15 @@ def find_passkeys(runner: Runner, prompts: PasskeyPrompts, *, batch_size: int = 
         steps += [runner.decode(answers[:, i]) for i in range(answers.shape[1] - 1)]
         scores = torch.stack(steps, 1).double().log_softmax(-1).cpu()  # [rows, a, vocab]
         found.append((scores.argmax(-1) == answers).all(1).double())
+        choices = candidates[scores[..., candidates].argmax(-1)]
+        chosen.append((choices == answers).double().mean(1))
         nll.append(-scores.gather(-1, answers[..., None]).mean((1, 2)))
-    return _by_depth(prompts, torch.cat(found), torch.cat(nll))
-
-
-def _by_depth(prompts: PasskeyPrompts, found: Tensor, nll: Tensor) -> PasskeyResult:
-    places = torch.tensor(prompts.depths)
     depths = tuple(dict.fromkeys(prompts.depths))
-    groups = [places == depth for depth in depths]
-    return PasskeyResult(
-        prompts.length,
-        depths,
-        tuple(float(found[group].mean()) for group in groups),
-        tuple(float(nll[group].mean()) for group in groups),
-    )
+    by_depth = (_by_depth(prompts, torch.cat(values)) for values in (found, chosen, nll))
+    return PasskeyResult(prompts.length, depths, *by_depth)
+
+
+def _by_depth(prompts: PasskeyPrompts, values: Tensor) -> tuple[float, ...]:
+    """Return means of `values` `[rows]` over the prompts of each depth."""
+    places = torch.tensor(prompts.depths)
+    return tuple(float(values[places == depth].mean()) for depth in dict.fromkeys(prompts.depths))

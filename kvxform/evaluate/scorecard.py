@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kvxform.evaluate.attention import measure_attention
 from kvxform.evaluate.encoding import measure_encoding
@@ -17,6 +17,7 @@ from kvxform.evaluate.peers import find_peer, make_peer_runner, peer_footprint
 from kvxform.evaluate.perplexity import EvalResult, Protocol, evaluate
 from kvxform.evaluate.runners import Remembered, Runner, SessionRunner, SourceRunner
 from kvxform.runtime.model import OptimizedModel
+from kvxform.texts import encode_text
 
 Card = Mapping[str, Any]  # the parts of a format as plain data; None where one means nothing
 
@@ -72,18 +73,22 @@ class Bench:
     Args:
         source: The unrewritten model.
         tokenizer: Its tokenizer.
-        token_ids: The text, int64 `[n]`.
+        text: What is measured on; numbers are hidden in it too.
         effort: How much to measure.
     """
 
-    def __init__(
-        self, source: nn.Module, tokenizer: Any, token_ids: Tensor, effort: Effort
-    ) -> None:
+    def __init__(self, source: nn.Module, tokenizer: Any, text: str, effort: Effort) -> None:
         self._module, self._effort = source, effort
         self._source = Remembered(SourceRunner(source))
-        self._tokens = token_ids[: effort.windows * effort.window]
+        self._tokens = encode_text(tokenizer, text)[: effort.windows * effort.window]
         self._prompts = [
-            make_passkeys(tokenizer, length, depths=effort.passkey_depths, keys=effort.passkey_keys)
+            make_passkeys(
+                tokenizer,
+                length,
+                depths=effort.passkey_depths,
+                keys=effort.passkey_keys,
+                filler=text,
+            )
             for length in effort.passkey_lengths
         ]
         self._parts: dict[str, Callable[[Subject], Any]] = {

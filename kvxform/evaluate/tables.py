@@ -57,13 +57,8 @@ def change(result: Card | None) -> float | None:
 
 
 def passkey_cell(passkeys: Sequence[Card]) -> str:
-    """Return how many numbers were found, by length: `1k 5/5, 4k 3/5`."""
-    parts = []
-    for passkey in passkeys:
-        length, asked = passkey["length"], len(passkey["depths"])
-        short = f"{length / 1024:.3g}k"
-        parts.append(f"{short} {sum(passkey['found']):g}/{asked}")
-    return ", ".join(parts)
+    """Return the share of numbers that were found, by length: `1k 100%, 4k 60%`."""
+    return ", ".join(f"{one['length'] / 1024:.3g}k {one['rate']:.0%}" for one in passkeys)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from tiny_tokenizers import byte_pair_tokenizer, word_tokenizer
 
 from kvxform.errors import KvxformError
-from kvxform.evaluate.passkey import find_passkeys, make_prompts
+from kvxform.evaluate.passkey import find_passkeys, make_prompts, split_common
 from kvxform.texts import default_text
 
 
@@ -72,6 +72,30 @@ def test_no_room_is_refused(tokenizer):
     with pytest.raises(KvxformError, match="more than") as caught:
         make_prompts(tokenizer, 30)
     assert caught.value.code == "KVX704"
+
+
+def test_what_all_answers_begin_with_is_asked_not_answered():
+    answers = torch.tensor([[9, 4, 1, 2], [9, 4, 3, 2]])
+    beginning, endings = split_common(answers)
+    assert beginning.tolist() == [9, 4]
+    assert endings.tolist() == [[1, 2], [3, 2]]
+    beginning, endings = split_common(answers[:1])
+    assert (beginning.tolist(), endings.tolist()) == ([], [[9, 4, 1, 2]])
+    assert split_common(torch.tensor([[7, 8], [7, 8]]))[1].tolist() == [[8], [8]]
+
+
+def test_choices_are_among_tokens_of_answers(tokenizer):
+    prompts = make_prompts(tokenizer, 400, depths=(0.2, 0.8), keys=2)
+    outside = next(t for t in range(len(tokenizer)) if t not in prompts.answers)
+
+    class Chatty(Knows):
+        def decode(self, token_ids):
+            logits = super().decode(token_ids)
+            logits[:, outside] = 9.0  # likelier than any digit, and no digit
+            return logits
+
+    result = find_passkeys(Chatty(prompts, len(tokenizer)), prompts)
+    assert (result.rate, result.chosen) == (0.0, (1.0, 1.0))
 
 
 @pytest.mark.parametrize(("wrong_from", "rate"), [(99, 1.0), (3, 0.0)])

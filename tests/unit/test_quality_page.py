@@ -32,7 +32,8 @@ def result(perplexity, *, window=1024):
 
 def row(name, bits, perplexity):
     footprint = {"bits_long": bits, "bits_short": bits + 0.5, "bytes_short": 2048}
-    passkey = {"length": 4096, "depths": [0.1, 0.9], "found": [1.0, 0.5], "nll": [0.1, 0.7]}
+    passkey = {"length": 4096, "depths": [0.1, 0.9], "found": [1.0, 0.5], "rate": 0.75}
+    passkey |= {"chosen": [1.0, 0.8], "nll": [0.1, 0.7]}
     return {
         "key": name,
         "name": name,
@@ -63,6 +64,9 @@ def results(tmp_path):
     rows = [row("kivi2", 3.0, 21.0), row("kv4", 4.5, 20.2), row("source", 0, 20.0), failed]
     file = {"benchmark": "quality", "runs": [run], "rows": rows}
     (tmp_path / "quality.json").write_text(json.dumps(file))
+    moved = [row("kv4", 4.5, 20.4), row("unknown", 4.5, 20.4), row("source", 0, 20.0)]
+    file = {"benchmark": "transfer", "runs": [run], "rows": moved}
+    (tmp_path / "transfer.json").write_text(json.dumps(file))
     return importlib.import_module("performance_page").read_results(tmp_path)
 
 
@@ -76,7 +80,7 @@ def test_blocks_are_filled_source_first_then_by_falling_bits(results):
     names = [line.split("|")[1].strip() for line in filled.splitlines() if line.startswith("|")]
     assert names[2:] == ["source", "kv4", "kivi2"]
     assert "+5.00%" in filled
-    assert "4k 1.5/2" in filled
+    assert "4k 75%" in filled
     assert "a device" in filled
     assert load("quality_page").fill_page(filled, results) == filled
 
@@ -86,7 +90,9 @@ def test_every_table_of_the_page_can_be_made(results):
     blocks = "".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in page.TABLES)
     filled = page.fill_page(blocks, results)
     assert page.MISSING not in filled
-    assert "50% (0.70)" in filled
+    assert "| kv4    | +1.00%                         | +2.00%" in filled
+    assert "unknown" not in filled
+    assert "| 75%   | 90%    | 100% (0.10) | 50% (0.70) |" in filled
 
 
 def test_method_pages_get_the_recipes_that_they_name(results):
@@ -125,6 +131,15 @@ def test_parts_of_rows_are_joined_and_remember_their_runs(tmp_path):
     assert row["made_by"] == {"name": 1, "prefill": 0, "passkeys": 1}
     assert (row["prefill"], row["passkeys"], row["run"]) == (1, [], 0)
     assert [run["command"] for run in book.read().runs] == ["one", "two"]
+
+
+def test_rows_of_recipe_files_go_by_the_name_of_the_file():
+    key = load("quality").row_key
+    assert [key("recipes/int4-x.yaml"), key("kvx-4"), key("fibquant-1.5")] == [
+        "int4-x",
+        "kvx-4",
+        "fibquant-1.5",
+    ]
 
 
 def test_commands_leave_places_of_this_machine_out():
