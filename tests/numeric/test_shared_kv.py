@@ -118,6 +118,19 @@ def test_readers_are_found_and_append_nothing(turns):
     assert session.cache_bytes() == optimized.plan.bytes_at([21, 21], 32)
 
 
+def test_readers_undo_the_basis_of_their_owner():
+    source, text = model(), tokens(8, 40)
+    passes = ["insert-cache", {"factor-kv": {"k_density": 1.0, "v_density": 1.0, "recent": 0}}]
+    passes[1]["factor-kv"]["dtype"] = "float64"
+    recipe = {"version": 1, "name": "t", "passes": passes}
+    optimized = kvxform.optimize(source, recipe, calibration=text)
+    assert [site.owner for site in optimized.plan.sites] == [0, 0, 2, 2]
+    assert {loss.layer for loss in optimized.report.passes[-1].losses} == {0, 2}
+    with torch.no_grad():
+        expected = source(tokens())
+    assert float((optimized(tokens()) - expected).abs().max()) <= 1e-8
+
+
 def test_a_layer_that_changes_what_it_reads_has_its_own_keys():
     program = capture(model(own_gain=True)).program
     assert owners(program) == [0, 1, 2, 2]
