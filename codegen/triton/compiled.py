@@ -1,7 +1,8 @@
 """The rest of a decode step through `torch.compile`: norms, RoPE, activations and residuals fused.
 
 The cached ops stay what they are in the dialect: opaque to the compiler, ordered by the handle that
-each append returns. So a whole step is one compiled graph.
+each append returns. So a whole step is one compiled graph. Products with weights are opaque too where
+`product` kernels do them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from kvxform.codegen.eager.specialise import specialise
 from kvxform.codegen.triton.cache import TritonCache
 from kvxform.codegen.triton.graphs import Forward
+from kvxform.codegen.triton.products import use_products
 from kvxform.ir.program import Program
 
 
@@ -29,6 +31,7 @@ def compiled_forward(program: Program) -> Forward:
         batch_size = input_ids.shape[0]
         if batch_size not in by_batch_size:
             module = specialise(program.clone(), fuse_norms=True, keep_handle=True)
+            use_products(module, batch_size)
             by_batch_size[batch_size] = torch.compile(module, fullgraph=True, dynamic=False)
         logits: Tensor = by_batch_size[batch_size](input_ids, positions, cache.handle)
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from kvxform.codecs.base import dtype_from_name
+from kvxform.codegen.triton.product import ProductSpec
 from kvxform.codegen.triton.spec import (
     AppendSpec,
     ColumnScoresSpec,
@@ -23,6 +24,7 @@ TITLES = {
     "gather": "Copy the cache to dense K and V",
     "prefill": "Causal attention of many new queries over dense K and V",
     "column_scores": "Attention that each cached token got, summed over queries",
+    "product": "A few rows times a weight",
 }
 
 
@@ -44,6 +46,8 @@ def bytes_per_token(spec: KernelSpec) -> float:
     """Return the cache bytes of one token, all heads: what a kernel must read or write of it."""
     if isinstance(spec, AppendSpec | DecodeSpec | GatherSpec):
         return spec.site.bytes_per_token
+    if isinstance(spec, ProductSpec):
+        return 0.0
     if isinstance(spec, PrefillSpec):
         width = spec.key_dim + spec.value_dim
     else:
@@ -104,6 +108,9 @@ def _code_words(stream: StreamSpec) -> list[str]:
 
 
 def _dense_lines(spec: KernelSpec) -> list[str]:
+    if isinstance(spec, ProductSpec):
+        size = f"weight of {spec.out_features} x {spec.in_features}, {spec.dtype}"
+        return [size + (", with a bias" if spec.has_bias else "")]
     if not isinstance(spec, PrefillSpec | ColumnScoresSpec):
         return []
     lines = [f"{spec.num_q_heads} query heads, {spec.num_kv_heads} KV heads, {spec.dtype}"]

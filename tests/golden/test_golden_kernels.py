@@ -16,6 +16,7 @@ import ruff
 from outline import outline, pass_comments, static_branches, unused_parameters
 
 from kvxform.codegen.triton.emit import KernelSource, emit
+from kvxform.codegen.triton.product import ProductSpec
 from kvxform.codegen.triton.sites import prefill_spec
 from kvxform.codegen.triton.spec import (
     AppendSpec,
@@ -60,6 +61,7 @@ OUTLINES: dict[str, tuple[KernelSpec, bool]] = {
     "prefill": (PrefillSpec(32, 8, 128, 128, "bfloat16"), False),
     "prefill_kivi2": (prefill_spec(KIVI, has_sink_logits=True), False),
     "column_scores": (ColumnScoresSpec(32, 8, 128, "float16"), False),
+    "product": (ProductSpec(4096, 6144, "bfloat16", has_bias=True), False),
 }
 WHOLE = AppendSpec(SiteSpec(4, 2, SMALL, SMALL, 16, "rows", "float16"))
 
