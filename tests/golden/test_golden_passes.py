@@ -24,6 +24,7 @@ from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
+from kvxform.passes.structure.loop_layers import LoopLayers
 
 KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "axis": "channel", "zero": "float"},
@@ -72,6 +73,7 @@ CASES = {
     "cache_latent/stateless": (CacheLatent(), (), latent_program),
     "cache_latent/cached": (RotateQk(), (CacheLatent(), InsertCache()), latent_program),
     "fuse_projections/llama": (FuseProjections(), (), llama_program),
+    "loop_layers/llama": (LoopLayers(cache="first"), (), llama_program),
     "simplify/kivi2": (Simplify(), (InsertCache(), PageCache(), KIVI), llama_program),
 }
 
