@@ -20,6 +20,7 @@ DEFAULTS: Mapping[str, FactValue] = {
     "k.codec": "none",
     "v.codec": "none",
     "codecs.per_layer": False,  # options of codecs were chosen layer by layer
+    "kv_heads": "source",  # KV heads are those of the source, or "merged" into fewer
     "cache.inserted": False,
     "cache.layout": "none",  # none | contiguous | paged(<page_size>)
     "latent.cached": False,  # latent attention caches its latents, not the K and V of every head
