@@ -1,8 +1,8 @@
 """The rest of a decode step through `torch.compile`: norms, RoPE, activations and residuals fused.
 
 The cached ops stay what they are in the dialect: opaque to the compiler, ordered by the handle that
-each append returns. So a whole step is one compiled graph. Products with weights are opaque too where
-`product` kernels do them.
+each append returns. So a whole step is one compiled graph. Products with weights are opaque too,
+where `product` kernels do them.
 """
 
 from __future__ import annotations
