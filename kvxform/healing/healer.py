@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from kvxform.evaluate.perplexity import EvalResult, evaluate
+from kvxform.evaluate.perplexity import evaluate
 from kvxform.evaluate.runners import Remembered, SessionRunner
 from kvxform.healing.checkpoints import load_checkpoint
 from kvxform.healing.checks import require_source, require_touched, require_windows
@@ -51,6 +52,10 @@ def heal_program(
         resume: Go on from that file if it is there.
         talk: Takes lines of progress.
 
+    Returns:
+        The healed program and the record. Where training made the divergence on held-out text
+        larger, the weights are those that came in, and the record says so.
+
     Raises:
         ArtifactError: KVX605 if there is nothing to heal, KVX606 for another source, KVX607 for a
             checkpoint of another run.
@@ -59,39 +64,32 @@ def heal_program(
     require_touched(program)
     require_source(program, source)
     device = next(iter(program.weights.values())).device
-    windows = require_windows(token_ids, options.window, program.info.vocab_size)
+    windows = require_windows(token_ids, options.window, program.info.vocab_size).to(device)
     held = max(1, min(HELD_OUT, len(windows) // 10))
-    training, kept = windows[:-held].to(device), windows[-held:]
+    training, kept = windows[:-held], windows[-held:]
     say = talk if talk is not None else _say_nothing
     parameters = Parameters(program, options.rank, options.seed)
     local, logits = LocalTask(program, source, parameters.names), LogitsTask(program, source)
     run = _identity(options, training, parameters)
     start = load_checkpoint(checkpoint, run) if checkpoint is not None and resume else None
     say("heal: before")
-    judge = _Judge(source, kept)
-    before = judge(program), local.errors(program.weights, kept.to(device))
+    judge = _Judge(source, local, kept)
+    before = judge(program)
     stages = [
         Stage("attentions", options.steps_local if local.layers else 0, local.loss),
         Stage("logits", options.steps, logits.loss),
     ]
     schedule = Schedule(options.rate, options.batch_size, options.seed, options.every)
     batches = Batches(training, options.batch_size, options.seed)
-    train(
-        parameters,
-        stages,
-        batches,
-        schedule,
-        run=run,
-        start=start,
-        path=checkpoint,
-        talk=say,
-    )
+    train(parameters, stages, batches, schedule, run=run, start=start, path=checkpoint, talk=say)
     healed = dataclasses.replace(program.clone(), weights=parameters.merged())
     say("heal: after")
-    after = judge(healed), local.errors(healed.weights, kept.to(device))
+    after, notes = judge(healed), [local.note] if local.note else []
+    if not after.quality.kl < before.quality.kl:
+        notes.append(f"weights are as they were: training led to a KL of {after.quality.kl:.3g}")
+        healed, after = program, before
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    layers = zip(local.layers, before[1], after[1], strict=True)
     record = HealingRecord(
         text=text,
         steps_local=stages[0].steps,
@@ -99,47 +97,57 @@ def heal_program(
         learning_rate=options.rate,
         rank=options.rank,
         seed=options.seed,
-        batch_size=min(options.batch_size, len(training)),
+        batch_size=batches.size,
         window=options.window,
         weights=len(parameters.names),
         parameters=parameters.count,
         trained_windows=len(training),
         held_out_windows=held,
         source_perplexity=judge.source_perplexity,
-        before=_quality(before[0]),
-        after=_quality(after[0]),
-        layers=tuple(HealedLayer(*layer) for layer in layers),
-        notes=(local.note,) if local.note else (),
+        before=before.quality,
+        after=after.quality,
+        layers=_layers(local, before, after),
+        notes=tuple(notes),
     )
     return healed, record
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What was measured of a program: all of it, and its attentions alone."""
+
+    quality: HealedQuality
+    errors: list[float]
 
 
 class _Judge:
     """Measures programs, cache and codecs included, on windows that nothing was trained on."""
 
-    def __init__(self, source: Program, windows: Tensor) -> None:
-        self._windows = windows
+    def __init__(self, source: Program, local: LocalTask, windows: Tensor) -> None:
+        self._local, self._windows = local, windows
         self._source = Remembered(SessionRunner(OptimizedModel(source), windows.shape[1]))
         self.source_perplexity = float("nan")
 
-    def __call__(self, program: Program) -> EvalResult:
+    def __call__(self, program: Program) -> _Standing:
         count, window = self._windows.shape
-        result = evaluate(
+        found = evaluate(
             SessionRunner(OptimizedModel(program), window),
             self._windows.flatten(),
             window=window,
             windows=count,
             reference=self._source,
         )
-        assert result.reference_perplexity is not None, "there is a reference"
-        self.source_perplexity = result.reference_perplexity
-        return result
+        assert found.kl is not None, "there is a reference"
+        assert found.top1_agreement is not None, "there is a reference"
+        assert found.reference_perplexity is not None, "there is a reference"
+        self.source_perplexity = found.reference_perplexity
+        quality = HealedQuality(found.perplexity, found.kl, found.top1_agreement)
+        return _Standing(quality, self._local.errors(program.weights, self._windows))
 
 
-def _quality(result: EvalResult) -> HealedQuality:
-    assert result.kl is not None, "there is a reference"
-    assert result.top1_agreement is not None, "there is a reference"
-    return HealedQuality(result.perplexity, result.kl, result.top1_agreement)
+def _layers(local: LocalTask, before: _Standing, after: _Standing) -> tuple[HealedLayer, ...]:
+    errors = zip(local.layers, before.errors, after.errors, strict=True)
+    return tuple(HealedLayer(*layer) for layer in errors)
 
 
 def _identity(options: HealOptions, training: Tensor, parameters: Parameters) -> str:

@@ -8,12 +8,15 @@ query sees.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvxform.codecs.base import dtype_name, make_codec
 from kvxform.codecs.basis import rotate_heads
+from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.truncate import TruncateCodec
 from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
 from kvxform.ir.scoring import Scoring, attend
@@ -87,24 +90,16 @@ def _both(mask: Tensor, seen: Tensor | None) -> Tensor:
 
 def _copies(x: Tensor, stream: StreamPlan) -> list[Copy]:
     """Return the copies of a stream, each with the tokens that queries see in it."""
-    kept = _kept_channels(stream, x.shape[1], x.device)
-    if kept is None:
+    if stream.codec["codec"] != TruncateCodec.name:
         return [Copy(x)]
-    short = x * kept.to(x)[None, :, None]
+    codec = make_codec(stream.codec)
+    assert isinstance(codec, TruncateCodec), "codecs have their names"
+    plain = dataclasses.replace(codec, inner=ExactCodec(dtype_name(x.dtype)))
+    short = plain.decode(plain.encode(x), x.dtype)
     seen = _in_body(stream, x.shape[2]).to(x.device)
-    if bool(seen.equal(torch.ones_like(seen).tril())):  # nothing is ever exact
+    if seen.equal(torch.ones_like(seen).tril()):  # nothing is ever exact
         return [Copy(short)]
     return [Copy(short, seen), Copy(x, ~seen)]
-
-
-def _kept_channels(stream: StreamPlan, num_heads: int, device: torch.device) -> Tensor | None:
-    """Return which channels are stored, bool `[Hk, D]`, or None if all are."""
-    if stream.codec["codec"] != TruncateCodec.name:
-        return None
-    heads, rank = stream.codec.get("heads", 1), stream.codec["rank"]
-    channels = torch.arange(heads * stream.head_dim, device=device)
-    kept: Tensor = (channels < rank).view(heads, -1).repeat(num_heads // heads, 1)
-    return kept
 
 
 def _in_body(stream: StreamPlan, tokens: int) -> Tensor:

@@ -70,11 +70,11 @@ class Batches:
 
     def __init__(self, windows: Tensor, batch_size: int, seed: int) -> None:
         self._windows, self._seed = windows, seed
-        self._size = min(batch_size, len(windows))
+        self.size = min(batch_size, len(windows))
 
     def batch(self, step: int) -> Tensor:
         """Return the windows of one step, counted over all stages."""
-        places = range(step * self._size, (step + 1) * self._size)
+        places = range(step * self.size, (step + 1) * self.size)
         count = len(self._windows)
         return self._windows[[self._order(place // count)[place % count] for place in places]]
 

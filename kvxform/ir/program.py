@@ -153,6 +153,12 @@ class AttentionSite:
         """Layer whose keys and values are read: its own unless layers share."""
         return self.layer if self.shared_with is None else self.shared_with
 
+    def projection_weights(self) -> list[str]:
+        """Return the names of the weights and biases of q, k, v and o, each once."""
+        found = [p for p in (self.q, self.k, self.v, self.o) if p is not None]
+        names = [name for p in found for name in (p.weight, p.bias) if name is not None]
+        return list(dict.fromkeys(names))
+
 
 @dataclass(frozen=True)
 class RejectedSite:

@@ -156,6 +156,8 @@ class FactorKv(GraphPass):
                     calibration=program.calibration.name if program.calibration else None,
                 )
                 rewriter.update_site_plan(reader.layer, **{name: new})
+        for reader in program.readers(match.layer):
+            rewriter.mark_touched(reader.projection_weights())
 
     def _check(self, program: Program, site: AttentionSite, uses: Counter[str]) -> Match | NoMatch:
         assert program.plan is not None, "checked before"

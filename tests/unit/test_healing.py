@@ -58,6 +58,16 @@ def test_only_what_was_touched_is_trained_and_the_model_comes_closer(rank):
     assert {str(healed.graph), str(program.graph)} == {str(program.graph)}
 
 
+def test_training_that_does_harm_is_not_kept():
+    source = single()
+    program = disturbed(source, KEYS)
+    options = dataclasses.replace(SHORT, learning_rate=1.0, rank=2)
+    healed, record = heal_program(program, source, text_ids(8, 16), options)
+    assert record.after == record.before
+    assert "weights are as they were" in record.notes[-1]
+    assert all(healed.weights[n] is weight for n, weight in program.weights.items())
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
     source = single()
     program, ids = disturbed(source, KEYS), text_ids(8, 16)
@@ -216,6 +226,7 @@ def test_channels_that_are_left_out_are_left_out_in_training_too():
     program, _ = apply(InsertCache(), single())
     codec = {"codec": "truncate", "rank": 10, "head_dim": 16, "heads": 1}
     codec["inner"] = {"codec": "none", "dtype": "float32"}
+    codec["fill"] = [[0.1, -0.2, 0.3, -0.1, 0.0, 0.2]]
     planes = make_codec(codec).planes(16)
     ids = text_ids(2, 16).view(2, 16)
     plain = Differentiable(program)(program.weights, ids)
