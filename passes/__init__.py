@@ -4,6 +4,7 @@
 - `rotation.rotate_residual`: the residual stream is rotated inside of the weights
 - `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
 - `structure.merge_kv_heads`: several KV heads become one, so that fewer are cached
+- `structure.share_kv_layers`: layers read the keys and values of an earlier layer
 - `structure.loop_layers`: a window of layers runs several times, in damped steps
 - `structure.factor_kv`: keys and values of a layer are cached as a few features of all its heads
 - `structure.cache_prerope`: keys are cached before RoPE and turned when they are read
@@ -44,3 +45,4 @@ from kvxform.passes.structure import cache_prerope as cache_prerope
 from kvxform.passes.structure import factor_kv as factor_kv
 from kvxform.passes.structure import loop_layers as loop_layers
 from kvxform.passes.structure import merge_kv_heads as merge_kv_heads
+from kvxform.passes.structure import share_kv_layers as share_kv_layers

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from equal_layers import equal_toy
 from programs import (
     apply,
     assert_untouched,
@@ -42,6 +43,7 @@ from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
+from kvxform.passes.structure.share_kv_layers import ShareKvLayers
 
 INT4 = {"codec": "int", "bits": 4}
 MODELS = {
@@ -76,7 +78,13 @@ CASES = {
     "klt": (Klt(3.0, weighted=False), (InsertCache(),), 2),
     "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
     "cache-latent": (CacheLatent(), (), 2),
+    "share-kv-layers": (ShareKvLayers(), (), 1),
     "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
+}
+EQUAL_LAYERS = {
+    "llama": equal_toy,
+    "llama-bias": lambda: equal_toy(bias=True, kv_heads=4, seed=1),
+    "gpt2": lambda: equal_toy("gpt2", tied=False),
 }
 LATENT_MODELS = {
     "latent": latent_program,
@@ -89,6 +97,8 @@ def models_for(case: str):
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
     if case == "fuse-projections":  # gpt2 has one projection already
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
+    if case == "share-kv-layers":  # exact where layers have equal keys and values
+        return EQUAL_LAYERS
     return LATENT_MODELS if case == "cache-latent" else MODELS
 
 
