@@ -25,7 +25,7 @@ from kvxform.codegen.triton.store import SiteStorage
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.execution import CacheSizes
-from kvxform.ir.plan import CachePlan
+from kvxform.ir.plan import CachePlan, KeyView
 from kvxform.ir.scoring import Scoring
 
 
@@ -142,7 +142,7 @@ class TritonCache:
     def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
         step, storage = self._current(layer), self.storages[layer]
-        assert v is not None, "values that are views of keys were refused"
+        v = k if v is None else v  # a view of the keys
         modules = self._kernels.sites(step.is_folded)[layer]
         if storage.rings and step.host is not None:
             self._overwritten[layer] = storage.read_rows(step.host.rows)
@@ -162,14 +162,19 @@ class TritonCache:
         if step.num_new == 1:
             decoding = self._launchers.decoding
             out = decoding.attend(modules, storage, q[:, :, 0], step, scoring, self.sizes)
-            return out[:, :, None]
+            return self._values(owner, out[:, :, None])
         out = self._launchers.prefilling.attend(
             modules, storage, q, step, scoring, self._staged.get(owner)
         )
         self._left[owner] -= 1
         if not self._left[owner]:
             self._staged.pop(owner, None)
-        return out
+        return self._values(owner, out)
+
+    def _values(self, owner: int, out: Tensor) -> Tensor:
+        """Return the channels of outputs that are values, where these are a view of the keys."""
+        value = self.plan.site(owner).value
+        return out[..., : value.head_dim] if isinstance(value, KeyView) else out
 
     def stored(
         self, layer: int, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
@@ -183,6 +188,9 @@ class TritonCache:
         own = self._kernel_pages(pages)
         for storage in self.storages.values():
             storage.clear(rows, own)
+
+    def crop(self, row: int, length: int) -> None:
+        """Do nothing: tokens live in pages, and buffers only where nothing can be cropped."""
 
     def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
         """Copy the content of pages `old` to pages `new`."""

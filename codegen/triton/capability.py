@@ -27,7 +27,7 @@ from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
 
 DTYPES = ("float32", "float16", "bfloat16")
-PAYLOADS = ("kv",)
+PAYLOADS = ("kv", "latent")
 CODEC_CLASSES = (ExactCodec, IntCodec, TokenNormCodec, LloydMaxCodec, FibVqCodec)
 EAGER = "or use target eager"
 
@@ -108,7 +108,12 @@ def default_device() -> torch.device | None:
 def _check_site(site: SitePlan) -> None:
     at = f"layer {site.layer}"
     if site.payload not in PAYLOADS:
-        refuse("payload must be kv", site.payload, at, "leave out cache-latent, " + EAGER)
+        rule = f"payload must be {' or '.join(PAYLOADS)}"
+        refuse(rule, site.payload, at, EAGER.removeprefix("or "))
+    if site.payload == "latent" and site.key.recent_capacity:
+        rule = "a latent must be encoded token by token, at once"
+        hint = "use codes of the token axis and recent: 0, " + EAGER
+        refuse(rule, f"the last {site.key.recent_capacity} tokens exact", at, hint)
     if site.key.rope == "pre":
         refuse("keys must be cached after RoPE", "pre", at, "leave out cache-prerope, " + EAGER)
     if any(stream.basis.inverse for stream in site.streams.values()):

@@ -2,10 +2,14 @@
 
 A rotation that stands right before an append or an attention is done by the kernel: the decode
 kernel has the query in registers anyway, and the append kernel the keys.
+
+Where values are a view of the keys, kernels are given the keys twice: K and V are the same tensors,
+so both are written alike, and the graph rotates keys.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +26,7 @@ from kvxform.codegen.triton.spec import (
     PrefillSpec,
     SiteSpec,
 )
-from kvxform.ir.plan import CachePlan, SitePlan
+from kvxform.ir.plan import CachePlan, KeyView, SitePlan
 from kvxform.ir.program import Program
 
 FOLDED_BLOCKS = (16, 32, 64, 128, 256)  # Hadamard blocks that kernels can apply
@@ -98,7 +102,9 @@ def page_tokens(plan: CachePlan) -> int:
 
 
 def site_spec(plan: SitePlan, page_size: int, dtype: str) -> SiteSpec:
-    """Return the storage of a site: fragments where they can hold it, else rows."""
+    """Return the storage of a site: fragments where they can hold K and V, else rows."""
+    if isinstance(plan.value, KeyView):
+        return SiteSpec.of(dataclasses.replace(plan, value=plan.key), page_size, "rows", dtype)
     spec = SiteSpec.of(plan, page_size, "fragment", dtype)
     if fragment.reason_against(spec) is None:
         return spec
@@ -108,7 +114,8 @@ def site_spec(plan: SitePlan, page_size: int, dtype: str) -> SiteSpec:
 def _site_kernels(program: Program, plan: SitePlan, site: SiteSpec) -> SiteKernels:
     attention = program.attention_node(plan.layer)
     append = program.append_node(plan.layer)
-    key = None if append is None else _hadamard_before(append)
+    is_view = isinstance(plan.value, KeyView)
+    key = None if append is None or is_view else _hadamard_before(append)
     query = _hadamard_before(attention)
     options = _scoring_options(attention)
     options |= {"query_block": _block(query), "has_signs": _signs(query)}

@@ -15,11 +15,13 @@ from torch import Tensor
 from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+
+KEY, VALUE = "key_", "value_"  # how names of tensors begin
 
 
 class SiteStorage:
-    """K and V of one owner layer, for all rows of a session.
+    """K and V of one owner layer, for all rows of a session; the same tensors if V is a view of K.
 
     Args:
         plan: What to store.
@@ -43,19 +45,25 @@ class SiteStorage:
         device: torch.device,
     ) -> None:
         self._plan, self.spec = plan, spec
+        self._is_view = isinstance(plan.value, KeyView)
         self.pools = {
             name: torch.zeros(num_pages, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in _pool_shapes(spec).items()
+            if not (self._is_view and name.startswith(VALUE))
         }
         self.buffers = {
             name: torch.zeros(num_rows, *shape, dtype=dtype, device=device)
             for name, (shape, dtype) in _buffer_shapes(spec).items()
+            if not (self._is_view and name.startswith(VALUE))
         }
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by the names of the kernels' `Cache`."""
-        return {**self.pools, **self.buffers}
+        own = {**self.pools, **self.buffers}
+        if not self._is_view:
+            return own
+        return {**own, **{VALUE + name.removeprefix(KEY): x for name, x in own.items()}}
 
     @property
     def rings(self) -> dict[str, Tensor]:
@@ -71,7 +79,7 @@ class SiteStorage:
             self._stored_stream(name, stream, row, length, planes[name], dtype)
             for name, stream in self._plan.streams.items()
         ]
-        return found[0], found[1]
+        return found[0], found[-1]
 
     def _planes(self, pages: list[int]) -> dict[str, dict[str, Tensor]]:
         """Return the planes of K and V in these pages, each `[n, Hk, rows_per_page, width]`."""
@@ -79,7 +87,7 @@ class SiteStorage:
             return fragment.to_planes(self.spec, self.pools["pool"][pages])
         return {
             name: {p.name: self.pools[f"{name}_{p.name}"][pages] for p in stream.planes}
-            for name, stream in self.spec.streams.items()
+            for name, stream in self._plan.streams.items()
         }
 
     def _stored_stream(

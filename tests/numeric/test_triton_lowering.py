@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from lowered import (
+    DEVICE,
     SMALL_KIVI,
     assert_same_cache,
     both,
@@ -15,7 +18,7 @@ from lowered import (
     relative,
 )
 from models import tiny_hf
-from programs import llama_program
+from programs import latent_program, llama_program
 
 import kvxform
 from kvxform.codegen.triton import prefilling
@@ -23,6 +26,8 @@ from kvxform.codegen.triton.decoding import Decoding
 from kvxform.codegen.triton.lowering import TritonExecutable
 from kvxform.codegen.triton.prefilling import Prefilling
 from kvxform.pipeline import run_pipeline
+from kvxform.recipe import load_recipe
+from kvxform.runtime.loading import move_program
 from kvxform.runtime.model import OptimizedModel
 from kvxform.verify import prober
 from kvxform.verify.cache_state import check_schedule
@@ -32,6 +37,22 @@ from kvxform.verify.tolerances import TOLERANCES
 
 pytestmark = pytest.mark.triton
 
+INT8_AND_SINK = {
+    "version": 1,
+    "name": "sink",
+    "passes": [
+        "cache-latent",
+        "insert-cache",
+        "rotate-qk",
+        {
+            "quantize-kv": {
+                "key": {"codec": "int", "bits": 8},
+                "value": None,
+                "regions": {"sink": 3},
+            }
+        },
+    ],
+}
 ONE = {"layers": 1, "heads": 2, "kv_heads": 1}  # a step of it takes the interpreter half a second
 FLOAT32 = TOLERANCES[torch.float32]
 RECIPES = {"exact": "exact", "int8": "int8", "kv4": "kv4", "small-kivi": SMALL_KIVI}
@@ -63,6 +84,27 @@ def test_triton_gives_what_eager_gives(recipe):
         assert relative(got, expected) <= 1e-5
     assert divergence(got, expected) <= 1e-6
     assert_same_cache(got_session, session, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["kv4", pytest.param("exact", marks=pytest.mark.slow), INT8_AND_SINK], ids=str
+)
+def test_a_latent_is_stored_once_and_read_twice(recipe):
+    program = latent_program(dtype=torch.float32, layers=1, heads=2)
+    program.info = dataclasses.replace(program.info, context_length=None)
+    data = {**recipe_for(recipe).to_data(), "target": {"lowering": "eager"}}
+    program, _ = run_pipeline(program, load_recipe(data), executor=OptimizedModel, verify="none")
+    (site,) = program.plan.sites
+    assert site.payload == "latent"
+    got_session, got, session, expected = run_both(move_program(program, DEVICE), 20)
+    if recipe == "exact":
+        assert relative(got, expected) <= 1e-5
+    assert divergence(got, expected) <= 1e-6
+    assert got_session.cache_bytes() == session.cache_bytes() == program.plan.bytes_at([22, 16], 22)
+    for held, wanted in zip(
+        got_session.logical_cache(0).k, session.logical_cache(0).k, strict=True
+    ):
+        assert relative(held, wanted) <= 1e-2
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from kvxform.cli.main import main
 from kvxform.codegen.triton import capability
 from kvxform.codegen.triton.capability import check_device, check_program
 from kvxform.errors import CodegenError
-from kvxform.ir.plan import Regions
+from kvxform.ir.plan import KeyView, Regions
 from kvxform.pipeline import plan_pipeline
 from kvxform.recipe import load_recipe
 from kvxform.runtime.model import OptimizedModel
@@ -41,7 +41,16 @@ def with_key(program, **changes):
 REFUSED = {
     "no cache": (lambda: llama_program(dtype=torch.float32), "add insert-cache"),
     "float64": (lambda: toy(torch.float64), "got float64"),
-    "latents": (lambda: with_site(toy(), payload="latent"), "payload must be kv; got latent"),
+    "residuals": (
+        lambda: with_site(toy(), payload="residual"),
+        "payload must be kv or latent; got residual",
+    ),
+    "latents that wait": (
+        lambda: with_site(
+            with_key(toy(), regions=Regions(recent=4)), payload="latent", value=KeyView(8)
+        ),
+        "encoded token by token, at once; got the last 4 tokens exact at layer 1.*recent: 0",
+    ),
     "keys before RoPE": (lambda: with_key(toy(), rope="pre"), "after RoPE; got pre at layer 1"),
     "unknown codec": (lambda: with_key(toy(), codec={"codec": "polar"}), "got polar at layer 1"),
     "words of three": (
