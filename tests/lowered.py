@@ -43,10 +43,17 @@ def recipe_for(recipe: str | dict[str, Any], *, compile: bool = False) -> Recipe
 
 
 def lowered_program(
-    recipe: str | dict[str, Any], dtype: torch.dtype = torch.float32, **model: Any
+    recipe: str | dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    source: Program | None = None,
+    **model: Any,
 ) -> Program:
-    """Return a Llama-like program after a recipe, on `DEVICE`, without a limit of its context."""
-    program = llama_program(**{"dtype": dtype, "head_dim": 64, **model})
+    """Return a program after a recipe, on `DEVICE`, without a limit of its context.
+
+    It is Llama-like unless `source` is given.
+    """
+    program = source or llama_program(**{"dtype": dtype, "head_dim": 64, **model})
     program.info = dataclasses.replace(program.info, context_length=None)
     data = {**recipe_for(recipe).to_data(), "target": {"lowering": "eager"}}
     program, _ = run_pipeline(program, load_recipe(data), executor=OptimizedModel, verify="none")

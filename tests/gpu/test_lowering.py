@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from lowered import both, divergence, lowered_program, prompts, relative
-from programs import llama_program
+from programs import latent_program, llama_program
 
 from kvxform.codegen.triton import autotune, graphs, modules
 from kvxform.runtime.loading import move_program
@@ -66,6 +66,19 @@ def test_triton_gives_what_eager_gives(recipe, dtype):
     assert triton._executable.why_direct == "", "decode steps are replayed"
     assert_close(got, expected, recipe, dtype)
     assert session.cache_bytes() == triton.plan.bytes_at(session.sequence_lengths(), 230)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("recipe", ["exact", "int8", "kv4"])
+def test_a_latent_is_stored_once_and_read_twice(recipe, dtype):
+    program = lowered_program(recipe, source=latent_program(dtype=dtype))
+    assert {site.payload for site in program.plan.sites} == {"latent"}
+    ids, found = prompts(program, 2, 90), []
+    for model in both(program):
+        session = model.new_session(2, 96)
+        found.append(feed(session, ids, 70, 20))
+        assert session.cache_bytes() == program.plan.bytes_at([90, 67], 96)
+    assert_close(found[1], found[0], recipe, dtype)
 
 
 @cases

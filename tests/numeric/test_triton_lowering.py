@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from lowered import (
-    DEVICE,
     SMALL_KIVI,
     assert_same_cache,
     both,
@@ -26,8 +23,6 @@ from kvxform.codegen.triton.decoding import Decoding
 from kvxform.codegen.triton.lowering import TritonExecutable
 from kvxform.codegen.triton.prefilling import Prefilling
 from kvxform.pipeline import run_pipeline
-from kvxform.recipe import load_recipe
-from kvxform.runtime.loading import move_program
 from kvxform.runtime.model import OptimizedModel
 from kvxform.verify import prober
 from kvxform.verify.cache_state import check_schedule
@@ -90,13 +85,11 @@ def test_triton_gives_what_eager_gives(recipe):
     "recipe", ["kv4", pytest.param("exact", marks=pytest.mark.slow), INT8_AND_SINK], ids=str
 )
 def test_a_latent_is_stored_once_and_read_twice(recipe):
-    program = latent_program(dtype=torch.float32, layers=1, heads=2)
-    program.info = dataclasses.replace(program.info, context_length=None)
-    data = {**recipe_for(recipe).to_data(), "target": {"lowering": "eager"}}
-    program, _ = run_pipeline(program, load_recipe(data), executor=OptimizedModel, verify="none")
+    source = latent_program(dtype=torch.float32, layers=1, heads=2)
+    program = lowered_program(recipe, source=source)
     (site,) = program.plan.sites
     assert site.payload == "latent"
-    got_session, got, session, expected = run_both(move_program(program, DEVICE), 20)
+    got_session, got, session, expected = run_both(program, 20)
     if recipe == "exact":
         assert relative(got, expected) <= 1e-5
     assert divergence(got, expected) <= 1e-6
