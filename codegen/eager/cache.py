@@ -153,6 +153,9 @@ class PagedCache:
         for store in self._stores.values():
             store.clear(rows, pages)
 
+    def crop(self, row: int, length: int) -> None:
+        """Do nothing: tokens live in pages, and buffers only where nothing can be cropped."""
+
     def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
         """Copy the content of pages `old` to pages `new`."""
         for store in self._stores.values():

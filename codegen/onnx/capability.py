@@ -56,6 +56,9 @@ def check_program(program: Program) -> Fallback:
     if program.dtype not in DTYPES:
         supported = " or ".join(DTYPES.values())
         _refuse(f"the compute dtype must be {supported}", program.info.dtype, "", "convert first")
+    if program.plan.layout.kind == "checkpoint":
+        rule = "a package keeps the K and V of all tokens in its inputs"
+        _refuse(rule, str(program.plan.layout), "", "run it eagerly")
     for site in program.plan.sites:
         _check_site(site)
     fallback = Fallback(OPSET)

@@ -38,6 +38,9 @@ def check_plan(plan: CachePlan) -> None:
     Raises:
         CodegenError: KVX401 with the layer and the nearest plan that is supported.
     """
+    if plan.layout.kind == "checkpoint":
+        rule = "kernels need the K and V of all tokens in memory"
+        refuse(rule, str(plan.layout), "", f"leave out cache-residual, {EAGER}")
     for site in plan.sites:
         _check_site(site)
     check_common(plan, page_tokens(plan))

@@ -191,6 +191,9 @@ def added_per_step(program: Program) -> str:
             added.append(f"one {site.key.basis} on q and on new k")
         if site.key.rope == "pre":
             added.append("RoPE on every key that is read")
+    if plan.layout.kind == "checkpoint":
+        window = plan.layout.hot_window
+        added.append(f"a prefill of all cached tokens but the last {window}, layer by layer")
     if any(_is_folded(plan.site(site.layer), site.v_basis) for site in program.sites):
         added.append("rotation of V folded into weights")
     return "; ".join(dict.fromkeys(added)) or "nothing"

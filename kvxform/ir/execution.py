@@ -81,6 +81,9 @@ class LiveCache(Protocol):
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""
 
+    def crop(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row that do not live in pages."""
+
     def copy_pages(self, old: Sequence[int], new: Sequence[int]) -> None:
         """Copy the content of pages `old` to pages `new`."""
 

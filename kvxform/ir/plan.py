@@ -18,16 +18,26 @@ from kvxform.codecs.basis import Basis
 BASELINE_BITS = 16  # what "before" means: a bfloat16 or float16 cache of the same geometry
 
 
+ID_BYTES = 8  # of a token id
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where rows of a plane live: `contiguous` per sequence, or pages of `page_size` tokens."""
+    """Where rows of a plane live.
 
-    kind: Literal["contiguous", "paged"] = "contiguous"
+    `contiguous` per sequence, or pages of `page_size` tokens. With `checkpoint` only the last
+    `hot_window` tokens are there; of all others the id alone is kept, and they are computed anew
+    in every step.
+    """
+
+    kind: Literal["contiguous", "paged", "checkpoint"] = "contiguous"
     page_size: int = 0
+    hot_window: int = 0
 
     def __str__(self) -> str:
-        """Return the fact value: `contiguous` or `paged(64)`."""
-        return f"paged({self.page_size})" if self.kind == "paged" else self.kind
+        """Return the fact value: `contiguous`, `paged(64)` or `checkpoint(256)`."""
+        sizes = {"contiguous": "", "paged": self.page_size, "checkpoint": self.hot_window}
+        return f"{self.kind}({sizes[self.kind]})" if sizes[self.kind] != "" else self.kind
 
 
 @dataclass(frozen=True)
@@ -210,6 +220,11 @@ class CachePlan:
     @property
     def bytes_per_token(self) -> float:
         """Bytes that one more encoded token costs in a long sequence, metadata included."""
+        return ID_BYTES if self.layout.kind == "checkpoint" else self.stored_bytes_per_token
+
+    @property
+    def stored_bytes_per_token(self) -> float:
+        """Bytes of K and V of one encoded token, metadata included."""
         return sum(
             st.body_bytes_per_token(s.num_kv_heads)
             for s in self.owners
@@ -249,7 +264,9 @@ class CachePlan:
         return -(-body // page_size)
 
     def page_bytes(self, page_size: int) -> int:
-        """Return bytes of one page over all layers and heads."""
+        """Return bytes of one page over all layers and heads; 0 if no token lives in a page."""
+        if self.layout.kind == "checkpoint":
+            return 0
         return sum(
             st.page_bytes(page_size, s.num_kv_heads)
             for s in self.owners
@@ -262,6 +279,11 @@ class CachePlan:
             s.num_kv_heads * sum(st.exact_bytes() for st in s.streams.values()) for s in self.owners
         )
 
+    @property
+    def has_row_buffers(self) -> bool:
+        """Whether a row holds anything beside pages."""
+        return self.layout.kind == "checkpoint" or self.exact_bytes_per_sequence() > 0
+
     def bytes_at(self, lengths: Sequence[int], max_seq_len: int) -> int:
         """Return bytes held by sequences of `lengths` cached tokens, whole pages and buffers.
 
@@ -269,9 +291,17 @@ class CachePlan:
             lengths: Cached tokens of each live sequence.
             max_seq_len: Limit of the session; sets the page of the contiguous layout.
         """
+        if self.layout.kind == "checkpoint":
+            hot = sum(min(n, self.layout.hot_window) for n in lengths)
+            return round(hot * self.stored_bytes_per_token) + ID_BYTES * sum(lengths)
         size = self.page_size(max_seq_len)
         pages = sum(self.pages_needed(n, size) for n in lengths)
         return pages * self.page_bytes(size) + len(lengths) * self.exact_bytes_per_sequence()
+
+    def recomputed_tokens(self, cached_tokens: int) -> int:
+        """Return how many of `cached_tokens` a decode step has to compute anew, layer by layer."""
+        is_kept = self.layout.kind != "checkpoint"
+        return 0 if is_kept else max(0, cached_tokens - self.layout.hot_window)
 
     def read_bytes_per_step(self, batch_size: int, cached_tokens: int) -> float:
         """Return bytes that one decode step reads for `batch_size` sequences of that length."""

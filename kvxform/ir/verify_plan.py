@@ -154,6 +154,9 @@ def _check_tokens(name: str, stream: StreamPlan, plan: CachePlan) -> None:
         raise invalid(
             f"the {name} must flush whole groups of {group} tokens", f"recent {regions.recent}"
         )
+    if plan.layout.kind == "checkpoint" and (stream.codec["codec"] != "none" or regions.sink):
+        rule = f"the {name} must be kept as it is where tokens are computed anew"
+        raise invalid(rule, stream.codec["codec"])
     if plan.layout.kind == "paged":
         size = plan.layout.page_size
         if size < 1 or size % group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kvxform.codegen.eager.checkpoint import CheckpointExecutable
 from kvxform.codegen.eager.lowering import EagerExecutable
 from kvxform.ir.execution import Executable
 from kvxform.ir.program import Program
@@ -18,6 +19,8 @@ def make_executable(program: Program, target: Target) -> Executable:
     Raises:
         CodegenError: KVX401 if the lowering cannot run the plan, or cannot run on this machine.
     """
+    if program.plan is not None and program.plan.layout.kind == "checkpoint":
+        return CheckpointExecutable(program)
     if target.lowering != "triton":
         return EagerExecutable(program)
     from kvxform.codegen.triton.lowering import TritonExecutable

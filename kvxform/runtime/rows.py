@@ -100,7 +100,7 @@ class RowStore:
         if not set(sources) <= self._rows.keys():
             refuse(f"order must name live rows, of {self.rows}", sources)
         moved = [(row, source) for row, source in enumerate(sources) if row != source]
-        if moved and self.plan.exact_bytes_per_sequence():
+        if moved and self.plan.has_row_buffers:
             self._cache.move_rows([row for row, _ in moved], [source for _, source in moved])
         gone = [row for row in self._rows if row >= len(sources)]
         freed = self._pool.reorder(sources)
@@ -129,6 +129,7 @@ class RowStore:
         freed: list[int] = []
         for row, new in targets:
             freed += self._pool.shrink(row, self._pages_needed(new))
+            self._cache.crop(row, new)
             state = self._rows[row]
             state.logical_length -= state.physical_length - new
             state.physical_length = new

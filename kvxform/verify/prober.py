@@ -213,6 +213,8 @@ def _is_changed(program: Program) -> bool:
 def first_encoded_length(plan: CachePlan | None) -> int:
     """Return the shortest sequence that has encoded tokens in every stream of `plan`."""
     lengths = [1]
+    if plan is not None and plan.layout.kind == "checkpoint":
+        lengths.append(plan.layout.hot_window + 1)
     for site in plan.owners if plan else ():
         for stream in site.streams.values():
             keep, chunk = stream.keep_and_chunk

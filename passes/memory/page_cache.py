@@ -61,6 +61,9 @@ class PageCache(GraphPass):
             return [NoMatch("there is no cache", hint="put insert-cache before it")]
         if plan.layout == self._layout:
             return [NoMatch("already paged", done=True)]
+        if plan.layout.kind == "checkpoint":
+            hint = "leave out page-cache, or cache-residual"
+            return [NoMatch("tokens out of the window are computed anew, not kept", hint=hint)]
         if self.page_size % plan.granule():
             raise PassError(
                 "KVX205",
