@@ -22,6 +22,7 @@ from kvxform.ir.program import Program
 from kvxform.pass_base import (
     Exactness,
     GraphPass,
+    Loss,
     Match,
     NoMatch,
     Numerics,
@@ -120,7 +121,15 @@ class ShareKvLayers(GraphPass):
                 found.append(NoMatch(f"keeps to {reads} keys and values", site.layer, done=True))
                 continue
             _require_agreement(program, owner, site.layer)
-            found.append(Match(site.layer, node.name, {"owner": owner}))
+            found.append(
+                Match(
+                    site.layer,
+                    node.name,
+                    {"owner": owner},
+                    losses=_losses(program, owner, site.layer),
+                    note=f"layer {site.layer} reads the cache of layer {owner}",
+                )
+            )
         return found
 
     def rewrite(self, program: Program, match: Match, rewriter: Rewriter) -> None:
@@ -182,6 +191,17 @@ def _require_agreement(program: Program, owner: int, reader: int) -> None:
             at=program.site(reader).module,
             hint="name readers and owners that agree: planner: explicit, map: {reader: owner}",
         )
+
+
+def _losses(program: Program, owner: int, reader: int) -> tuple[Loss, ...]:
+    """Return how far the owner's keys and values lie from the reader's, where there are samples."""
+    if program.calibration is None:
+        return ()
+    layers, losses = program.calibration.layers, []
+    for stream, name in (("key", "k_post"), ("value", "v")):
+        own, other = (getattr(layers[layer], name).samples for layer in (reader, owner))
+        losses.append(Loss(reader, stream, float((own - other).norm() / own.norm())))
+    return tuple(losses)
 
 
 def _own_weights(program: Program, layer: int) -> list[str]:
