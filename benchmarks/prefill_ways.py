@@ -160,7 +160,8 @@ class OurPrefill:
     def __init__(self, name: str, inputs: Inputs, options: argparse.Namespace) -> None:
         from caches import FORMATS, make_cache, make_tensors, module_of, row_options
 
-        from kvxform.codegen.triton.spec import AppendSpec, GatherSpec, PrefillSpec
+        from kvxform.codegen.triton.sites import prefill_spec
+        from kvxform.codegen.triton.spec import AppendSpec, GatherSpec
 
         chosen = FORMATS[name]
         site = chosen.site(options.page_size, inputs.q.dtype)
@@ -168,8 +169,7 @@ class OurPrefill:
         self.inputs, self.is_quick = inputs, options.quick
         self.append = module_of(AppendSpec(site, key_block=block))
         self.gather = module_of(GatherSpec(site))
-        sizes = (NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, "bfloat16")
-        self.prefill = module_of(PrefillSpec(*sizes, query_block=block))
+        self.prefill = module_of(prefill_spec(site, query_block=block))
         table = make_block_table((inputs.length,), options.page_size, first_page=1)
         tensors = make_tensors(site, int(table.max()) + 1)
         self.rows = row_options(site, 1)

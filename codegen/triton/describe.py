@@ -132,6 +132,7 @@ def _option_lines(spec: KernelSpec) -> list[str]:
     data = spec.to_json()
     words = {
         "key_block": "new keys: Hadamard of blocks of {} channels",
+        "for_hopper": "for Hopper (compute capability 9)",
         "query_block": "queries: Hadamard of blocks of {} channels",
         "has_signs": "random signs before the Hadamard",
         "window": "sliding window of {} tokens",

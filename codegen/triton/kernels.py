@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvxform.codegen.triton.autotune import Bucket
 from kvxform.codegen.triton.modules import Configs, SiteModules, unfolded
-from kvxform.codegen.triton.sites import kernel_specs, page_tokens
+from kvxform.codegen.triton.prefill_hopper import is_hopper
+from kvxform.codegen.triton.sites import for_any_device, kernel_specs, page_tokens
 from kvxform.codegen.triton.spec import SiteSpec
 from kvxform.codegen.triton.step import KernelStep
 from kvxform.codegen.triton.store import SiteStorage
@@ -37,6 +38,8 @@ class Kernels:
         self.device, self.page_size = device, page_tokens(program.plan)
         self.configs = Configs(device)
         weights, specs = program.weights, kernel_specs(program)
+        if not is_hopper(device):
+            specs = {layer: for_any_device(site) for layer, site in specs.items()}
         self._folded = {
             layer: SiteModules(site, weights, interpret=interpret) for layer, site in specs.items()
         }

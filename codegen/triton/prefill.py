@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvxform.codegen.triton import prefill_hopper
 from kvxform.codegen.triton.dense import DenseStream, check_dense, dot_precision
 from kvxform.codegen.triton.refusal import refuse
 from kvxform.codegen.triton.registry import Emission, emits
@@ -21,6 +22,8 @@ def make_context(spec: PrefillSpec, *, interpret: bool) -> Emission:
     Raises:
         CodegenError: KVX401 for a dtype, head_dim or number of heads that has no tile.
     """
+    if spec.for_hopper and not interpret:
+        return prefill_hopper.make_context(spec, _extras(spec))
     groups = spec.num_q_heads // spec.num_kv_heads
     check_dense(spec.dtype, max(spec.key_dim, spec.value_dim), groups)
     if spec.key_sink != spec.value_sink:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton import fragment, prefill_hopper
 from kvxform.codegen.triton.spec import (
     AppendSpec,
     DecodeSpec,
@@ -132,9 +132,12 @@ def _site_kernels(program: Program, plan: SitePlan, site: SiteSpec) -> SiteKerne
 
 
 def prefill_spec(site: SiteSpec, **options: Any) -> PrefillSpec:
-    """Return the prefill over what `gather` makes of a site; `options` are those of queries."""
+    """Return the prefill over what `gather` makes of a site; `options` are those of queries.
+
+    It is for Hopper where that kernel can express it; see `for_any_device`.
+    """
     key, value = site.key, site.value
-    return PrefillSpec(
+    spec = PrefillSpec(
         site.num_q_heads,
         site.num_kv_heads,
         key.head_dim,
@@ -148,6 +151,12 @@ def prefill_spec(site: SiteSpec, **options: Any) -> PrefillSpec:
         value_chunk=value.chunk,
         **options,
     )
+    return dataclasses.replace(spec, for_hopper=prefill_hopper.reason_against(spec) is None)
+
+
+def for_any_device(site: SiteKernels) -> SiteKernels:
+    """Return the kernels of a site without those that only Hopper can run."""
+    return dataclasses.replace(site, prefill=dataclasses.replace(site.prefill, for_hopper=False))
 
 
 def _scoring_options(attention: fx.Node) -> dict[str, Any]:

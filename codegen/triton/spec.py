@@ -298,6 +298,8 @@ class PrefillSpec(KernelSpec):
         key_sink: First tokens of K that every query reads exact; likewise `value_sink`.
         key_keep: Newest tokens of K that stay exact; likewise `value_keep`.
         key_chunk: Tokens of K that become codes at a time; likewise `value_chunk`.
+        for_hopper: Write it for Hopper: a warp loads, two groups of warps multiply. Only for specs
+            that `prefill_hopper` can express.
         query_block: As in `DecodeSpec`, as are the rest.
     """
 
@@ -313,6 +315,7 @@ class PrefillSpec(KernelSpec):
     value_sink: int = 0
     value_keep: int = 0
     value_chunk: int = 1
+    for_hopper: bool = False
     query_block: int = 0
     has_signs: bool = False
     window: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,24 @@ from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.loading import load
+from kvxform.codegen.triton.prefill_hopper import is_hopper
 from kvxform.codegen.triton.spec import ColumnScoresSpec, GatherSpec, PrefillSpec, SiteSpec
 
 pytestmark = pytest.mark.gpu
+
+
+def hopper(*sizes: Any, **options: Any) -> Any:
+    """Return a case for the kernel that only Hopper runs."""
+    spec = PrefillSpec(*sizes, **options, for_hopper=True)
+    device = torch.device("cuda")
+    able = torch.cuda.is_available() and is_hopper(device)
+    return pytest.param(spec, marks=pytest.mark.skipif(not able, reason="not a Hopper device"))
+
+
+def name(spec: PrefillSpec) -> str:
+    """Return the id of a case."""
+    return f"{'hopper-' if spec.for_hopper else ''}{spec.key_dim}-{spec.dtype}"
+
 
 # Weights are rounded to the dtype of V; outputs are of the size of one.
 TOLERANCE = {"float16": 3e-3, "bfloat16": 2.5e-2, "float32": 3e-6}
@@ -46,8 +62,12 @@ KIVI = {"key_sink": 4, "value_sink": 4, "key_chunk": 128, "value_keep": 128}
         PrefillSpec(16, 1, 256, 256, "bfloat16", has_sink_logits=True),
         PrefillSpec(4, 2, 192, 128, "float16", chunk=100, has_alibi=True, has_lse=True),
         PrefillSpec(4, 2, 64, 64, "float32", value_keep=40, has_lse=True),
+        hopper(32, 8, 128, 128, "bfloat16", has_lse=True),
+        hopper(9, 3, 64, 64, "float16", has_lse=True),
+        hopper(4, 4, 128, 128, "float16"),
+        hopper(16, 1, 64, 64, "bfloat16"),
     ],
-    ids=lambda spec: f"{spec.key_dim}-{spec.dtype}",
+    ids=name,
 )
 def test_prefill(spec: PrefillSpec) -> None:
     case = make_case(spec, [0, 300, 37, 5], [400, 1, 190, 0], "cuda")
@@ -60,6 +80,16 @@ def test_prefill(spec: PrefillSpec) -> None:
             torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [hopper(16, 4, 128, 128, "bfloat16")], ids=name)
+def test_prefill_over_many_tiles(spec: PrefillSpec) -> None:
+    case = make_case(spec, [1500, 0, 1023, 127], [130, 700, 1, 129], "cuda")
+    wanted, _, _ = reference(case)
+    module = load(emit(spec))
+    for config in module.CONFIGS:
+        out, _ = run_prefill(module, case, config=config)
+        torch.testing.assert_close(out.double(), wanted, rtol=0, atol=TOLERANCE[spec.dtype])
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -67,8 +97,10 @@ def test_prefill(spec: PrefillSpec) -> None:
         PrefillSpec(9, 3, 64, 64, "float16", query_block=16, key_keep=9, key_chunk=8),
         PrefillSpec(16, 2, 256, 256, "bfloat16", query_block=256),
         PrefillSpec(4, 2, 96, 96, "float32", query_block=32, has_lse=True),
+        hopper(32, 8, 128, 128, "bfloat16", query_block=128, has_signs=True, has_lse=True),
+        hopper(9, 3, 64, 64, "float16", query_block=16),
     ],
-    ids=lambda spec: f"{spec.key_dim}-{spec.dtype}",
+    ids=name,
 )
 def test_queries_are_rotated(spec: PrefillSpec) -> None:
     plain = dataclasses.replace(spec, query_block=0, has_signs=False)
