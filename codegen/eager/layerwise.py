@@ -152,7 +152,7 @@ class _State:
     def leave(
         self, attention: fx.Node, last_reader: Mapping[int, int], held: dict[int, LayerKV]
     ) -> None:
-        """Keep the last K and V of the owner of a layer whose attention is over if nothing reads the rest any more."""
+        """Keep the last K and V of what an attention has read, if it is the last reader."""
         layer = attention.kwargs["layer"]
         assert isinstance(layer, int), "layer is a number in the schema"
         owner, window = self._owner[layer], self._task.window

@@ -14,7 +14,7 @@ from typing import Self
 
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.errors import CacheFullError, KvxformError
-from kvxform.ir.execution import CacheSizes, Executable
+from kvxform.ir.execution import CacheSizes, Executable, LiveCache
 from kvxform.ir.logical import unrotate_pair
 from kvxform.ir.plan import CachePlan
 from kvxform.runtime.inputs import refuse
@@ -62,6 +62,11 @@ class RowStore:
     def rows(self) -> list[int]:
         """Live rows, ascending."""
         return sorted(self._rows)
+
+    @property
+    def cache(self) -> LiveCache:
+        """What holds the rows; made by the lowering."""
+        return self._cache
 
     @property
     def free_pages(self) -> int:

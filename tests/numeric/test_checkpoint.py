@@ -131,7 +131,7 @@ def test_memory_is_bounded_by_the_window():
     session.prefill(ids[:, WINDOW:])
     assert session.cache_bytes() == WINDOW * plain.plan.bytes_per_token + 8 * 64
     one_layer, stream = plain.plan.bytes_per_token / 6, 32 * 8
-    peak = session._cache.peak_bytes
+    peak = session.cache.peak_bytes
     assert one_layer * 64 < peak < 64 * (one_layer + 3 * stream)
     assert (model.plan.recomputed_tokens(64), model.plan.recomputed_tokens(4)) == (59, 0)
 
