@@ -16,7 +16,9 @@ GROUP_TOKENS = (16, 32, 64, 128)  # groups of the channel axis that fit a tile
 MAX_PARTS = 64  # statements of each kind; heads of odd sizes are cut finely
 TABLE_BITS = 4  # a code is found by comparing with every bound between two entries
 TILES = ((32, 4), (64, 4), (16, 2), (64, 8), (32, 2), (16, 4))  # tokens and warps, best guess first
-HEADS = (1, 4, 8, 2, 1, 1)  # of a program that writes one token, tried with these
+# KV heads of a program that writes one token, tried with these. Decode steps take the first: two
+# where values are encoded, so that threads have work, one where they are only copied.
+HEADS = {"coded": (2, 4, 1, 2, 4, 1), "plain": (1, 2, 4, 1, 1, 1)}
 
 
 @emits(AppendSpec)
@@ -64,6 +66,7 @@ def fragment_variables(site: SiteSpec) -> dict[str, object]:
     areas = fragment.areas(site)
     least, most = fragment.block_tokens(site), site.page_size
     max_heads = 1 << (site.num_kv_heads - 1).bit_length()
+    is_coded = any(stream.is_coded for stream in site.streams.values())
     return {
         "chunk_words": fragment.chunk_words(site),
         "record_start": fragment.record_start(site),
@@ -79,7 +82,7 @@ def fragment_variables(site: SiteSpec) -> dict[str, object]:
         },
         "tiles": [
             (*tile, min(heads, max_heads))
-            for tile, heads in zip(TILES, HEADS, strict=True)
+            for tile, heads in zip(TILES, HEADS["coded" if is_coded else "plain"], strict=True)
             if least <= tile[0] <= most
         ],
     }

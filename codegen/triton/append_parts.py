@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton import fragment, fragment_levels
 from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, StreamSpec
 
 PARTS_PER_BYTES = {2: 4, 3: 8, 4: 2, 8: 1}  # parts that a row has at least, by bits of a code
@@ -216,6 +216,13 @@ class StreamText:
         """Bounds between neighbouring entries of the table."""
         table = self.spec.table
         return [(a + b) / 2 for a, b in itertools.pairwise(table)]
+
+    @property
+    def has_mirrored_table(self) -> bool:
+        """Whether codes are found by magnitudes: a table without a scale, equal but for signs."""
+        table = self.spec.table
+        is_long = len(table) > 4 and not self.spec.has_scale and not self.book
+        return is_long and fragment_levels.is_symmetric(table)
 
     @property
     def table_peak(self) -> float:

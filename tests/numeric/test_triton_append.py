@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from append_cases import Appender
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,8 @@ from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codecs.packing import unpack
 from kvxform.codecs.token_norm import TokenNormCodec
 from kvxform.codegen.triton import fragment
+from kvxform.codegen.triton.emit import emit
+from kvxform.codegen.triton.loading import load
 from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, SiteSpec
 
 pytestmark = pytest.mark.triton
@@ -337,3 +341,24 @@ def test_fragments_of_every_size(page_size: int, dim: int) -> None:
 @pytest.mark.parametrize("layout", ["rows", "fragment"])
 def test_every_hadamard_block(layout: str, block: int) -> None:
     test_hadamard_is_within_a_code_of_the_rotated_keys(layout, max(block, 64), 4, block)
+
+
+@triton.jit
+def _code_kernel(x, codes, quantise: tl.constexpr, COUNT: tl.constexpr):  # noqa: N803
+    i = tl.arange(0, COUNT)
+    tl.store(codes + i, quantise(tl.load(x + i)))
+
+
+@pytest.mark.parametrize("levels", [4, 16])
+def test_values_on_and_beside_bounds_of_a_table(levels: int) -> None:
+    stream = codec_stream(128, LloydMaxCodec(levels=levels))
+    module = load(emit(AppendSpec(small(stream, layout="fragment")), interpret=True))
+    table = torch.tensor(stream.table, dtype=torch.float64)
+    bounds = ((table[:-1] + table[1:]) / 2).float()
+    assert bounds[levels // 2 - 1] == 0.0
+    x = torch.cat([bounds, bounds.nextafter(table[0].float()), bounds.nextafter(table[-1].float())])
+    x = torch.cat([x, -torch.zeros(1), torch.tensor([-1.0, 1.0])])
+    x = torch.nn.functional.pad(x, (0, 64 - len(x)))
+    codes = torch.full((64,), -1.0)
+    _code_kernel[(1,)](x, codes, module.quantise, 64)
+    assert torch.equal(codes, torch.bucketize(x, bounds).float())
