@@ -58,6 +58,13 @@ class Projection:
         return self.start + heads[:, None] + torch.arange(head_dim)
 
 
+def projection_weights(*projections: Projection | None) -> list[str]:
+    """Return the names of the weights and biases of projections, each once."""
+    found = [p for p in projections if p is not None]
+    names = [name for p in found for name in (p.weight, p.bias) if name is not None]
+    return list(dict.fromkeys(names))
+
+
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary embedding of a site; see `kvx::rope`. `inv_freq` is a key in `Program.weights`.
@@ -152,12 +159,6 @@ class AttentionSite:
     def owner(self) -> int:
         """Layer whose keys and values are read: its own unless layers share."""
         return self.layer if self.shared_with is None else self.shared_with
-
-    def projection_weights(self) -> list[str]:
-        """Return the names of the weights and biases of q, k, v and o, each once."""
-        found = [p for p in (self.q, self.k, self.v, self.o) if p is not None]
-        names = [name for p in found for name in (p.weight, p.bias) if name is not None]
-        return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import stream_statistics
 from kvxform.ir.linear import weight_uses
 from kvxform.ir.plan import Regions, StreamPlan
-from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.program import AttentionSite, Program, projection_weights
 from kvxform.pass_base import (
     GraphPass,
     Loss,
@@ -66,7 +66,8 @@ class FactorKv(GraphPass):
             features of `dtype`.
         recent: Last tokens that stay exact.
         sink: First tokens that stay exact.
-        mean: Let what is left out come back as its mean rather than as zero.
+        mean: Let what is left out come back as its mean rather than as zero. That is exact for
+            more tokens, and ruins the first ones, whose K and V are far from it.
         width: Largest number of channels that are joined; a head at least.
         dtype: Stored dtype of exact tokens and features; that of a 16-bit model, or float16.
     """
@@ -77,7 +78,7 @@ class FactorKv(GraphPass):
     bits: int | None = None
     recent: int = 32
     sink: int = 0
-    mean: bool = True
+    mean: bool = False
     width: int = 1024
     dtype: str | None = None
     numerics: ClassVar[Numerics] = approx("kl")
@@ -157,7 +158,7 @@ class FactorKv(GraphPass):
                 )
                 rewriter.update_site_plan(reader.layer, **{name: new})
         for reader in program.readers(match.layer):
-            rewriter.mark_touched(reader.projection_weights())
+            rewriter.mark_touched(projection_weights(reader.q, reader.k, reader.v, reader.o))
 
     def _check(self, program: Program, site: AttentionSite, uses: Counter[str]) -> Match | NoMatch:
         assert program.plan is not None, "checked before"

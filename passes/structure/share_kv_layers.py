@@ -18,7 +18,7 @@ from torch import fx
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.facts import Requirement
 from kvxform.ir.linear import ADDMM, LINEAR, PRODUCTS, weight_uses
-from kvxform.ir.program import Program
+from kvxform.ir.program import Program, projection_weights
 from kvxform.pass_base import (
     Exactness,
     GraphPass,
@@ -143,6 +143,7 @@ class ShareKvLayers(GraphPass):
         keep_queries(rewriter, layer)
         rewriter.update_site(layer, shared_with=owner, k=stored.k, v=stored.v, latent=None)
         rewriter.mark_touched(_own_weights(program, layer))
+        rewriter.mark_touched(projection_weights(stored.k, stored.v))  # they serve both layers now
 
     def _roots(self, program: Program) -> dict[int, int]:
         """Return the owner of every layer."""

@@ -89,15 +89,15 @@ def test_keys_come_from_the_owner_and_queries_do_not():
     assert [site.k for site in shared.sites] == [program.sites[0].k] * 3
 
 
-def test_healing_may_train_queries_and_outputs_of_readers():
+def test_healing_may_train_readers_and_what_they_read():
     shared, _ = apply(explicit(_1=0), llama_program(layers=3, bias=True))
-    assert shared.touched == dict.fromkeys(
-        [f"layers.1.attn.{name}" for name in ("q.weight", "q.bias", "o.weight")],
-        "share-kv-layers",
-    )
+    readers = [f"layers.1.attn.{name}" for name in ("q.weight", "q.bias", "o.weight")]
+    read = [f"layers.0.attn.{x}.{part}" for x in "kv" for part in ("weight", "bias")]
+    assert shared.touched == dict.fromkeys([*readers, *read], "share-kv-layers")
     fused, _ = apply(ShareKvLayers(), gpt2_program())
-    names = [n.removeprefix("h.1.attn.") for n in fused.touched]
+    names = [n.removeprefix("h.1.attn.") for n in fused.touched if n.startswith("h.1")]
     assert sorted(names) == ["c_attn.q.bias", "c_attn.q.weight", "c_proj.bias", "c_proj.weight"]
+    assert {"h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias"} < set(fused.touched)
 
 
 @pytest.mark.parametrize("planner", [ShareKvLayers(n=1), explicit(_0=0, _2=2)])
