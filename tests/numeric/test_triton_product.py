@@ -50,7 +50,7 @@ def test_any_number_of_rows_and_sizes(rows: int, features: int, runs: int, has_b
 def test_every_launch_parameter() -> None:
     x, weight = random(5, 512), random(32, 512, seed=1)
     module = load(emit(ProductSpec(512, 32, "float16"), interpret=True))
-    assert len(module.CONFIGS) == 6
+    assert len(module.CONFIGS) == 3
     for config in module.CONFIGS:
         out = torch.full((5, 32), float("nan"), dtype=torch.float16)
         module.product(x, weight, out, config=config)
