@@ -64,7 +64,6 @@ ROWS: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "gqa-half": ("gqa-half", {}),
     "gqa-svd-half": ("gqa-svd-half", {}),
     "cskv-50": ("cskv-50", {}),
-    "minicache": ("minicache", {}),
     "looped": ("looped", {}),
     "cskv-80-int4": ("cskv-80-int4", {}),
     "cla2-kv4": ("cla2-kv4", {}),
