@@ -83,7 +83,7 @@ def test_a_window_that_holds_every_token_is_exact(bits):
         assert (logits_error(program, factored) < 1e-10) == is_exact
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "asvd"}, {"mean": False}, {"width": 16}])
+@pytest.mark.parametrize("options", [{}, {"init": "asvd"}, {"mean": True}, {"width": 16}])
 def test_the_loss_is_what_the_calibration_text_loses(options):
     """What is decoded of the text itself, against the loss that the pass states."""
     before = ready()
