@@ -55,12 +55,14 @@ class MachineCode:
         shared_bytes: Static and dynamic shared memory of a CTA.
         loops: Instructions of each loop, by full name such as `LDG.E.128` (loops of more than
             ten), the longest first.
+        listings: The same instructions in order.
         whole: Instructions of the whole kernel.
     """
 
     registers: int
     shared_bytes: int
     loops: tuple[dict[str, int], ...] = field(default=())
+    listings: tuple[tuple[str, ...], ...] = field(default=())
     whole: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -115,7 +117,16 @@ def _run_child(builds: list[Build]) -> list[MachineCode]:
         )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    return [MachineCode(**{**result, "loops": tuple(result["loops"])}) for result in results]
+    return [
+        MachineCode(
+            result["registers"],
+            result["shared_bytes"],
+            tuple(collections.Counter(body) for body in result["bodies"]),
+            tuple(tuple(body) for body in result["bodies"]),
+            result["whole"],
+        )
+        for result in results
+    ]
 
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +176,7 @@ def _inspect(compiled: Any) -> dict[str, Any]:
     return {
         "registers": int(found.group(1)),
         "shared_bytes": compiled.metadata.shared,
-        "loops": sorted(_loops(lines), key=lambda loop: -sum(loop.values())),
+        "bodies": sorted(_loops(lines), key=len, reverse=True),
         "whole": collections.Counter(name for name, _ in lines if not name.startswith(".L")),
     }
 
@@ -187,8 +198,8 @@ def _lines(sass: str) -> list[tuple[str, str]]:
     return lines
 
 
-def _loops(lines: list[tuple[str, str]]) -> list[dict[str, int]]:
-    """Return instruction counts between each label and a branch back to it."""
+def _loops(lines: list[tuple[str, str]]) -> list[list[str]]:
+    """Return the instructions between each label and a branch back to it."""
     labels = {name: i for i, (name, _) in enumerate(lines) if name.startswith(".L")}
     loops = []
     for i, (name, rest) in enumerate(lines):
@@ -196,7 +207,7 @@ def _loops(lines: list[tuple[str, str]]) -> list[dict[str, int]]:
         if target and labels.get(target.group(1), i) < i:
             body = [n for n, _ in lines[labels[target.group(1)] : i + 1] if not n.startswith(".L")]
             if len(body) > 10:
-                loops.append(collections.Counter(body))
+                loops.append(body)
     return loops
 
 
