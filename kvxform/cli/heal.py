@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvxform.cli.options import Json, Out
-from kvxform.cli.output import print_json, print_table
+from kvxform.cli.output import print_json, print_table, talk
 
 if TYPE_CHECKING:
     from kvxform.healing_record import HealingRecord
@@ -78,15 +78,21 @@ def run(
         window=window,
     )
     check_replaceable(out)
-    healed = kvxform.heal(
-        artifact,
-        source,
-        text=text,
-        options=options,
-        device=device,
-        checkpoint=out.with_name(f".{out.name}.healing.safetensors"),
-        resume=resume,
-    )
+    checkpoint = out.with_name(f".{out.name}.healing.safetensors")
+    try:
+        healed = kvxform.heal(
+            artifact,
+            source,
+            text=text,
+            options=options,
+            device=device,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            talk("kvxform: the same command with --resume goes on from here")
+        raise
     healed.save(out)
     record = healed.report.healing
     assert record is not None, "it has just been healed"

@@ -106,19 +106,19 @@ class Parameters:
 def trainable(program: Program) -> list[str]:
     """Return the touched weights that gradients can reach, sorted.
 
-    Bases of cached streams are no such weights: a codec relies on what they are.
+    Bases of cached streams are no such weights, since codecs rely on what they are, and neither are
+    the frequencies of RoPE or the slopes of ALiBi.
     """
-    bases = {
-        name
-        for site in program.sites
-        for basis in (site.k_basis, site.v_basis)
-        for name in (basis.weight, basis.inverse)
-    }
+    fixed = {site.alibi_slopes for site in program.sites}
+    fixed |= {site.rope.inv_freq for site in program.sites if site.rope is not None}
+    for site in program.sites:
+        for basis in (site.k_basis, site.v_basis):
+            fixed |= {basis.weight, basis.inverse}
     read = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     return sorted(
         name
         for name in program.touched
-        if name in read - bases and program.weights[name].is_floating_point()
+        if name in read - fixed and program.weights[name].is_floating_point()
     )
 
 

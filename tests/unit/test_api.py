@@ -67,6 +67,16 @@ def test_signatures_are_frozen():
         ("device", only, None),
         ("progress", only, True),
     ]
+    assert shape(kvxform.heal) == [
+        ("artifact", word, inspect.Parameter.empty),
+        ("source", word, inspect.Parameter.empty),
+        ("text", only, None),
+        ("options", only, None),
+        ("device", only, None),
+        ("checkpoint", only, None),
+        ("resume", only, False),
+        ("progress", only, True),
+    ]
     assert shape(kvxform.load) == [
         ("path", word, inspect.Parameter.empty),
         ("device", only, None),

@@ -190,6 +190,21 @@ def test_a_head_that_is_the_embedding_is_trained_at_both_ends():
     assert not torch.equal(healed.weights["embed.weight"], program.weights["embed.weight"])
 
 
+def test_frequencies_and_bases_are_no_weights_to_train():
+    program = single()
+    program.touched.update(dict.fromkeys(["inv_freq", KEYS[0]], "test"))
+    assert Parameters(program, None, 0).names == (KEYS[0],)
+
+
+def test_bfloat16_is_trained_in_float32_and_stays_bfloat16():
+    source = llama_program(dtype=torch.bfloat16, heads=2, kv_heads=1)
+    program = disturbed(source, KEYS)
+    assert {x.dtype for x in Parameters(program, None, 0).tensors.values()} == {torch.float32}
+    healed, record = heal_program(program, source, text_ids(20, 16), SHORT)
+    assert record.after.kl < record.before.kl
+    assert {weight.dtype for weight in healed.weights.values()} == {torch.bfloat16}
+
+
 def test_refusals():
     source = single()
     program, ids = disturbed(source, KEYS), text_ids(8, 16)
