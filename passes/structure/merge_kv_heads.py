@@ -159,7 +159,8 @@ class MergeKvHeads(GraphPass):
         if self.heads is None and not self.layers and program.facts["kv_heads"] == "merged":
             return NoMatch("heads have been merged already", site.layer, done=True)
         if heads == groups and (heads > 1 or self.ratio is None):
-            return NoMatch(f"there are {heads} KV heads already", site.layer, done=True)
+            there = f"there are {heads} KV heads" if heads > 1 else "there is one KV head"
+            return NoMatch(f"{there} already", site.layer, done=True)
         if heads < 2:
             return NoMatch("one KV head cannot be merged with another", site.layer)
         if heads < groups:

@@ -24,7 +24,10 @@ from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
+from kvxform.passes.structure.cache_residual import CacheResidual
 from kvxform.passes.structure.loop_layers import LoopLayers
+from kvxform.passes.structure.tie_kv import TieKv
+from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
 
 KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "axis": "channel", "zero": "float"},
@@ -73,7 +76,18 @@ CASES = {
     "cache_latent/stateless": (CacheLatent(), (), latent_program),
     "cache_latent/cached": (RotateQk(), (CacheLatent(), InsertCache()), latent_program),
     "fuse_projections/llama": (FuseProjections(), (), llama_program),
+    "tie_kv/cached": (InsertCache(), (TieKv(),), llama_program),
+    "tie_kv/gpt2": (TieKv(), (), gpt2_program),
+    "cache_residual/llama": (CacheResidual(hot_window=128), (InsertCache(),), llama_program),
     "loop_layers/llama": (LoopLayers(cache="first"), (), llama_program),
+    "merge_kv_heads/folded": (MergeKvHeads(heads=1), (), llama_program),
+    "merge_kv_heads/fused": (MergeKvHeads(heads=1), (), gpt2_program),
+    "merge_kv_heads/after_rope": (MergeKvHeads(heads=1, rope="post"), (), llama_program),
+    "merge_kv_heads/latent": (
+        MergeKvHeads(heads=1, rope="latent"),
+        (InsertCache(), CachePrerope()),
+        llama_program,
+    ),
     "simplify/kivi2": (Simplify(), (InsertCache(), PageCache(), KIVI), llama_program),
 }
 

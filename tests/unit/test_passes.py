@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from equal_heads import equal_heads
 from equal_layers import equal_toy
 from programs import (
     apply,
@@ -43,6 +44,7 @@ from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
+from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
 from kvxform.passes.structure.share_kv_layers import ShareKvLayers
 
 INT4 = {"codec": "int", "bits": 4}
@@ -78,6 +80,8 @@ CASES = {
     "klt": (Klt(3.0, weighted=False), (InsertCache(),), 2),
     "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
     "cache-latent": (CacheLatent(), (), 2),
+    "merge-kv-heads": (MergeKvHeads(heads=1), (), 2),
+    "merge-kv-heads, after RoPE": (MergeKvHeads(heads=1, rope="post"), (), 2),
     "share-kv-layers": (ShareKvLayers(), (), 1),
     "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
 }
@@ -86,6 +90,7 @@ EQUAL_LAYERS = {
     "llama-bias": lambda: equal_toy(bias=True, kv_heads=4, seed=1),
     "gpt2": lambda: equal_toy("gpt2", tied=False),
 }
+EQUAL_HEADS = {name: lambda make=make: equal_heads(make(), 1) for name, make in MODELS.items()}
 LATENT_MODELS = {
     "latent": latent_program,
     "latent, shared part first": lambda: latent_program(shared_first=True, heads=6),
@@ -97,6 +102,8 @@ def models_for(case: str):
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
     if case == "fuse-projections":  # gpt2 has one projection already
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
+    if case.startswith("merge-kv-heads"):  # exact where KV heads are equal
+        return EQUAL_HEADS
     if case == "share-kv-layers":  # exact where layers have equal keys and values
         return EQUAL_LAYERS
     return LATENT_MODELS if case == "cache-latent" else MODELS
