@@ -104,13 +104,21 @@ def _passes_that_ensure(requirement: Requirement, facts: Facts) -> list[str]:
     """Return registered passes that would meet `requirement` with their default options."""
     found = []
     for name, cls in sorted(PASSES.items()):
-        needs_options = any(
-            f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            for f in dataclasses.fields(cls)
-        )
-        if not needs_options and requirement.is_met(facts_after(cls(), facts)):
+        graph_pass = _with_defaults(cls)
+        if graph_pass is not None and requirement.is_met(facts_after(graph_pass, facts)):
             found.append(name)
     return found
+
+
+def _with_defaults(cls: type[GraphPass]) -> GraphPass | None:
+    """Return a pass with its default options, or None if some have to be given."""
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            return None
+    try:
+        return cls()
+    except RecipeError:  # one of several options must be given
+        return None
 
 
 def _ordered(passes: Sequence[PlannedPass], facts: Facts) -> list[PlannedPass] | None:
