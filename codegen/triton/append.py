@@ -105,7 +105,8 @@ def cache_fields(site: SiteSpec, streams: tuple[StreamText, StreamText]) -> dict
 
 def num_warps(elements: list[int], *, per_thread: int = 32) -> int:
     """Return warps for tiles of so many elements, of which a thread takes up to some; at most 8."""
-    return max(1, min(8, 1 << (max(elements) // (32 * per_thread) - 1).bit_length()))
+    needed = max(1, max(elements) // (32 * per_thread))
+    return min(8, 1 << (needed - 1).bit_length())
 
 
 def _check_stream(name: str, stream: StreamSpec, page_size: int) -> None:
