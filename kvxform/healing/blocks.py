@@ -40,11 +40,18 @@ class Block:
     end: str
 
 
-def find_blocks(program: Program) -> dict[str, Block]:
-    """Return the blocks by module; modules with several sites and odd ones are left out."""
+def find_blocks(program: Program, source: Program | None = None) -> dict[str, Block]:
+    """Return the blocks by module; modules with several sites and odd ones are left out.
+
+    Args:
+        program: Where to look.
+        source: What it was made from. Where a pass has put something between a projection and the
+            attention, the site no longer names the projection; the site of the source does.
+    """
+    known = {site.module: site for site in source.sites} if source else {}
     found: dict[str, list[Block]] = {}
     for site in program.sites:
-        block = _find_block(program, site)
+        block = _find_block(program, site, known.get(site.module, site))
         if block is not None:
             found.setdefault(site.module, []).append(block)
     return {module: blocks[0] for module, blocks in found.items() if len(blocks) == 1}
@@ -86,14 +93,14 @@ def weights_behind(graph: fx.Graph) -> list[set[str]]:
     return found
 
 
-def _find_block(program: Program, site: AttentionSite) -> Block | None:
-    if site.q is None or site.o is None:
-        return None
+def _find_block(program: Program, site: AttentionSite, known: AttentionSite) -> Block | None:
+    reads = {p.weight for p in (site.q, known.q) if p is not None}
+    writes = {p.weight for p in (site.o, known.o) if p is not None}
     attention = program.attention_node(site.layer)
     query = attention.args[0]
     assert isinstance(query, fx.Node), "operands of attention are nodes"
-    made = _search([query], site.q.weight, lambda node: node.all_input_nodes)
-    end = _search(list(attention.users), site.o.weight, lambda node: list(node.users))
+    made = _search([query], reads, lambda node: node.all_input_nodes)
+    end = _search(list(attention.users), writes, lambda node: list(node.users))
     if made is None or end is None:
         return None
     start = _residual(made)
@@ -101,16 +108,16 @@ def _find_block(program: Program, site: AttentionSite) -> Block | None:
 
 
 def _search(
-    first: list[fx.Node], weight: str, following: Callable[[fx.Node], list[fx.Node]]
+    first: list[fx.Node], weights: set[str], following: Callable[[fx.Node], list[fx.Node]]
 ) -> fx.Node | None:
-    """Return the nearest linear layer with `weight`; other linear layers end the search."""
+    """Return the nearest linear layer with one of `weights`."""
     waiting, seen = list(first), set(first)
     while waiting:
         node = waiting.pop(0)
         if node.target in LINEARS:
-            if any(n.op == "get_attr" and n.target == weight for n in node.all_input_nodes):
+            read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
+            if read & weights:
                 return node
-            continue
         new = [n for n in following(node) if n not in seen]
         waiting += new
         seen.update(new)

@@ -20,6 +20,11 @@ def require_touched(program: Program) -> None:
     Raises:
         ArtifactError: KVX605.
     """
+    sites = program.plan.sites if program.plan else ()
+    if any(site.payload == "pair" for site in sites):
+        rule = "caches of layers must not be merged while weights are trained"
+        hint = "heal what comes before merge-layer-pairs, and merge afterwards"
+        raise ArtifactError("KVX605", rule, where=WHERE, got="merge-layer-pairs", hint=hint)
     if trainable(program):
         return
     raise ArtifactError(

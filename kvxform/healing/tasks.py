@@ -28,7 +28,7 @@ class LocalTask:
 
     def __init__(self, program: Program, source: Program, trained: tuple[str, ...]) -> None:
         self.note = ""
-        own, theirs = find_blocks(program), find_blocks(source)
+        own, theirs = find_blocks(program, source), find_blocks(source)
         modules = [module for module in own if module in theirs]
         if program.facts["residual.basis"] != "identity":
             self.note = "attentions were not trained alone: the residual stream has another basis"

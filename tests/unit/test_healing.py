@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 from healed import disturbed, text_ids
-from programs import apply, gpt2_program, llama_program, run, token_ids
+from programs import apply, fired, gpt2_program, llama_program, run, token_ids
 
+from kvxform.calibrate import make_calibration
 from kvxform.codecs.base import make_codec
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.healing.blocks import find_blocks
@@ -24,6 +25,11 @@ from kvxform.passes.rotation.fuse_norms import FuseNorms
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.passes.rotation.rotate_residual import RotateResidual
 from kvxform.passes.rotation.rotate_v import RotateV
+from kvxform.passes.structure.cache_latent import CacheLatent
+from kvxform.passes.structure.loop_layers import LoopLayers
+from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
+from kvxform.passes.structure.share_kv_layers import ShareKvLayers
+from kvxform.passes.structure.to_latent import ToLatent
 from kvxform.runtime.model import OptimizedModel
 
 KEYS = [f"layers.{layer}.attn.{name}.weight" for layer in range(2) for name in "kv"]
@@ -120,6 +126,33 @@ def test_the_differentiable_program_computes_what_the_program_computes():
         ids = token_ids(program)
         found = Differentiable(program)(program.weights, ids)
         torch.testing.assert_close(found, run(program, ids), rtol=0, atol=1e-10)
+
+
+STRUCTURES = {
+    "shared": (ShareKvLayers(),),
+    "merged": (MergeKvHeads(heads=1),),
+    "merged after RoPE": (MergeKvHeads(heads=1, rope="post"),),
+    "looped": (LoopLayers(layers="0-0"),),
+    "latent": (ToLatent(rank=12), CacheLatent()),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_programs_of_structure_passes_run_as_their_sessions_do(name):
+    source = llama_program(heads=4, kv_heads=2)
+    ids = text_ids(4, 16).view(4, 16)
+    calibration = make_calibration(source, ids, tokens=64, window=16, seed=0)
+    program = dataclasses.replace(source, calibration=calibration)
+    for graph_pass in (*STRUCTURES[name], InsertCache()):
+        program, found = apply(graph_pass, program)
+        assert fired(found), graph_pass
+    result = Differentiable(program)(program.weights, ids)
+    torch.testing.assert_close(result, OptimizedModel(program)(ids), rtol=0, atol=1e-9)
+    assert not torch.allclose(result, run(source, ids), atol=1e-3)
+    if program.touched:
+        task = LocalTask(program, source, Parameters(program, None, 0).names)
+        assert task.layers == (0, 1)
+        assert max(task.errors(program.weights, ids)) > 0.01
 
 
 def test_gradients_are_those_of_finite_differences():
