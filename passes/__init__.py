@@ -7,6 +7,7 @@
 - `structure.share_kv_layers`: layers read the keys and values of an earlier layer
 - `structure.cache_residual`: ids and a window are kept, other tokens are computed anew
 - `structure.tie_kv`: values are the keys before RoPE, and one tensor is cached
+- `structure.merge_layer_pairs`: two neighbouring layers keep one direction a token and two norms
 - `structure.loop_layers`: a window of layers runs several times, in damped steps
 - `structure.to_latent`: ordinary attention becomes latent attention
 - `structure.factor_kv`: keys and values of a layer are cached as a few features of all its heads
@@ -45,10 +46,11 @@ from kvxform.passes.rotation import rotate_v as rotate_v
 from kvxform.passes.rotation import spectral_rotation as spectral_rotation
 from kvxform.passes.structure import cache_latent as cache_latent
 from kvxform.passes.structure import cache_prerope as cache_prerope
-from kvxform.passes.structure import factor_kv as factor_kv
-from kvxform.passes.structure import to_latent as to_latent
 from kvxform.passes.structure import cache_residual as cache_residual
+from kvxform.passes.structure import factor_kv as factor_kv
 from kvxform.passes.structure import loop_layers as loop_layers
 from kvxform.passes.structure import merge_kv_heads as merge_kv_heads
+from kvxform.passes.structure import merge_layer_pairs as merge_layer_pairs
 from kvxform.passes.structure import share_kv_layers as share_kv_layers
 from kvxform.passes.structure import tie_kv as tie_kv
+from kvxform.passes.structure import to_latent as to_latent

@@ -17,6 +17,7 @@ from kvxform.codecs.base import CODECS
 from kvxform.codecs.basis import rotate_heads
 from kvxform.codegen.eager.attend import attend_step
 from kvxform.codegen.eager.flush import FlushRule
+from kvxform.codegen.eager.pairs import PairStore
 from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.site import SiteStore
 from kvxform.codegen.eager.step import Step
@@ -27,7 +28,7 @@ from kvxform.ir.execution import CacheSizes
 from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
 from kvxform.ir.scoring import Scoring
 
-PAYLOADS = ("kv", "latent")
+PAYLOADS = ("kv", "k", "latent", "pair")
 
 
 class PagedCache:
@@ -59,7 +60,9 @@ class PagedCache:
         self._owner = {site.layer: site.owner for site in plan.sites}
         self._readers = Counter(self._owner.values())
         self._views = {
-            s.layer: s.value.head_dim for s in plan.sites if isinstance(s.value, KeyView)
+            s.layer: s.value.head_dim
+            for s in plan.sites
+            if isinstance(s.value, KeyView) and s.payload != "pair"
         }
         self._stores = {
             site.layer: SiteStore(
@@ -70,6 +73,9 @@ class PagedCache:
                 device=self.device,
             )
             for site in plan.owners
+        }
+        self._pairs = {
+            s.layer: PairStore(self._stores[s.layer], s) for s in plan.owners if s.payload == "pair"
         }
         self._step: Step | None = None
         self._appended: dict[int, tuple[Appended, ...]] = {}
@@ -104,8 +110,11 @@ class PagedCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor | None) -> None:
         """Store the new tokens of one layer; k and v are `[B, Hk, S, D]`, padded on the right."""
-        step = self._current(layer)
-        if self._stores[layer].needs_queries:  # which come with the attention of this layer
+        step, owner = self._current(layer), self._owner[layer]
+        if owner in self._pairs:
+            assert v is not None, "both layers of a pair have values"
+            self._appended[owner] = self._pairs[owner].append(layer == owner, k, v, step)
+        elif self._stores[layer].needs_queries:  # which come with the attention of this layer
             self._waiting[layer] = (k, v)
         else:
             self._appended[layer] = self._stores[layer].append(k, v, step)
@@ -120,15 +129,20 @@ class PagedCache:
             k, v = self._waiting.pop(layer)
             store = self._stores[layer]
             self._appended[layer] = store.append_ranked(k, v, step, q, scoring.scale)
-        key, value = self._read(self._owner[layer], step, q.dtype, scoring)
+        key, value = self._read(layer, step, q.dtype, scoring)
         out = attend_step(q, key, value, step, scoring)
         view = self._views.get(layer)  # weights times all of K; the value is the first channels
         return out if view is None else out[..., :view]
 
     def _read(
-        self, owner: int, step: Step, dtype: torch.dtype, scoring: Scoring
+        self, layer: int, step: Step, dtype: torch.dtype, scoring: Scoring
     ) -> tuple[StreamRead, StreamRead]:
-        """Return K and V of `owner`, decoded once per step for all layers that read them."""
+        """Return K and V of the owner, decoded once per step for all layers that read them."""
+        owner = self._owner[layer]
+        if owner in self._pairs:
+            return self._pairs[owner].read(
+                self.plan.site(layer), step, self._appended[owner], dtype
+            )
         if owner in self._reads:
             left, reads = self._reads.pop(owner)
         else:
@@ -146,7 +160,12 @@ class PagedCache:
 
         Each is `[Hk, length, D]`.
         """
-        return self._stores[self._owner[layer]].stored(row, length, pages, dtype)
+        owner = self._owner[layer]
+        k, v = self._stores[owner].stored(row, length, pages, dtype)
+        if owner in self._pairs:
+            key, value = self.plan.site(layer).pair_channels
+            return k[..., key], k[..., value]
+        return k, v
 
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""

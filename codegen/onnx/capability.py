@@ -39,7 +39,7 @@ EMITTER_MODULES = (
     rotations,
 )  # they fill EMITTERS
 DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
-PAYLOADS = ("kv", "latent")
+PAYLOADS = ("kv", "k", "latent")
 
 
 def check_program(program: Program) -> Fallback:

@@ -161,7 +161,10 @@ class SitePlan:
         num_kv_heads: KV heads.
         key: The K stream.
         value: The V stream, or which part of the keys the values are.
-        payload: What is cached: `kv`, or `latent` if values are a view of the keys.
+        payload: What is cached: `kv`; where values are a view of the keys, `k` if these are the
+            keys of all heads before RoPE, or `latent`; `pair` where the keys and values of two
+            layers are one stream of the lower one, their owner, each vector [K | V] of the owner
+            and then of the reader.
     """
 
     layer: int
@@ -170,7 +173,7 @@ class SitePlan:
     num_kv_heads: int
     key: StreamPlan
     value: StreamPlan | KeyView
-    payload: Literal["kv", "k", "latent", "residual"] = "kv"
+    payload: Literal["kv", "k", "latent", "residual", "pair"] = "kv"
 
     @property
     def streams(self) -> dict[str, StreamPlan]:
@@ -179,6 +182,14 @@ class SitePlan:
         if isinstance(self.value, StreamPlan):
             streams["value"] = self.value
         return streams
+
+    @property
+    def pair_channels(self) -> tuple[slice, slice]:
+        """Where K and V of this layer are in the vectors of a pair."""
+        width = self.key.head_dim // 2
+        first = 0 if self.owner == self.layer else width
+        middle = first + width - self.value.head_dim
+        return slice(first, middle), slice(middle, first + width)
 
     @property
     def values_per_token(self) -> int:
@@ -204,6 +215,20 @@ class CachePlan:
     def owners(self) -> tuple[SitePlan, ...]:
         """Sites that own storage."""
         return tuple(s for s in self.sites if s.owner == s.layer)
+
+    @property
+    def appending(self) -> tuple[SitePlan, ...]:
+        """Sites that bring keys and values of their own: owners, and both layers of a pair."""
+        return tuple(s for s in self.sites if s.owner == s.layer or s.payload == "pair")
+
+    @property
+    def max_step_tokens(self) -> int | None:
+        """Most new tokens of one step, or None if there may be any number.
+
+        The lower layer of a pair is read before the upper one has its new keys. So what is merged
+        must have been there before the step.
+        """
+        return min((s.key.regions.recent for s in self.sites if s.payload == "pair"), default=None)
 
     def replace_site(self, layer: int, **changes: Any) -> CachePlan:
         """Return a plan whose site `layer` has the fields `changes`."""

@@ -126,8 +126,9 @@ class AttentionSite:
         v_basis: The same for values.
         shared_with: Earlier layer whose keys and values it reads, or None if it has its own.
         latent: What K and V of all heads are made from, or None. Gone once that is what is cached.
-        payload: What is cached of a token: `kv`, or `latent`, one key per token for all heads
-            whose first `v_head_dim` channels are the value (`v_basis` does not apply then).
+        payload: What is cached of a token: `kv`; `k` if values are the keys before RoPE; or
+            `latent`, one key per token for all heads whose first `v_head_dim` channels are the
+            value. `v_basis` does not apply to the last two.
         notes: What was left in the graph as it is, and why; the site works all the same.
     """
 
@@ -152,7 +153,7 @@ class AttentionSite:
     v_basis: Basis = field(default_factory=Basis)
     shared_with: int | None = None
     latent: LatentSpec | None = None
-    payload: Literal["kv", "latent"] = "kv"
+    payload: Literal["kv", "k", "latent"] = "kv"
     notes: tuple[str, ...] = ()
 
     @property

@@ -89,11 +89,25 @@ def _check_owner(plan: CachePlan, site: SitePlan) -> None:
         )
 
 
+def _check_pair(site: AttentionSite, plan: SitePlan) -> None:
+    """Vectors of a pair hold the keys and values of both layers, the lower one first."""
+    wanted = (site.num_q_heads, site.num_kv_heads, 2 * (site.head_dim + site.v_head_dim))
+    found = (plan.num_q_heads, plan.num_kv_heads, plan.key.head_dim)
+    if wanted != found or plan.value != KeyView(site.v_head_dim):
+        rule = f"a pair must have the heads of its site and both layers in a vector, {wanted}"
+        raise invalid(rule, found, layer=site.layer)
+    if plan.key.regions.flush != "sliding" or plan.key.regions.recent < 1:
+        raise invalid("a pair must keep recent tokens", plan.key.regions, layer=site.layer)
+
+
 def _check_site_plan(site: AttentionSite, plan: SitePlan) -> None:
+    if plan.payload == "pair":
+        _check_pair(site, plan)
+        return
     value = plan.value
-    if isinstance(value, KeyView) != (plan.payload == "latent"):
+    if isinstance(value, KeyView) != (plan.payload != "kv"):
         raise invalid(
-            "values must be a view of the keys if and only if a latent is cached",
+            "values must be a view of the keys if and only if they are not cached themselves",
             plan.payload,
             layer=site.layer,
         )

@@ -57,6 +57,9 @@ def _check_geometry(site: AttentionSite) -> None:
     sizes = (site.num_q_heads, site.num_kv_heads, site.head_dim, site.v_head_dim)
     if site.payload == "latent" and (site.num_kv_heads > 1 or site.v_head_dim > site.head_dim):
         raise invalid("a latent must be one key whose part is the value", sizes, layer=site.layer)
+    if site.payload == "k" and (site.head_dim != site.v_head_dim or site.k_basis != Basis()):
+        rule = "keys that are values too must be as wide, and stay in the basis of the model"
+        raise invalid(rule, str(site.k_basis), layer=site.layer)
     if min(sizes) < 1 or site.num_q_heads % site.num_kv_heads:
         raise invalid(
             "query heads must be a multiple of KV heads, and all sizes positive",
@@ -91,14 +94,17 @@ def _check_heads(value: object, node: fx.Node, what: str, heads: int, head_dim: 
 
 
 def _check_values(site: AttentionSite, node: fx.Node, k: object, v: object) -> None:
-    """Values of a latent site are the first channels of its keys, and are not appended."""
-    if site.payload == "latent" and node.target is kvx.CACHE_APPEND:
+    """Values that are a view of the keys are not appended; see `AttentionSite.payload`."""
+    if site.payload != "kv" and node.target is kvx.CACHE_APPEND:
         if v is not None:
-            raise invalid("a latent must be appended once, as a key", v, node)
+            raise invalid("what is key and value must be appended once, as a key", v, node)
         return
     _check_heads(v, node, "v", site.num_kv_heads, site.v_head_dim)
     assert isinstance(v, fx.Node), "it has heads"
     first = (k, -1, 0, site.v_head_dim)
+    before = k.args[0] if isinstance(k, fx.Node) and k.target is kvx.ROPE else k
+    if site.payload == "k" and v is not before:
+        raise invalid("values must be the keys before RoPE", v, node)
     if site.payload == "latent" and not (v.target is SLICE and v.args == first):
         raise invalid("values of a latent must be the first channels of its keys", v, node)
 

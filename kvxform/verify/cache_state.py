@@ -23,7 +23,7 @@ from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.exact import ExactCodec
 from kvxform.errors import VerifyError
 from kvxform.ir.cache import watch_caches
-from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
+from kvxform.ir.plan import CachePlan, StreamPlan
 from kvxform.verify.probe import Difference, Probe, Reference, SourceRun
 from kvxform.verify.protocols import ModelLike
 from kvxform.verify.replay import Replay
@@ -155,7 +155,7 @@ class _ScheduleRun(Replay):
         if is_bound:
             self._compare_recomputed()
             return
-        for index, site in enumerate(self.plan.owners):
+        for index, site in enumerate(self.plan.appending):
             logical = self.session.logical_cache(site.layer)
             for entry, row in enumerate(sorted(self.rows)):
                 at = f"layer {site.layer}, row {row}"
@@ -197,11 +197,11 @@ class _ScheduleRun(Replay):
 
     def _source_cache(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         sequence, seen = self.rows[row]
-        value = self.plan.site(layer).value
+        site = self.plan.site(layer)
         keys, values = self.source.keys[layer], self.source.values[layer]
-        if isinstance(value, KeyView):
+        if site.payload == "latent":
             keys = self.source.latents[layer]
-            values = keys[..., : value.head_dim]
+            values = keys[..., : site.value.head_dim]
         return keys[sequence, :, :seen], values[sequence, :, :seen]
 
     def layer_errors(self) -> tuple[LayerError, ...]:

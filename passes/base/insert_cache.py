@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import fx
@@ -73,13 +73,16 @@ class InsertCache(GraphPass):
         if not program.is_cached:
             rewriter.placeholder("cache", HANDLE)
         kept = {name: node.kwargs[name] for name in CARRIED if name in node.kwargs}
+        if site.payload == "k" and k is not v:  # values are what goes into RoPE
+            kept |= {"inv_freq": k.args[2], **k.kwargs}
+            k = v
         append = program.append_node(site.owner)
         if append is None:  # of an owner; readers come later in the graph
             k, v = (_cast(rewriter, node, x, program.dtype) for x in (k, v))
             append = rewriter.call_before(
                 node,
                 kvx.CACHE_APPEND,
-                (k, None if site.payload == "latent" else v, program.placeholder("cache")),
+                (k, v if site.payload == "kv" else None, program.placeholder("cache")),
                 {"layer": site.layer},
                 type_=HANDLE,
             )
@@ -136,18 +139,20 @@ def _check(program: Program, node: fx.Node) -> Match | NoMatch:
 def _plan(site: AttentionSite, program: Program) -> SitePlan:
     codec = ExactCodec(program.info.dtype)
 
+    is_view = site.payload != "kv"
+    turned: Literal["pre", "post"] = "pre" if site.payload == "k" else "post"
+
     def stream(head_dim: int, basis: Basis, is_key: bool) -> StreamPlan:
         return StreamPlan(
             codec.to_dict(),
             codec.planes(head_dim),
             codec.tokens_per_group,
             head_dim,
-            "post" if is_key and site.rope is not None else "none",
+            turned if is_key and site.rope is not None else "none",
             basis,
             Regions(dtype=program.info.dtype),
         )
 
-    is_latent = site.payload == "latent"
     return SitePlan(
         site.layer,
         site.owner,
@@ -155,7 +160,7 @@ def _plan(site: AttentionSite, program: Program) -> SitePlan:
         site.num_kv_heads,
         stream(site.head_dim, site.k_basis, is_key=True),
         KeyView(site.v_head_dim)
-        if is_latent
+        if is_view
         else stream(site.v_head_dim, site.v_basis, is_key=False),
         site.payload,
     )

@@ -242,7 +242,7 @@ def test_the_verifier_knows_what_a_latent_is():
         verify_program(program)
     cached, _ = apply(InsertCache(), apply(CacheLatent(), latent_program(layers=1))[0])
     cached.plan = cached.plan.replace_site(0, payload="kv")
-    with pytest.raises(PassError, match="if and only if a latent is cached"):
+    with pytest.raises(PassError, match="if and only if they are not cached themselves"):
         verify_program(cached)
 
 
