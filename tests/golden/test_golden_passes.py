@@ -25,9 +25,11 @@ from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
 from kvxform.passes.structure.cache_residual import CacheResidual
+from kvxform.passes.structure.factor_kv import FactorKv
 from kvxform.passes.structure.loop_layers import LoopLayers
-from kvxform.passes.structure.tie_kv import TieKv
 from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
+from kvxform.passes.structure.tie_kv import TieKv
+from kvxform.passes.structure.to_latent import ToLatent
 
 KIVI = QuantizeKv(
     {"codec": "int", "bits": 2, "axis": "channel", "zero": "float"},
@@ -70,6 +72,8 @@ CASES = {
         (InsertCache(), CachePrerope()),
         llama_program,
     ),
+    "factor_kv/llama": (FactorKv(), (InsertCache(), CachePrerope()), llama_program),
+    "to_latent/llama": (ToLatent(8, 24), (), llama_program),
     "page_cache/llama": (PageCache(64), (InsertCache(),), llama_program),
     "quantize_kv/kivi2": (KIVI, (InsertCache(), PageCache()), llama_program),
     "per_layer_bits/dry_run": (PerLayerBits(5.0), (InsertCache(), INT4), llama_program),
