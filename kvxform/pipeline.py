@@ -271,7 +271,7 @@ def _with_plan(report: Report, program: Program, recipe: Recipe) -> Report:
     if program.calibration is not None:
         report = dataclasses.replace(report, calibration=program.calibration.name)
     if program.plan is not None:
-        plan, layers = plan_summary(program.plan), layer_records(program.plan, ())
+        plan, layers = plan_summary(program.plan, report.source), layer_records(program.plan, ())
         report = dataclasses.replace(report, plan=plan, layers=layers)
     return dataclasses.replace(report, bounds=bound_records(recipe, report))
 

@@ -35,6 +35,8 @@ class SourceSummary:
         head_dim: Channels of one head of the first site.
         capture_error: Largest difference of a logit of the captured program and the source.
         mixers: Module and reason of everything else that mixes tokens, state-space layers for one.
+        cached_values: Elements of K and V of one token, of all layers that do not share another's.
+        read_values: Elements of K and V of one token that all layers read.
     """
 
     name: str
@@ -47,6 +49,8 @@ class SourceSummary:
     head_dim: int
     capture_error: float | None = None
     mixers: tuple[tuple[str, str], ...] = ()
+    cached_values: int = 0
+    read_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class PlanSummary:
 
     Attributes:
         layout: `contiguous` or `paged(n)`.
-        kv_bytes_per_token_before: Bytes per token of a 16-bit cache of the same geometry.
+        kv_bytes_per_token_before: Bytes per token of a 16-bit cache of K and V of the source.
         kv_bytes_per_token: Bytes per token of this plan, metadata included.
         bits_per_value: True bits per cached value, metadata included.
         batch_size: Batch that the next three figures are for.

@@ -27,6 +27,8 @@ EXAMPLE_BATCH, EXAMPLE_TOKENS = 8, 8192  # the batch and length that a plan is i
 def source_summary(program: Program) -> SourceSummary:
     """Return the record of a captured program."""
     site = program.sites[0]
+    sizes = {s.layer: s.num_kv_heads * (s.head_dim + s.v_head_dim) for s in program.sites}
+    owned = [size for layer, size in sizes.items() if program.site(layer).owner == layer]
     return SourceSummary(
         name=program.info.name,
         family=program.info.family,
@@ -37,6 +39,8 @@ def source_summary(program: Program) -> SourceSummary:
         num_kv_heads=site.num_kv_heads,
         head_dim=site.head_dim,
         mixers=_places(program, "mixer"),
+        cached_values=sum(owned),
+        read_values=sum(sizes.values()),
     )
 
 
@@ -86,10 +90,10 @@ def cache_measured(checks: Sequence[StateCheck]) -> CacheMeasured:
     )
 
 
-def plan_summary(plan: CachePlan) -> PlanSummary:
-    """Return what `plan` costs, beside a 16-bit cache of the same geometry."""
-    before = plan.baseline_bytes_per_token
-    read = sum(s.values_per_token for s in plan.sites) * BASELINE_BITS / 8 * EXAMPLE_TOKENS
+def plan_summary(plan: CachePlan, source: SourceSummary) -> PlanSummary:
+    """Return what `plan` costs, beside a 16-bit cache of K and V of the source."""
+    before = source.cached_values * BASELINE_BITS / 8
+    read = source.read_values * BASELINE_BITS / 8 * EXAMPLE_TOKENS
     lengths = [EXAMPLE_TOKENS] * EXAMPLE_BATCH
     return PlanSummary(
         layout=str(plan.layout),
@@ -129,6 +133,8 @@ def layer_records(plan: CachePlan, errors: Sequence[LayerError]) -> tuple[LayerR
 
 
 def _describe_value(site: SitePlan) -> str:
+    if site.payload == "pair":
+        return "with the keys, and those of the next layer"
     if isinstance(site.value, KeyView):
         return f"first {site.value.head_dim} channels of the key"
     return describe_stream(site.value)

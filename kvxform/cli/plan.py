@@ -100,7 +100,9 @@ def plan_data(program: Program, report: Report, batch: int, tokens: int) -> dict
     }
     if plan is None:
         return data
-    baseline = plan.baseline_bytes_per_token
+    assert report.plan is not None, "it is a report of this plan"
+    baseline = report.plan.kv_bytes_per_token_before
+    read = report.plan.read_bytes_before / report.plan.cached_tokens
     data["cache"] = {
         "layout": str(plan.layout),
         "bytes_per_token": {"before": baseline, "after": plan.bytes_per_token},
@@ -112,7 +114,7 @@ def plan_data(program: Program, report: Report, batch: int, tokens: int) -> dict
             "after": plan.bytes_at([tokens] * batch, tokens),
         },
         "read_bytes_per_step": {
-            "before": sum(s.values_per_token for s in plan.sites) * 2.0 * tokens,
+            "before": read * tokens,
             "after": plan.read_bytes_per_step(1, tokens),
         },
         "added_per_step": added_per_step(program),

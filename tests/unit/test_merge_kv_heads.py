@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -73,6 +74,15 @@ def test_equal_heads_are_merged_without_a_change(make, way):
     assert_same(program, merged)
 
 
+@functools.cache
+def equal_family(family: str) -> Program:
+    """Return a family whose KV heads are equal in pairs, calibrated."""
+    program = capture(ALL[family].build(torch.float64)).program
+    if family == "persimmon":
+        program = _with_projection_of_keys(program)
+    return calibrated(equal_heads(program, program.sites[0].num_kv_heads // 2))
+
+
 FAMILIES = ["gpt_neox", "opt", "bloom", "qwen2", "qwen3", "olmo2", "phi3", "cohere", "persimmon"]
 
 
@@ -81,11 +91,8 @@ FAMILIES = ["gpt_neox", "opt", "bloom", "qwen2", "qwen3", "olmo2", "phi3", "cohe
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_heads_of_a_family_are_merged_without_a_change(family, way):
     """All heads for themselves (MHA), norms of heads, biases, fused and interleaved rows, ALiBi."""
-    program = capture(ALL[family].build(torch.float64)).program
-    if family == "persimmon":
-        program = _with_projection_of_keys(program)
+    program = equal_family(family)
     left = program.sites[0].num_kv_heads // 2
-    program = calibrated(equal_heads(program, left))
     merged, found = apply(MergeKvHeads(heads=left, **WAYS[way]), program)
     if way == "commuting" and family in ("qwen3", "olmo2", "persimmon"):
         assert {reason.partition(" between")[0] for reason in reasons(found)} == {
