@@ -38,6 +38,10 @@ class StreamRead:
         ]
         return StreamRead(self.rule_step, *parts)
 
+    def channels(self, part: slice) -> StreamRead:
+        """Return some channels alone."""
+        return self.turned(lambda stored, _: stored[..., part])
+
     def heads(self, first: int, last: int) -> StreamRead:
         """Return heads `first` to `last` - 1 alone."""
         own = (slice(None), slice(first, last))

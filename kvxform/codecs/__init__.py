@@ -14,6 +14,7 @@
 - `fp8`: codec `fp8`, 8-bit floating point
 - `klt`: codec `klt`, components of a calibrated basis with bits of their own
 - `klt_trellis`, `trellis`: codec `klt-trellis`, the same with codes of a whole row at once
+- `slerp_pair`: codec `slerp-pair`, keys and values of two layers as one direction and two norms
 - `truncate`: codec `truncate`, the first channels of heads, joined or not, through another codec
 - `lloyd_tables`, `fib_codebook`, `tables`: codebooks, and where they are kept
 - `packing`, `radix`: codes of some bits, and of any number of levels, in bytes
@@ -36,5 +37,6 @@ from kvxform.codecs import octahedral as octahedral
 from kvxform.codecs import outliers as outliers
 from kvxform.codecs import polar as polar
 from kvxform.codecs import saliency as saliency
+from kvxform.codecs import slerp_pair as slerp_pair
 from kvxform.codecs import token_norm as token_norm
 from kvxform.codecs import truncate as truncate

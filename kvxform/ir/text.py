@@ -124,6 +124,8 @@ def _format_site(site: AttentionSite) -> str:
 
 def _format_site_plan(site: SitePlan) -> str:
     owner = "" if site.owner == site.layer else f"cache of layer {site.owner}; "
+    if site.payload == "pair":
+        return f"{owner}half of a pair of layers: {_format_stream(site.key)}"
     if isinstance(site.value, KeyView):
         first = f"v the first {site.value.head_dim} channels of k"
         return f"{owner}{site.payload}: k {_format_stream(site.key)}; {first}"

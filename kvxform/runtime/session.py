@@ -73,7 +73,7 @@ class Session(RowStore):
             input_ids: Integer `[B, S]`, padded on either side.
             attention_mask: `[B, S]` of 0 and 1, one run of ones a row.
             rows: Row of each prompt; 0..B-1 by default.
-            chunk_size: Tokens per forward pass; all at once by default.
+            chunk_size: Tokens per forward pass; by default as many as the plan allows.
             all_logits: Return logits of all positions, in the caller's columns, zero at padding.
 
         Returns:
@@ -91,7 +91,7 @@ class Session(RowStore):
             refuse("chunk_size must be at least 1", chunk_size)
         self._reserve(targets, batch.counts)
         width = max(batch.counts)
-        chunk = chunk_size or width
+        chunk = min(chunk_size or width, self.plan.max_step_tokens or width)
         parts = []
         final: Tensor | None = None
         for first in range(0, width, chunk):

@@ -48,6 +48,10 @@ class TwoCopies:
         """Return what the cache holds after the last token, `[Hk, T, D]`."""
         return torch.where(self.is_encoded[-1, :, None], self.encoded, self.exact)
 
+    def channels(self, part: slice) -> TwoCopies:
+        """Return some channels alone."""
+        return TwoCopies(self.exact[..., part], self.encoded[..., part], self.is_encoded)
+
 
 def two_copies(stream: StreamPlan, stored: Tensor, attention: Tensor | None = None) -> TwoCopies:
     """Apply the equations to K R or V R of one sequence.

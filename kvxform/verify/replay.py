@@ -101,7 +101,7 @@ class Replay:
             tokens = self.sequences.input_ids[sequence, seen : seen + count]
             ids[entry, first : first + count] = tokens
             mask[entry, first : first + count] = 1
-        chunk = action.chunk_size or width
+        chunk = min(action.chunk_size or width, self.plan.max_step_tokens or width)
         for start in range(0, width, chunk):
             fed = [
                 (r, min(n - start, chunk)) for r, n in zip(rows, counts, strict=True) if n > start

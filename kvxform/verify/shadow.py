@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.cache import CacheState
 from kvxform.ir.logical import source_keys, unrotate_pair
-from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
+from kvxform.ir.plan import CachePlan, KeyView, SitePlan, StreamPlan
 from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring
 from kvxform.verify.equations import TwoCopies, attend, attention_in_chunks, two_copies
@@ -79,8 +80,10 @@ class Shadow:
 
     def stored(self, layer: int, row: int) -> dict[str, Tensor]:
         """Return each stored stream of a row as handed in, `[Hk, T, D]`, in the stored basis."""
-        owner = self.plan.site(layer).owner
-        stores = {"key": self._keys, "value": self._values}
+        site, stores = self.plan.site(layer), {"key": self._keys, "value": self._values}
+        if site.payload == "pair":
+            return {name: store[layer, row] for name, store in stores.items()}
+        owner = site.owner
         return {name: stores[name][owner, row] for name in self.plan.site(owner).streams}
 
     def in_source(self, layer: int, stream: str, x: Tensor) -> Tensor:
@@ -102,7 +105,10 @@ class Shadow:
             if new is not None:
                 _extend(store, layer, new, step)
         for row, _ in step:
-            self._copies.pop((layer, row), None)
+            for reader in (
+                s.layer for s in self.plan.sites if s.owner == self.plan.site(layer).owner
+            ):
+                self._copies.pop((reader, row), None)
 
     def ask(self, layer: int, q: Tensor, scale: float) -> None:
         """Record new queries `[B, H, S, D]` where a codec ranks tokens by them."""
@@ -128,12 +134,33 @@ class Shadow:
     def _two_copies(self, layer: int, row: int) -> tuple[TwoCopies, TwoCopies]:
         site = self.plan.site(layer)
         where = (site.owner, row)
+        if site.payload == "pair":
+            return self._halves_of_pair(site, row)
         if where not in self._copies:
             attention = self._attention(site.key, where) if site.key.score_bytes else None
             key = two_copies(site.key, self._keys[where], attention)
             value = key  # all of it, where values are its first channels
             if not isinstance(site.value, KeyView):
                 value = two_copies(site.value, self._values[where], attention)
+            self._copies[where] = key, value
+        return self._copies[where]
+
+    def _halves_of_pair(self, site: SitePlan, row: int) -> tuple[TwoCopies, TwoCopies]:
+        """Return K and V of one layer of a pair; what the upper layer has yet to bring is zero."""
+        where = (site.layer, row)
+        if where not in self._copies:
+            layers = [s.layer for s in self.plan.sites if s.owner == site.owner]  # lower, upper
+            parts = [store.get((n, row)) for n in layers for store in (self._keys, self._values)]
+            lower = [part for part in parts[:2] if part is not None]
+            tokens = lower[0].shape[1]
+            upper = [
+                x.new_zeros(x.shape)
+                if part is None
+                else F.pad(part, (0, 0, 0, tokens - part.shape[1]))
+                for x, part in zip(lower, parts[2:], strict=True)
+            ]
+            whole = two_copies(site.key, torch.cat([*lower, *upper], -1))
+            key, value = (whole.channels(part) for part in site.pair_channels)
             self._copies[where] = key, value
         return self._copies[where]
 

@@ -45,6 +45,7 @@ from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
 from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
+from kvxform.passes.structure.merge_layer_pairs import MergeLayerPairs
 from kvxform.passes.structure.share_kv_layers import ShareKvLayers
 
 INT4 = {"codec": "int", "bits": 4}
@@ -82,6 +83,7 @@ CASES = {
     "cache-latent": (CacheLatent(), (), 2),
     "merge-kv-heads": (MergeKvHeads(heads=1), (), 2),
     "merge-kv-heads, after RoPE": (MergeKvHeads(heads=1, rope="post"), (), 2),
+    "merge-layer-pairs": (MergeLayerPairs(start=0, chunk=4, recent=8), (InsertCache(),), 1),
     "share-kv-layers": (ShareKvLayers(), (), 1),
     "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
 }
