@@ -63,7 +63,9 @@ ROWS: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "cla2": ("cla2", {}),
     "gqa-half": ("gqa-half", {}),
     "gqa-svd-half": ("gqa-svd-half", {}),
+    "gqa-svd-half-post": ("gqa-svd-half", {"merge-kv-heads": {"rope": "post"}}),
     "cskv-50": ("cskv-50", {}),
+    "minicache": ("minicache", {}),
     "looped": ("looped", {}),
     "cskv-80-int4": ("cskv-80-int4", {}),
     "cla2-kv4": ("cla2-kv4", {}),
@@ -73,7 +75,15 @@ ROWS: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
 
 # Rows without a codec are stored in 16 bits, as a served model stores them.
 HALF = {"codec": "none", "dtype": "float16"}
-PLAIN = ("kvsharer-10", "kvsharer-25", "cla2", "gqa-half", "gqa-svd-half", "looped")
+PLAIN = (
+    "kvsharer-10",
+    "kvsharer-25",
+    "cla2",
+    "gqa-half",
+    "gqa-svd-half",
+    "gqa-svd-half-post",
+    "looped",
+)
 
 
 def main() -> None:
