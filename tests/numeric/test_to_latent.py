@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import programs
 import pytest
 import torch
 from families import ALL
 from family_checks import Subject, compare_export, relative, source_logits, token_ids
 from onnx_tools import open_export
+from programs import llama_program
 
+from kvxform.healing.healer import heal_program
+from kvxform.healing.options import HealOptions
 from kvxform.ir.artifact import load_program
 from kvxform.pipeline import run_pipeline
 from kvxform.recipe import load_recipe
@@ -62,3 +68,14 @@ def test_a_latent_made_here_goes_through_every_lowering(tmp_path):
     assert not any("value" in name.split(".")[-1] for name in shapes if "past" in name)
     model.save(tmp_path / "model")
     assert torch.equal(OptimizedModel(load_program(tmp_path / "model"))(ids), model(ids))
+
+
+@pytest.mark.slow
+def test_healing_makes_up_for_some_of_the_loss():
+    source = llama_program(dtype=torch.float32)
+    source.info = dataclasses.replace(source.info, context_length=None)
+    model, _ = optimised(source, {"rope_dim": 8, "rank": 16})
+    options = HealOptions(steps_local=40, steps=60, window=64, learning_rate=2e-3)
+    text = programs.token_ids(source, 40, 64, seed=3).flatten()
+    _, record = heal_program(model.program, source, text, options)
+    assert record.after.kl < 0.6 * record.before.kl
