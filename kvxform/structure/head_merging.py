@@ -22,6 +22,7 @@ from kvxform.structure.head_paths import (
     HeadWeights,
     linear_rows,
     norm_weights,
+    output_rows,
     own_names,
     projection_of,
     read_path,
@@ -195,11 +196,10 @@ def _fold_output(rewriter: Rewriter, site: AttentionSite, merge: Merge) -> None:
     assert site.o is not None, "match has looked"
     weight = rewriter.program.weights[site.o.weight]
     axis = 1 if site.o.layout == "out_in" else 0
-    index = site.o.indices(site.num_q_heads, site.v_head_dim).to(weight.device)
-    flat = index.flatten()
-    rows = weight.index_select(axis, flat).movedim(axis, 0).unflatten(0, index.shape)
-    changed = reading_rows(in_order(rows, merge.order), merge.value).flatten(0, 1).to(weight)
-    rewriter.set_weight(site.o.weight, weight.index_copy(axis, flat, changed.movedim(0, axis)))
+    rows = in_order(output_rows(rewriter.program, site), merge.order)
+    changed = reading_rows(rows, merge.value).flatten(0, 1).to(weight)
+    index = site.o.indices(site.num_q_heads, site.v_head_dim).flatten().to(weight.device)
+    rewriter.set_weight(site.o.weight, weight.index_copy(axis, index, changed.movedim(0, axis)))
 
 
 def _order_options(rewriter: Rewriter, node: fx.Node, site: AttentionSite, merge: Merge) -> None:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RIDGE = 1e-2  # share of the mean that is added to what errors cost
+
 
 @dataclass(frozen=True, eq=False)
 class Mix:
@@ -112,6 +114,60 @@ def turning_mix(x: Tensor, groups: int, turns: Turns) -> Mix:
         vectors = _leading_vectors(join_heads(x[..., turns.rotary_dim :], groups), rest)
         down[..., turns.rotary_dim :, turns.rotary_dim :] = vectors.unflatten(1, (together, rest))
     return _from_vectors(down.flatten(1, 2), together)
+
+
+def weighed_mix(mix: Mix, roots: Tensor) -> Mix:
+    """Return the mix of heads x, from the best one of heads `x @ roots`.
+
+    It has the smallest squared error of x_h @ roots_h: the roots say what errors cost.
+
+    Args:
+        mix: The best mix of the weighed heads.
+        roots: Symmetric and positive, `[heads, D, D]`.
+    """
+    together = len(roots) // len(mix.down)
+    parts = mix.down.unflatten(1, (together, -1)).flatten(0, 1)
+    down = (roots @ parts).unflatten(0, (-1, together)).flatten(1, 2)
+    return Mix(down, torch.linalg.solve(roots, mix.up))
+
+
+def score_roots(moments: Tensor, turns: Turns | None) -> Tensor:
+    """Return what errors of keys cost in scores: roots of E[q q^T] of the queries that read them.
+
+    Args:
+        moments: float64 `[heads, D, D]`.
+        turns: Channels that RoPE turns after keys are mixed, or None. A pair of them has one
+            number, for anything else would not commute.
+    """
+    if turns is None:
+        return _roots(moments)
+    roots = torch.zeros_like(moments)
+    first, second = turns.pairs()
+    diagonal = moments.diagonal(dim1=-2, dim2=-1)
+    size = (diagonal[:, first] + diagonal[:, second]) / 2
+    cost = (size + RIDGE * size.mean(-1, keepdim=True)).sqrt()
+    roots[:, first, first] = roots[:, second, second] = cost
+    rest = slice(turns.rotary_dim, None)
+    if turns.rotary_dim < moments.shape[-1]:
+        roots[:, rest, rest] = _roots(moments[:, rest, rest])
+    return roots
+
+
+def output_roots(rows: Tensor, heads: int) -> Tensor:
+    """Return what errors of values cost in outputs, from rows of W_o `[H, D, n]`.
+
+    H may be several times the KV heads: those of every layer that reads them, one after the other.
+    """
+    grams = rows.double() @ rows.double().mT
+    return _roots(grams.unflatten(0, (heads, -1)).sum(1))
+
+
+def _roots(moments: Tensor) -> Tensor:
+    """Return symmetric roots of moments `[n, D, D]`, damped so that they can be inverted."""
+    values, vectors = torch.linalg.eigh(moments)
+    damped = values.clamp_min(0) + RIDGE * values.mean(-1, keepdim=True).clamp_min(1e-30)
+    roots: Tensor = (vectors * damped.sqrt()[:, None]) @ vectors.mT
+    return roots
 
 
 def mixed_rows(rows: Tensor, mix: Mix) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
 from kvxform.ir.linear import ADDMM, LINEAR, PRODUCTS, RESHAPES, SIZE, LinearCall, as_linear
-from kvxform.ir.program import Program, Projection
+from kvxform.ir.program import AttentionSite, Program, Projection
 from kvxform.ir.types import SymType, TensorType
 from kvxform.pass_base import Rewriter
 
@@ -135,6 +135,16 @@ def linear_rows(program: Program, path: HeadPath) -> tuple[Tensor, Tensor | None
     bias = path.linear.bias
     own = None if bias is None else program.weights[bias][rows][..., None]
     return matrix[rows.flatten()].unflatten(0, rows.shape), own
+
+
+def output_rows(program: Program, site: AttentionSite) -> Tensor:
+    """Return what W_o makes of the channels of each query head, `[H, D, out]`."""
+    assert site.o is not None, "a pass has looked"
+    weight = program.weights[site.o.weight]
+    matrix = weight.T if site.o.layout == "out_in" else weight
+    index = site.o.indices(site.num_q_heads, site.v_head_dim).to(weight.device)
+    rows: Tensor = matrix[index.flatten()].unflatten(0, index.shape)
+    return rows
 
 
 def own_names(path: HeadPath, stream: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.pass_base import Loss, NoMatch
+from kvxform.rotations.spectral import query_moments
 from kvxform.rotations.values import UNTIE, check_values
 from kvxform.structure.head_groups import (
     mean_similarity,
@@ -19,8 +20,23 @@ from kvxform.structure.head_groups import (
     turning_similarity,
 )
 from kvxform.structure.head_merging import Merge
-from kvxform.structure.head_mixes import Mix, Turns, mean_mix, plain_mix, turning_mix
-from kvxform.structure.head_paths import HeadPath, has_own_gains, norm_weights, read_path
+from kvxform.structure.head_mixes import (
+    Mix,
+    Turns,
+    mean_mix,
+    output_roots,
+    plain_mix,
+    score_roots,
+    turning_mix,
+    weighed_mix,
+)
+from kvxform.structure.head_paths import (
+    HeadPath,
+    has_own_gains,
+    norm_weights,
+    output_rows,
+    read_path,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class HeadPlanner:
         groups: KV heads that are left.
         planner: `svd` or `mean`.
         rope: `auto`, `commuting` or `post`.
+        objective: `vectors` or `attention`: what has the smallest squared error.
     """
 
     program: Program
@@ -40,6 +57,7 @@ class HeadPlanner:
     groups: int
     planner: str
     rope: str
+    objective: str = "vectors"
 
     @property
     def way(self) -> Literal["fold", "project"]:
@@ -112,10 +130,27 @@ class HeadPlanner:
         if self.planner == "mean" or self.program.calibration is None:
             dim = self.site.head_dim if name == "key" else self.site.v_head_dim
             return mean_mix(len(order), self.groups, dim)
-        samples = self.samples(name)[list(order)]
-        if turns is not None:
-            return turning_mix(samples, self.groups, turns)
-        return plain_mix(samples, self.groups)
+        samples = self.samples(name)[list(order)].double()
+        roots = self._roots(name)[list(order)] if self.objective == "attention" else None
+        if roots is not None:
+            samples = samples @ roots
+        if turns is None:
+            mix = plain_mix(samples, self.groups)
+        else:
+            mix = turning_mix(samples, self.groups, turns)
+        return mix if roots is None else weighed_mix(mix, roots)
+
+    def _roots(self, name: str) -> Tensor:
+        """Return what errors of K cost in scores, or errors of V in outputs, `[Hk, D, D]`."""
+        program, site = self.program, self.site
+        assert program.calibration is not None, "not a dry run"
+        if name == "key":
+            return score_roots(query_moments(program, site, program.calibration), self.turns)
+        rows = [
+            output_rows(program, reader).cpu().unflatten(0, (site.num_kv_heads, -1))
+            for reader in program.readers(site.layer)
+        ]
+        return output_roots(torch.cat(rows, 1).flatten(0, 1), site.num_kv_heads)
 
     def _similarity(self, x: Tensor, turns: Turns | None) -> Tensor:
         if self.planner == "mean":

@@ -56,6 +56,8 @@ class MergeKvHeads(GraphPass):
         planner: `svd`, the smallest error on the calibration text, or `mean`.
         rope: What is done about RoPE, see the module. `auto` is `commuting` where that goes into
             the weights, else `post`.
+        objective: What `svd` makes small: the error of `vectors` K and V, or that of `attention`:
+            of scores under calibrated queries, and of what W_o makes of values.
         grouping: `consecutive`, or `similar`: heads that are alike on the calibration text.
     """
 
@@ -64,6 +66,7 @@ class MergeKvHeads(GraphPass):
     layers: Mapping[str, int] | None = None
     planner: Literal["svd", "mean"] = "svd"
     rope: RopeWay = "auto"
+    objective: Literal["vectors", "attention"] = "vectors"
     grouping: Literal["consecutive", "similar"] = "consecutive"
     numerics: ClassVar[Numerics] = Numerics(Exactness.NEEDS_TRAINING, "kl")
     requires: ClassVar[tuple[Requirement, ...]] = (
@@ -88,9 +91,11 @@ class MergeKvHeads(GraphPass):
             (self.ratio is None or 0 < self.ratio < 1, "ratio must lie in (0, 1)", self.ratio),
             (self.planner in ("svd", "mean"), "planner must be svd or mean", self.planner),
             (self.rope in ("auto", "commuting", "post", "latent"), _ROPE_RULE, self.rope),
+            (self.objective in ("vectors", "attention"), _OBJECTIVE_RULE, self.objective),
             (self.grouping in ("consecutive", "similar"), _GROUPING_RULE, self.grouping),
             (not is_latent or self.planner == "svd", _LATENT_RULE, self.planner),
             (not is_latent or self.grouping == "consecutive", _LATENT_RULE, self.grouping),
+            (not is_latent or self.objective == "vectors", _LATENT_RULE, self.objective),
         ):
             if not is_fine:
                 raise RecipeError("KVX107", rule, where=WHERE, got=repr(got))
@@ -180,7 +185,7 @@ class MergeKvHeads(GraphPass):
         if program.is_cached:
             hint = "move merge-kv-heads above insert-cache, or use rope: latent"
             return NoMatch("there is a cache of all heads already", site.layer, hint=hint)
-        planner = HeadPlanner(program, site, groups, self.planner, self.rope)
+        planner = HeadPlanner(program, site, groups, self.planner, self.rope, self.objective)
         problem = cannot_merge(planner, uses, moves=self.grouping == "similar")
         if problem is not None:
             return problem
@@ -201,5 +206,6 @@ class MergeKvHeads(GraphPass):
 
 
 _ROPE_RULE = "rope must be auto, commuting, post or latent"
+_OBJECTIVE_RULE = "objective must be vectors or attention"
 _GROUPING_RULE = "grouping must be consecutive or similar"
-_LATENT_RULE = "rope: latent must go with planner: svd and grouping: consecutive"
+_LATENT_RULE = "rope: latent must go with no other planner, objective or grouping than the default"

@@ -21,9 +21,12 @@ from kvxform.structure.head_mixes import (
     in_order,
     mean_mix,
     mixed_rows,
+    output_roots,
     plain_mix,
     reading_rows,
+    score_roots,
     turning_mix,
+    weighed_mix,
 )
 
 SHAPES = {
@@ -139,6 +142,59 @@ def test_rows_make_what_is_stored_and_scores_are_those_of_what_is_read():
     scores = queries @ read.repeat_interleave(2, 0).mT
     new = (inputs @ reading_rows(w_q, mix).mT) @ stored.repeat_interleave(4, 0).mT
     torch.testing.assert_close(new, scores)
+
+
+def in_roots(gram):
+    values, vectors = np.linalg.eigh(gram)
+    damped = values.clip(0) + 1e-2 * values.mean()
+    return torch.from_numpy(vectors @ np.diag(np.sqrt(damped)) @ vectors.T)
+
+
+def test_weighed_mixes_lose_least_of_what_scores_and_outputs_are_made_of():
+    x, queries = heads_of(2, 2, 6, 50, 10), heads_of(4, 1, 6, 30, 11) * torch.linspace(0.1, 2, 6)
+    moments = queries.mT @ queries / 30
+    roots = score_roots(moments, None)
+    expected = torch.stack([in_roots(m) for m in moments.numpy()])
+    torch.testing.assert_close(roots, expected)
+    mix = weighed_mix(plain_mix(x @ roots, 2), roots)
+
+    def cost(mix):
+        read = mix.join(x).repeat_interleave(2, 0) @ mix.up.mT
+        return float(((x - read) @ roots).square().sum())
+
+    values = [
+        np.linalg.svd(torch.cat(list(own @ r), 1).numpy(), compute_uv=False)
+        for own, r in zip(x.view(2, 2, 50, 6), roots.view(2, 2, 6, 6), strict=True)
+    ]
+    assert cost(mix) == pytest.approx(sum((s[6:] ** 2).sum() for s in values))
+    assert cost(mix) < 0.99 * cost(plain_mix(x, 2))
+
+
+def test_errors_of_values_cost_what_outputs_make_of_them():
+    rows = heads_of(2, 3, 6, 9, 12).mT  # six query heads of 9 channels for two KV heads
+    grams = (rows @ rows.mT).unflatten(0, (2, 3)).sum(1)
+    expected = torch.stack([in_roots(gram) for gram in grams.numpy()])
+    torch.testing.assert_close(output_roots(rows, 2), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_scores_cost_commutes_with_rope(interleaved):
+    x, turns = heads_of(1, 3, 12, 30, 13), Turns(8, interleaved)
+    queries = heads_of(3, 1, 12, 40, 14) * torch.linspace(0.1, 2, 12)
+    roots = score_roots(queries.mT @ queries / 40, turns)
+    table = rotary_table(torch.arange(30), torch.linspace(1, 0.1, 4).double(), 1.0, torch.float64)
+    mix = weighed_mix(turning_mix(x @ roots, 1, turns), roots)
+    turned = turn_pairs(x, table, interleaved=interleaved)
+    torch.testing.assert_close(
+        mix.join(turned), turn_pairs(mix.join(x), table, interleaved=interleaved)
+    )
+    plain = turning_mix(x, 1, turns)
+
+    def cost(mix):
+        read = mix.join(x).repeat_interleave(3, 0) @ mix.up.mT
+        return float(((x - read) @ roots).square().sum())
+
+    assert cost(mix) < cost(plain)
 
 
 def test_mixes_are_the_same_whatever_the_sign_of_the_data():

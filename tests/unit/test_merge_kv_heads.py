@@ -45,6 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "commuting": {"rope": "commuting"},
     "post": {"rope": "post"},
     "auto, similar": {"grouping": "similar"},
+    "attention": {"objective": "attention"},
 }
 MHA = {"heads": 4, "kv_heads": 4, "bias": True}
 
@@ -440,8 +441,12 @@ def test_values_that_are_no_plain_layer_are_left_alone():
         ({"heads": 1, "planner": "best"}, "planner must be svd or mean"),
         ({"heads": 1, "rope": "before"}, "rope must be auto, commuting, post or latent"),
         ({"heads": 1, "grouping": "random"}, "grouping must be consecutive or similar"),
-        ({"heads": 1, "rope": "latent", "planner": "mean"}, "rope: latent must go with"),
-        ({"heads": 1, "rope": "latent", "grouping": "similar"}, "rope: latent must go with"),
+        ({"heads": 1, "objective": "keys"}, "objective must be vectors or attention"),
+        ({"heads": 1, "rope": "latent", "planner": "mean"}, "rope: latent must go with no other"),
+        (
+            {"heads": 1, "rope": "latent", "grouping": "similar"},
+            "rope: latent must go with no other",
+        ),
         ({"layers": {"first": 1}}, "layers must be numbers"),
     ],
 )
