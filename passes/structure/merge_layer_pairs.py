@@ -46,7 +46,7 @@ class MergeLayerPairs(GraphPass):
     Attributes:
         start: First layer that may be merged; the middle of the model by default.
         t: Where between two layers their direction lies: 0 is the lower one, 1 the upper one.
-        keep: Share of the tokens of a chunk and head that stay as they are.
+        keep: Share of the tokens of a chunk and head that stay as they are; one at least unless 0.
         chunk: Tokens that are merged at a time.
         recent: Last tokens that stay exact, and the most new tokens of a step.
         sink: First tokens that stay exact.
@@ -99,6 +99,9 @@ class MergeLayerPairs(GraphPass):
         first = len(layers) // 2 if self.start is None else self.start
         late = [layer for layer in layers if layer >= first]
         pairs = list(zip(late[::2], late[1::2], strict=False))
+        if not pairs:
+            hint = "let start name an earlier layer"
+            return [NoMatch(f"there are no two layers from layer {first} on", hint=hint)]
         alone = [layer for layer in layers if layer not in {x for pair in pairs for x in pair}]
         skipped: list[Match | NoMatch] = [
             NoMatch("it has no partner", layer, done=True) for layer in alone
@@ -135,7 +138,7 @@ class MergeLayerPairs(GraphPass):
         return Match(upper, data=data, losses=self._losses(program, lower, upper), note=note)
 
     def _codec(self, key_dim: int, dtype: str) -> SlerpPairCodec:
-        kept = round(self.keep * self.chunk)
+        kept = max(1, round(self.keep * self.chunk)) if self.keep else 0
         return SlerpPairCodec(key_dim, self.chunk, kept, self.t, dtype)
 
     def _stream(self, program: Program, lower: SitePlan) -> StreamPlan:

@@ -113,6 +113,9 @@ class ShareKvLayers(GraphPass):
                 reader, or layers that disagree about what is cached.
         """
         roots = self._roots(program)
+        if self.planner == "search" and all(layer == owner for layer, owner in roots.items()):
+            hint = "take a larger share, a lower threshold or the other order"
+            return [NoMatch("the search found no layers to share", hint=hint)]
         found: list[Match | NoMatch] = []
         for site in program.sites:
             owner, node = roots[site.layer], program.attention_node(site.layer)

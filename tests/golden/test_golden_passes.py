@@ -28,6 +28,8 @@ from kvxform.passes.structure.cache_residual import CacheResidual
 from kvxform.passes.structure.factor_kv import FactorKv
 from kvxform.passes.structure.loop_layers import LoopLayers
 from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
+from kvxform.passes.structure.merge_layer_pairs import MergeLayerPairs
+from kvxform.passes.structure.share_kv_layers import ShareKvLayers
 from kvxform.passes.structure.tie_kv import TieKv
 from kvxform.passes.structure.to_latent import ToLatent
 
@@ -49,6 +51,11 @@ def no_q(**options):
     program = llama_program(**options)
     program.sites = tuple(dataclasses.replace(site, q=None) for site in program.sites)
     return program
+
+
+def two_layers(make):
+    """Return what makes a model of two layers, whatever is asked for."""
+    return lambda **options: make(**{**options, "layers": 2})
 
 
 CASES = {
@@ -83,6 +90,13 @@ CASES = {
     "tie_kv/cached": (InsertCache(), (TieKv(),), llama_program),
     "tie_kv/gpt2": (TieKv(), (), gpt2_program),
     "cache_residual/llama": (CacheResidual(hot_window=128), (InsertCache(),), llama_program),
+    "merge_layer_pairs/llama": (
+        MergeLayerPairs(start=0),
+        (InsertCache(), PageCache(64)),
+        two_layers(llama_program),
+    ),
+    "share_kv_layers/llama": (ShareKvLayers(), (), two_layers(llama_program)),
+    "share_kv_layers/fused": (ShareKvLayers(), (), two_layers(gpt2_program)),
     "loop_layers/llama": (LoopLayers(cache="first"), (), llama_program),
     "merge_kv_heads/folded": (MergeKvHeads(heads=1), (), llama_program),
     "merge_kv_heads/fused": (MergeKvHeads(heads=1), (), gpt2_program),

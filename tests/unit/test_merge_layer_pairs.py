@@ -182,6 +182,8 @@ def test_refusals():
     for options in ({"recent": 0}, {"sink": -1}, {"keep": 2.0}, {"chunk": 0}, {"t": 2.0}):
         with pytest.raises(RecipeError, match="KVX107"):
             MergeLayerPairs(**options)
+    two, _ = apply(InsertCache(), llama_program(layers=2))
+    assert reasons(MergeLayerPairs().match(two)) == ["there are no two layers from layer 1 on"]
     paged, _ = apply(PageCache(16), apply(InsertCache(), llama_program(layers=4))[0])
     with pytest.raises(PassError, match=r"whole chunks of 64 tokens; got 16"):
         MergeLayerPairs().match(paged)
