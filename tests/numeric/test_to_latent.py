@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import programs
 import pytest
 import torch
 from families import ALL
 from family_checks import Subject, compare_export, relative, source_logits, token_ids
 from onnx_tools import open_export
-from programs import llama_program
 
 from kvxform.healing.healer import heal_program
 from kvxform.healing.options import HealOptions
@@ -72,10 +68,9 @@ def test_a_latent_made_here_goes_through_every_lowering(tmp_path):
 
 @pytest.mark.slow
 def test_healing_makes_up_for_some_of_the_loss():
-    source = llama_program(dtype=torch.float32)
-    source.info = dataclasses.replace(source.info, context_length=None)
+    source = Subject.of(ALL["llama"], torch.float32).program
     model, _ = optimised(source, {"rope_dim": 8, "rank": 16})
     options = HealOptions(steps_local=40, steps=60, window=64, learning_rate=2e-3)
-    text = programs.token_ids(source, 40, 64, seed=3).flatten()
+    text = token_ids(40, 64, seed=3).flatten()
     _, record = heal_program(model.program, source, text, options)
     assert record.after.kl < 0.6 * record.before.kl
