@@ -41,7 +41,9 @@ from kvxform.evaluate.runners import Remembered, SessionRunner
 from kvxform.healing.healer import heal_program
 from kvxform.healing.options import HealOptions
 from kvxform.healing.parameters import trainable
+from kvxform.ir.calibration import Calibration
 from kvxform.ir.program import Program
+from kvxform.order import plan_passes
 from kvxform.pipeline import run_pipeline
 from kvxform.recipe import Recipe, load_recipe
 from kvxform.runtime.loading import move_program
@@ -58,6 +60,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "kvx-4": ("kvx-4", {}),
     "kvx-3": ("kvx-3", {}),
     "kvx-2": ("kvx-2", {}),
+    "fibquant-1.5": ("fibquant-1.5", {}),
     "kvsharer-10": ("kvsharer-25", {"share-kv-layers": {"share": 0.1}}),
     "kvsharer-25": ("kvsharer-25", {}),
     "cla2": ("cla2", {}),
@@ -171,20 +174,18 @@ class Bench:
         self._test = encode_text(tokenizer, read_text(options.text))
         window = options.window
         self._reference = Remembered(SessionRunner(OptimizedModel(self._source), window))
-        self._calibration = make_calibration(
-            self._program, options.calibration, tokens=8192, window=None, seed=0
-        )
+        self._calibrations: dict[tuple[object, ...], Calibration] = {}
         say("ready")
 
     def measure(self, name: str, end: float) -> Row:
         """Return the row of one recipe."""
-        start = time.perf_counter()
+        start, recipe = time.perf_counter(), recipe_of(name)
         program, report = run_pipeline(
             self._program,
-            recipe_of(name),
+            recipe,
             executor=OptimizedModel,
             verify="none",
-            calibration=self._calibration,
+            calibration=self._calibration_for(recipe),
         )
         assert report.plan is not None, "every recipe makes a cache"
         seconds = time.perf_counter() - start
@@ -200,6 +201,23 @@ class Bench:
         if trainable(program) and time.monotonic() < end:
             row |= self._healed(program)
         return row
+
+    def _calibration_for(self, recipe: Recipe) -> Calibration:
+        """Return the statistics that a recipe asks for, collected on the device."""
+        steps = plan_passes(recipe.passes, self._program.facts, auto_order=recipe.auto_order)
+        fisher = any(step.graph_pass.needs_fisher for step in steps)
+        wanted = recipe.calibration
+        key = (wanted.tokens, wanted.window, wanted.seed, fisher)
+        if key not in self._calibrations:
+            self._calibrations[key] = make_calibration(
+                self._source,
+                self._options.calibration,
+                tokens=wanted.tokens,
+                window=wanted.window,
+                seed=wanted.seed,
+                fisher=fisher,
+            )
+        return self._calibrations[key]
 
     def _healed(self, program: Program) -> Row:
         options = self._options

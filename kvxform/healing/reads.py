@@ -96,17 +96,21 @@ def _copies(x: Tensor, stream: StreamPlan) -> list[Copy]:
     assert isinstance(codec, TruncateCodec), "codecs have their names"
     plain = dataclasses.replace(codec, inner=ExactCodec(dtype_name(x.dtype)))
     short = plain.decode(plain.encode(x), x.dtype)
-    seen = _in_body(stream, x.shape[2]).to(x.device)
-    if seen.equal(torch.ones_like(seen).tril()):  # nothing is ever exact
+    if (stream.regions.sink, *stream.keep_and_chunk) == (0, 0, 1):  # nothing is ever exact
         return [Copy(short)]
+    seen = _in_body(stream, x.shape[2], x.device)
     return [Copy(short, seen), Copy(x, ~seen)]
 
 
-def _in_body(stream: StreamPlan, tokens: int) -> Tensor:
-    """Return which tokens are encoded when each query looks, bool `[S, S]`."""
-    sink = stream.regions.sink
-    ends = torch.tensor([sink + stream.body_tokens(t + 1) for t in range(tokens)])
-    times = torch.arange(tokens)
+def _in_body(stream: StreamPlan, tokens: int, device: torch.device) -> Tensor:
+    """Return which tokens are encoded when each query looks, bool `[S, S]`.
+
+    The rule is `StreamPlan.body_tokens`, for all queries at once.
+    """
+    sink, (keep, chunk) = stream.regions.sink, stream.keep_and_chunk
+    times = torch.arange(tokens, device=device)
+    free = times + 1 - sink - keep
+    ends = sink + (free // chunk * chunk).clamp_min(0)
     return (times >= sink) & (times < ends[:, None])
 
 
