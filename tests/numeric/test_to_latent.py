@@ -73,4 +73,4 @@ def test_healing_makes_up_for_some_of_the_loss():
     options = HealOptions(steps_local=40, steps=60, window=64, learning_rate=2e-3)
     text = token_ids(40, 64, seed=3).flatten()
     _, record = heal_program(model.program, source, text, options)
-    assert record.after.kl < 0.6 * record.before.kl
+    assert record.after.kl < 0.8 * record.before.kl
