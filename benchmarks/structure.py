@@ -2,7 +2,7 @@ r"""Structure passes on SmolLM2-135M, before and after healing, beside plain qua
 
     python benchmarks/structure.py --text wikitext2/test.txt --calibration wikitext2/valid.txt \
         --device cuda --json benchmarks/results/structure.json
-    python benchmarks/structure.py --only cla2 --steps 50 --json ...  # some rows; others stay
+    python benchmarks/structure.py --rows cla2 --steps 50 --json ...  # some rows; others stay
     python benchmarks/structure_page.py                               # docs/structure.md
 
 Statistics, searches and training read the calibration text alone. Rows are measured on the other
@@ -96,7 +96,8 @@ def main() -> None:
     book.start_run({**describe_run(options), "command": public_command(sys.argv)})
     bench = Bench(options)
     end = time.monotonic() + options.seconds
-    for name in (name for name in ROWS if is_wanted(name, options.only)):
+    chosen = options.rows.split(",") if options.rows else list(ROWS)
+    for name in (name for name in chosen if is_wanted(name, options.only)):
         if time.monotonic() > end:
             break
         try:
@@ -126,6 +127,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_options(parser)
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--rows", default="", help="names with commas between; default: all")
     parser.add_argument("--tokenizer", type=Path, help="folder; default: that of the model")
     parser.add_argument("--text", type=Path, help="UTF-8 file; default: Python's help topics")
     parser.add_argument("--calibration", type=Path, help="text to train on; likewise")
