@@ -158,7 +158,8 @@ class MergeKvHeads(GraphPass):
         """Return why there is nothing to merge at a site, or None."""
         heads = site.num_kv_heads
         if groups is None:
-            return NoMatch("the recipe names other layers", site.layer)
+            is_done = program.facts["kv_heads"] == "merged"
+            return NoMatch("the recipe names other layers", site.layer, done=is_done)
         if site.payload == "latent" or site.latent is not None:
             return NoMatch("keys and values of all heads come from one latent", site.layer)
         if self.heads is None and not self.layers and program.facts["kv_heads"] == "merged":

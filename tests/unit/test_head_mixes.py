@@ -48,7 +48,7 @@ def lost_of(values, kept):
     return float(np.sqrt((values[kept:] ** 2).sum() / (values**2).sum()))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(**SHAPES)
 def test_the_plain_mix_loses_the_singular_values_it_leaves_out(groups, together, dim, tokens, seed):
     x = heads_of(groups, together, dim, tokens, seed)
@@ -59,7 +59,7 @@ def test_the_plain_mix_loses_the_singular_values_it_leaves_out(groups, together,
     assert plain_mix(x, groups).errors(x) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(**SHAPES, rotary=st.sampled_from([2, 4]), interleaved=st.booleans())
 def test_the_turning_mix_loses_the_singular_values_of_every_pair(
     groups, together, dim, tokens, seed, rotary, interleaved
@@ -80,7 +80,7 @@ def test_the_turning_mix_loses_the_singular_values_of_every_pair(
     assert mix.errors(x) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(**SHAPES, interleaved=st.booleans())
 def test_no_mix_loses_more_than_the_mean_and_the_free_one_loses_least(
     groups, together, dim, tokens, seed, interleaved
@@ -228,7 +228,7 @@ def test_heads_that_are_alike_are_found(kind):
     torch.testing.assert_close(similarity.diagonal(), torch.ones(6).double())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 99), groups=st.sampled_from([1, 2, 3, 4, 6, 12]))
 def test_groups_are_never_less_alike_than_neighbours(seed, groups):
     square = heads_of(1, 1, 12, 12, seed)[0]
