@@ -155,6 +155,9 @@ def describe_stream(stream: StreamPlan) -> str:
 def describe_codec(codec: Mapping[str, Any]) -> str:
     """Return a codec in words; what a codec wraps comes first."""
     name = codec["codec"]
+    if name == "truncate":
+        channels = codec["heads"] * codec["head_dim"]
+        return f"{describe_codec(codec['inner'])}, {codec['rank']} of {channels} channels"
     if "inner" in codec:
         return f"{describe_codec(codec['inner'])}, {name}"
     if name == "none":

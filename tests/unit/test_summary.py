@@ -6,6 +6,8 @@ import pytest
 from cached import cached_program
 from programs import llama_program
 
+from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.truncate import TruncateCodec
 from kvxform.summary import (
     EXAMPLE_BATCH,
     EXAMPLE_TOKENS,
@@ -32,6 +34,10 @@ INT4 = {"codec": "int", "bits": 4}
         ({"codec": "lloyd-max", "levels": 5, "qjl": False}, "lloyd-max, levels 5"),
         ({"codec": "fib-vq", "words": 64, "k": 4, "gain": "norm"}, "fib-vq, words 64, k 4"),
         ({"codec": "token-norm", "inner": {**INT4, "axis": "token"}}, "int4 per token, token-norm"),
+        (
+            TruncateCodec(96, 64, 3, IntCodec(4)).to_dict(),
+            "int4 per token, 96 of 192 channels",
+        ),
     ],
 )
 def test_codecs_in_words(codec, words):
