@@ -84,14 +84,14 @@ class KltCodec(Codec):
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Encode `x`, shape `[..., Hk, T, D]`."""
-        layout = _layout(self.bits, self.gain)
+        layout = _layout(self.bits, self.gain, x.device)
         unit = x.float().transpose(-3, -2).flatten(-2) - self._mean(x)  # [..., T, Hk * D]
         codes = torch.zeros(*unit.shape[:-1], layout.size, dtype=torch.int64, device=x.device)
         if self.gain:
-            codes[..., -1] = _gain_code(unit[..., layout.coded.to(x.device)])
+            codes[..., -1] = _gain_code(unit[..., layout.coded])
             unit = unit / gain_of(codes[..., -1:].to(unit.dtype))
         codes[..., : unit.shape[-1]] = self._quantise(unit)
-        string = (codes[..., layout.places.to(x.device)] >> layout.digits.to(x.device)) & 1
+        string = (codes[..., layout.places] >> layout.digits) & 1
         padded = torch.nn.functional.pad(string, (0, -string.shape[-1] % 8))
         powers = 1 << torch.arange(8, device=x.device)
         packed = (padded.unflatten(-1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
@@ -99,12 +99,13 @@ class KltCodec(Codec):
 
     def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Decode to `dtype`, shape `[..., Hk, T, D]`; 16-bit dtypes are computed in float32."""
-        layout, packed = _layout(self.bits, self.gain), planes["codes"].squeeze(-3)
+        packed = planes["codes"].squeeze(-3)
         wide, device = torch.promote_types(dtype, torch.float32), packed.device
+        layout = _layout(self.bits, self.gain, device)
         string = (packed[..., None] >> torch.arange(8, device=device)) & 1
         string = string.flatten(-2)[..., : len(layout.digits)].long()
         codes = string.new_zeros(*string.shape[:-1], layout.size)
-        codes.index_add_(-1, layout.places.to(device), string << layout.digits.to(device))
+        codes.index_add_(-1, layout.places, string << layout.digits)
         heads = len(self.bits)
         unit = self._dequantise(codes[..., : heads * len(self.bits[0])], wide)
         if self.gain:
@@ -115,8 +116,7 @@ class KltCodec(Codec):
     def _quantise(self, unit: Tensor) -> Tensor:
         """Return codes of components in units of their deviations, `[..., Hk * D]`."""
         codes = torch.zeros(unit.shape, dtype=torch.int64, device=unit.device)
-        for bits, places in _layout(self.bits, self.gain).by_bits.items():
-            own = places.to(unit.device)
+        for bits, own in _layout(self.bits, self.gain, unit.device).by_bits.items():
             bounds = bounds_of(unit_table(self.tails, bits)).to(unit.device)
             codes[..., own] = torch.bucketize(unit[..., own].contiguous(), bounds)
         return codes
@@ -124,8 +124,7 @@ class KltCodec(Codec):
     def _dequantise(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return components of codes `[..., Hk * D]`, in units of their deviations."""
         unit = torch.zeros(codes.shape, dtype=dtype, device=codes.device)
-        for bits, places in _layout(self.bits, self.gain).by_bits.items():
-            own = places.to(codes.device)
+        for bits, own in _layout(self.bits, self.gain, codes.device).by_bits.items():
             table = unit_table(self.tails, bits).to(codes.device, dtype)
             unit[..., own] = table[codes[..., own]]
         return unit
@@ -133,7 +132,7 @@ class KltCodec(Codec):
     def _mean(self, like: Tensor) -> Tensor:
         """Return the means of the components of all heads, `[Hk * D]`."""
         wide = torch.promote_types(like.dtype, torch.float32)
-        return torch.tensor(self.mean, dtype=wide, device=like.device).flatten()
+        return _means(self.mean, wide, like.device)
 
 
 def unit_table(tails: str, bits: int) -> Tensor:
@@ -170,6 +169,8 @@ def gain_of(codes: Tensor) -> Tensor:
 class _Layout:
     """Where bits go. A place is `h * D + d` for a component; the last place is that of the gain.
 
+    Tensors are on one device: copied there once, for a copy waits for all that runs there.
+
     Attributes:
         size: Places.
         coded: Places of components that have bits.
@@ -186,16 +187,22 @@ class _Layout:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(bits: tuple[tuple[int, ...], ...], gain: bool) -> _Layout:
+def _means(mean: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(mean, dtype=dtype, device=device).flatten()
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(bits: tuple[tuple[int, ...], ...], gain: bool, device: torch.device) -> _Layout:
     flat = torch.tensor(bits).flatten()
     most = int(flat.max())
     planes = [torch.nonzero(flat > digit)[:, 0] for digit in range(most)]
     digits = [torch.full_like(plane, digit) for digit, plane in enumerate(planes)]
     own = GAIN_BITS if gain else 0
+    found = sorted(set(flat.tolist()) - {0})
     return _Layout(
         len(flat) + 1,
-        torch.nonzero(flat)[:, 0],
-        {b: torch.nonzero(flat == b)[:, 0] for b in range(1, most + 1) if bool((flat == b).any())},
-        torch.cat([torch.full((own,), len(flat)), *planes]),
-        torch.cat([torch.arange(own), *digits]),
+        torch.nonzero(flat)[:, 0].to(device),
+        {b: torch.nonzero(flat == b)[:, 0].to(device) for b in found},
+        torch.cat([torch.full((own,), len(flat)), *planes]).to(device),
+        torch.cat([torch.arange(own), *digits]).to(device),
     )

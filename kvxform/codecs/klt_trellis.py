@@ -39,7 +39,7 @@ class TrellisKltCodec(KltCodec):
         require_option(is_known, self.name, f"memory must be one of {known}", self.memory)
 
     def _quantise(self, unit: Tensor) -> Tensor:
-        return self._row.encode(unit, self.error_weights.to(unit.device))
+        return self._row.encode(unit, _weights(self._row.bits, self.tails, unit.device))
 
     def _dequantise(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         return self._row.decode(codes, dtype)
@@ -47,7 +47,7 @@ class TrellisKltCodec(KltCodec):
     @property
     def error_weights(self) -> Tensor:
         """What a squared error of each component counts, `[Hk * D]`."""
-        return _weights(self._row.bits, self.tails)
+        return _weights(self._row.bits, self.tails, torch.device("cpu"))
 
     @property
     def _row(self) -> RowCode:
@@ -63,6 +63,6 @@ def trellis_errors(tails: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _weights(bits: tuple[int, ...], tails: str) -> Tensor:
+def _weights(bits: tuple[int, ...], tails: str, device: torch.device) -> Tensor:
     """Return what errors count: bits are shared so that cost times error is alike everywhere."""
-    return 1 / trellis_errors(tails)[torch.tensor(bits)]
+    return (1 / trellis_errors(tails)[torch.tensor(bits)]).to(device)

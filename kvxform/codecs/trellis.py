@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,22 @@ def make_trellis(memory: int) -> Trellis:
     return Trellis(memory, subsets, between, closed)
 
 
+@functools.cache
+def _trellis_on(memory: int, device: torch.device) -> Trellis:
+    """Return the same on `device`: copied once, for a copy waits for all that runs there."""
+    own = make_trellis(memory)
+    tables = (table.to(device) for table in (own.subsets, own.between, own.closed))
+    return Trellis(memory, *tables)
+
+
+@functools.cache
+def _level_subsets(tails: str, bits: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return levels and bounds between them for each subset, on `device`."""
+    levels = trellis_levels(tails, bits)
+    subsets = [levels[subset::SUBSETS] for subset in range(SUBSETS)]
+    return [(own.to(device), bounds_of(own).to(device)) for own in subsets]
+
+
 @dataclass(frozen=True)
 class RowCode:
     """How a row of components is coded.
@@ -124,57 +140,78 @@ class RowCode:
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return components in units of their deviations, `[..., n]` of `dtype`."""
-        used, offsets, levels = (table.to(codes.device) for table in _layout(self))
-        own, memory = codes[..., used], self.memory
+        layout, memory = _layout(self, codes.device), self.memory
+        own = codes[..., layout.used]
         path = torch.nn.functional.pad(own & 1, (memory, 0))
         count = own.shape[-1]
         register = torch.zeros_like(own)
         for age in range(memory + 1):
             register |= path[..., memory - age : memory - age + count] << age
-        subset = make_trellis(memory).subsets.to(codes.device)[register]
+        subset = _trellis_on(memory, codes.device).subsets[register]
         out = torch.zeros(codes.shape, dtype=dtype, device=codes.device)
-        out[..., used] = levels.to(dtype)[offsets + (own >> 1) * SUBSETS + subset]
+        levels = layout.levels.to(dtype)
+        out[..., layout.used] = levels[layout.offsets + (own >> 1) * SUBSETS + subset]
         return out
 
     def _encode_rows(self, unit: Tensor, weights: Tensor) -> Tensor:
         """Encode rows `[N, n]`."""
-        used = _layout(self)[0].to(unit.device)
+        used = _layout(self, unit.device).used
         nearest, errors = self._nearest(unit.T[used])  # [4, m, N]
         errors = errors * weights.to(unit.device)[used, None]
-        trellis = make_trellis(self.memory)
+        trellis = _trellis_on(self.memory, unit.device)
         before, after = _best_path(errors, trellis)  # [m, N]
-        subset = trellis.between.to(unit.device)[before, after]
+        subset = trellis.between[before, after]
         codes = torch.zeros_like(unit.T, dtype=torch.int64)
         codes[used] = (nearest.gather(0, subset[None])[0] << 1) | (after & 1)
         return codes.T
 
     def _nearest(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Return the nearest level of each subset and its squared error, each `[4, m, N]`."""
-        sizes = torch.tensor([b for b in self.bits if b])
         nearest = torch.zeros(SUBSETS, *unit.shape, dtype=torch.int64, device=unit.device)
         errors = torch.zeros(SUBSETS, *unit.shape, device=unit.device)
-        for size in sizes.unique().tolist():
-            own = torch.nonzero(sizes == size)[:, 0].to(unit.device)
+        for size, own in _layout(self, unit.device).by_size.items():
             x = unit[own]
-            for subset in range(SUBSETS):
-                levels = trellis_levels(self.tails, size)[subset::SUBSETS].to(unit.device)
-                index = torch.bucketize(x, bounds_of(levels))
+            for subset, (levels, bounds) in enumerate(
+                _level_subsets(self.tails, size, unit.device)
+            ):
+                index = torch.bucketize(x, bounds)
                 nearest[subset, own] = index
                 errors[subset, own] = (x - levels[index]).square()
         return nearest, errors
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where components and levels are; tensors on one device.
+
+    Attributes:
+        used: The m components that have bits.
+        by_size: Which of these m have how many bits.
+        offsets: Where the levels of each of the m begin.
+        levels: The levels of all sizes.
+    """
+
+    used: Tensor
+    by_size: Mapping[int, Tensor]
+    offsets: Tensor
+    levels: Tensor
+
+
 @functools.lru_cache(maxsize=256)
-def _layout(code: RowCode) -> tuple[Tensor, Tensor, Tensor]:
-    """Return components with bits, where the levels of each begin, and the levels of all sizes."""
+def _layout(code: RowCode, device: torch.device) -> _Layout:
+    sizes = torch.tensor([b for b in code.bits if b], dtype=torch.int64)
     starts, tables, end = {}, [torch.zeros(0)], 0
-    for size in sorted(set(code.bits) - {0}):
+    for size in sizes.unique().tolist():
         starts[size] = end
         tables.append(trellis_levels(code.tails, size))
         end += 2 << size
-    used = torch.nonzero(torch.tensor(code.bits))[:, 0]
     offsets = torch.tensor([starts[b] for b in code.bits if b], dtype=torch.int64)
-    return used, offsets, torch.cat(tables)
+    return _Layout(
+        torch.nonzero(torch.tensor(code.bits))[:, 0].to(device),
+        {size: torch.nonzero(sizes == size)[:, 0].to(device) for size in starts},
+        offsets.to(device),
+        torch.cat(tables).to(device),
+    )
 
 
 def _best_path(errors: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
@@ -182,15 +219,14 @@ def _best_path(errors: Tensor, trellis: Trellis) -> tuple[Tensor, Tensor]:
 
     Args:
         errors: Error of each subset, `[4, m, N]`.
-        trellis: The states.
+        trellis: The states, where the errors are.
 
     Returns:
         Two int64 `[m, N]`.
     """
     _, count, rows = errors.shape
     states, device = 1 << trellis.memory, errors.device
-    closed = trellis.closed.to(device)[..., None, None]
-    cost = errors[trellis.between.to(device)] + closed  # [S, S, m, N]
+    cost = errors[trellis.between] + trellis.closed[..., None, None]  # [S, S, m, N]
     stay = torch.full((states, states), math.inf, device=device).fill_diagonal_(0.0)
     padding = (1 << max(count - 1, 0).bit_length()) - count
     filler = stay[..., None, None].expand(-1, -1, padding, rows)
