@@ -91,6 +91,8 @@ class MergeLayerPairs(GraphPass):
         """
         if program.plan is None:
             return [NoMatch("there is no cache", hint="put insert-cache before it")]
+        if program.plan.layout.kind == "checkpoint":
+            return [NoMatch("tokens are computed anew", hint="leave out cache-residual")]
         size = program.plan.layout.page_size
         if size % self.chunk:
             rule = f"a page must hold whole chunks of {self.chunk} tokens"
