@@ -68,6 +68,27 @@ def test_moments_are_those_of_all_tokens():
         torch.testing.assert_close(found.covariance, covariance, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [llama_program, gpt2_program])
+def test_magnitudes_are_those_of_what_projections_read(make):
+    """Against the inputs of layer 0, by the equations; weights that share one are one entry."""
+    program, ids = make(), text()
+    found = collect(program, ids, name="text").inputs
+    w = program.weights
+    if make is llama_program:
+        x = w["embed.weight"][ids]
+        x = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w["layers.0.norm1.weight"]
+        names = ["layers.0.attn.k.weight", "layers.0.attn.v.weight"]
+        assert set(found) == {n.replace("0", i) for n in names for i in "01"}
+    else:
+        x = w["wte.weight"][ids] + w["wpe.weight"][: ids.shape[1]]
+        gain, bias = w["h.0.ln_1.weight"], w["h.0.ln_1.bias"]
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], gain, bias)
+        names = ["h.0.attn.c_attn.weight"]
+        assert set(found) == {n.replace("0", i) for n in names for i in "01"}
+    for name in names:
+        torch.testing.assert_close(found[name], x.abs().mean((0, 1)))
+
+
 def test_samples_are_the_same_tokens_in_every_stream(monkeypatch):
     monkeypatch.setattr("kvxform.calibrate.moments.MOST_SAMPLES", 17)
     program, ids = llama_program(), text()
