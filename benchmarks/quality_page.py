@@ -85,7 +85,7 @@ def fill_method(page: str, results: Results) -> str:
     """Return a method page with the rows of the recipes that it names."""
     named = set(re.findall(r"`([\w.-]+)`", page))
     rows = [row for row in rows_of(results) if row["name"] in named]
-    body = method_table(rows, results) if rows else MISSING
+    body = method_table(rows) if rows else MISSING
     return MEASURED.sub(lambda found: f"{found[1]}{body}{found[3]}", page)
 
 
@@ -94,11 +94,11 @@ def summary_table(rows: Sequence[Row], results: Results) -> str:
     return f"{format_table(HEADINGS, table_rows(rows))}\n\n{sources(rows, results)}"
 
 
-def method_table(rows: Sequence[Row], results: Results) -> str:
-    """Return the table of a method page: fewer columns, one line on where it comes from."""
+def method_table(rows: Sequence[Row]) -> str:
+    """Return the table of a method page: fewer columns."""
     columns = [HEADINGS.index(name) for name in METHOD_COLUMNS]
     cells = [[line[i] for i in columns] for line in table_rows(rows)]
-    return f"{format_table(METHOD_COLUMNS, cells)}\n\n{sources(rows, results)}"
+    return f"{format_table(METHOD_COLUMNS, cells)}\n\nMeasured as in [quality.md](../quality.md).\n"
 
 
 METHOD_COLUMNS = (
@@ -176,10 +176,16 @@ def transfer_table(rows: Sequence[Row], results: Results) -> str:
 
 
 def sources(rows: Sequence[Row], results: Results, benchmark: str = "quality") -> str:
-    """Return one line for each run that made some of the rows."""
+    """Return one line for each state of machine and code that rows come from.
+
+    Runs have long lists of rows in their commands; the result file has them.
+    """
     runs = results[benchmark]["runs"]
     used = sorted({number for row in rows for number in row["made_by"].values()})
-    return "".join(f"{describe_source(runs[index])}\n" for index in used)
+    command = f"python benchmarks/quality.py --json benchmarks/results/{benchmark}.json"
+    states = {(run["device"], run["commit"]): run for run in (runs[i] for i in reversed(used))}
+    lines = [describe_source({**run, "command": command}) for run in reversed(states.values())]
+    return "".join(f"{line}\n" for line in lines)
 
 
 TABLES: dict[str, Callable[[Sequence[Row], Results], str]] = {
