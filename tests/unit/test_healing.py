@@ -212,6 +212,37 @@ def test_names_of_one_tensor_stay_one_if_all_are_touched():
     assert one.merged()[KEYS[2]] is tied.weights[KEYS[2]]
 
 
+def test_a_weight_that_is_read_twice_gets_both_gradients():
+    source = llama_program(layers=1)
+    looped, _ = apply(LoopLayers(layers="0-0"), source)
+    looped.touched[KEYS[0]] = "test"
+    ids, task = text_ids(2, 16).view(2, 16), LogitsTask(looped, source)
+    once = Parameters(looped, None, 0)
+    (gradient,) = torch.autograd.grad(task.loss(once.weights(), ids), once.tensors[KEYS[0]])
+    apart = looped.clone()
+    (shared,) = [node for node in apart.graph.nodes if node.target == KEYS[0]]
+    _, second = shared.users
+    with apart.graph.inserting_before(second):
+        second.replace_input_with(shared, apart.graph.create_node("get_attr", "own"))
+    weights = {**looped.weights, "own": looped.weights[KEYS[0]].clone().requires_grad_()}
+    weights[KEYS[0]] = weights["own"].detach().clone().requires_grad_()
+    loss = LogitsTask(apart, source).loss(weights, ids)
+    parts = torch.autograd.grad(loss, [weights[KEYS[0]], weights["own"]])
+    assert all(float(part.abs().max()) > 0 for part in parts)
+    torch.testing.assert_close(sum(parts), gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_fused_projections_of_gpt2_are_trained():
+    source = gpt2_program(dtype=torch.float32)
+    program = cached(disturbed(source, ["h.1.attn.c_attn.weight"]))
+    options = dataclasses.replace(SHORT, steps_local=20, steps=0, batch_size=4)
+    healed, record = heal_program(program, source, text_ids(20, 16), options)
+    assert [layer.layer for layer in record.layers] == [1]
+    assert record.layers[0].after < 0.8 * record.layers[0].before
+    assert record.after.kl < record.before.kl
+    assert healed.weights["h.1.attn.c_attn.weight"].shape == (32, 96)
+
+
 def test_a_head_that_is_the_embedding_is_trained_at_both_ends():
     source = single(tied=True)
     program = disturbed(source, ["embed.weight"])
