@@ -14,6 +14,7 @@ OURS, OTHERS = "#1f6f8b", "#8a939b"
 PANEL_HEIGHT, LINE = 360, 8  # of the axis and of a label, in points
 LABEL_WIDTH = 0.55  # bits that a label covers
 LOWEST = 1e-4  # changes below it, negative ones too, are drawn here
+MOST_BITS = 16.0  # formats at or above it save nothing, and would stretch the axis
 Card = Mapping[str, Any]
 
 
@@ -21,7 +22,8 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
     """Draw the change of perplexity against true bits at 1024 tokens; the same input, same file.
 
     Args:
-        cards: What `QualityRun.measure` returned; those without bits or perplexity are left out.
+        cards: What `QualityRun.measure` returned; those without bits or perplexity, and those of
+            16 bits or more, are left out.
         path: Where to write the SVG.
         highlight: Beginnings of names that are drawn bold and joined by a line.
 
@@ -81,4 +83,5 @@ def _point(card: Card) -> tuple[float, float, str] | None:
     worse = change(card.get("prefill") or card.get("decode"))
     if card["footprint"] is None or worse is None:
         return None
-    return card["footprint"]["bits_short"], max(worse, LOWEST), card["name"]
+    bits = card["footprint"]["bits_short"]
+    return (bits, max(worse, LOWEST), card["name"]) if bits < MOST_BITS else None
