@@ -5,7 +5,7 @@
 - `structure.cache_latent`: latent attention caches its latents instead of K and V of all heads
 - `structure.merge_kv_heads`: several KV heads become one, so that fewer are cached
 - `structure.share_kv_layers`: layers read the keys and values of an earlier layer
-- `structure.cache_residual`: ids and a window are kept, other tokens are computed anew
+- `structure.cache_residual`: ids, or inputs of layers, in the place of keys and values
 - `structure.tie_kv`: values are the keys before RoPE, and one tensor is cached
 - `structure.merge_layer_pairs`: two neighbouring layers keep one direction a token and two norms
 - `structure.loop_layers`: a window of layers runs several times, in damped steps

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import CODECS
-from kvxform.codecs.basis import rotate_heads
 from kvxform.codegen.eager.attend import attend_step
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.pairs import PairStore
@@ -28,7 +27,7 @@ from kvxform.ir.execution import CacheSizes
 from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
 from kvxform.ir.scoring import Scoring
 
-PAYLOADS = ("kv", "k", "latent", "pair")
+PAYLOADS = ("kv", "k", "latent", "residual", "pair")
 
 
 class PagedCache:
@@ -217,12 +216,12 @@ def _as_used(
     key: StreamRead, value: StreamRead, scoring: Scoring, step: Step, dtype: torch.dtype
 ) -> tuple[StreamRead, StreamRead]:
     """Return K and V as attention uses them: in their own basis, and keys after RoPE."""
-    read, basis = scoring.key_read, scoring.value_basis
+    read = scoring.key_read
     if read is not None:
         table = step.rotary_table(read, dtype)
         key = key.turned(lambda stored, first: read.apply(stored, first, table))
-    if basis is not None:
-        value = value.turned(lambda stored, _: rotate_heads(stored, basis))
+    if scoring.value_basis is not None:
+        value = value.turned(lambda stored, _: scoring.read_values(stored))
     return key, value
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.basis import rotate_heads
 from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring, attend
 
@@ -190,8 +189,7 @@ class _State:
         if read is not None:
             table = None if read.inv_freq is None else read.table(end, k.dtype)
             k = read.apply(k, 0, table)
-        if scoring.value_basis is not None:
-            v = rotate_heads(v, scoring.value_basis)
+        v = scoring.read_values(v)
         columns = torch.arange(end, device=q.device)[None]
         mask = scoring.span.sees(piece.positions, columns)
         out = attend(q, k, v, mask, scoring, bias=scoring.bias(piece.positions, columns))

@@ -24,6 +24,10 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
     """
     assert program.calibration is not None, "the pipeline has collected one"
     site = program.site(layer)
+    if site.payload == "residual":
+        rule = "codecs are fitted on K and V of heads; a calibration knows no residual stream"
+        hint = "use a codec without calibration, such as int"
+        raise PassError("KVX205", rule, at=site.module, hint=hint)
     if site.payload == "latent":
         rule = "codecs are fitted on K and V of heads; a calibration knows no latents"
         raise PassError("KVX205", rule, at=site.module, hint="leave cache-latent out")

@@ -40,13 +40,14 @@ _SCHEMAS = (
     # store new tokens of a layer in the cache behind the handle; returns the handle; no v if
     # values are a view of the keys
     "cache_append(Tensor k, Tensor? v, Tensor cache, *, int layer) -> Tensor",
-    # what is read from the cache is multiplied by key_basis and value_basis, as in rotate; with
-    # inv_freq, keys then take RoPE with its attributes; see `ir.rotary.KeyRead`
+    # what is read from the cache is multiplied by key_basis and value_basis, as in rotate or as
+    # in `ir.residual`, which adds key_bias; with inv_freq, keys then take RoPE with its
+    # attributes; see `ir.rotary.KeyRead`
     "cached_attention(Tensor q, Tensor cache, Tensor positions, *, int layer, float scale, "
     "int v_head_dim, bool causal=True, int? window=None, int? chunk=None, float? softcap=None, "
     "Tensor? sink_logits=None, Tensor? alibi_slopes=None, Tensor? inv_freq=None, "
     "int rotary_dim=0, float attention_scaling=1.0, bool interleaved=False, "
-    "Tensor? key_basis=None, Tensor? value_basis=None) -> Tensor",
+    "Tensor? key_basis=None, Tensor? value_basis=None, Tensor? key_bias=None) -> Tensor",
 )
 
 

@@ -86,6 +86,7 @@ class StreamPlan:
         calibration: Name of the statistics the codec was fitted on, or None.
         score_bytes: Bytes of the score that a token of one head collects until it is encoded, for
             codecs that rank tokens by attention.
+        makes_heads: What is stored of a token is one vector that all heads are made from.
     """
 
     codec: Mapping[str, Any]
@@ -98,11 +99,12 @@ class StreamPlan:
     read: ReadForm = field(default_factory=ReadForm)
     calibration: str | None = None
     score_bytes: int = 0
+    makes_heads: bool = False
 
     @property
     def is_turned_at_read(self) -> bool:
         """Whether stored vectors must be turned as a whole to be used; then they are decoded."""
-        return self.rope == "pre" or self.basis.inverse is not None
+        return self.rope == "pre" or self.basis.inverse is not None or self.makes_heads
 
     @property
     def keep_and_chunk(self) -> tuple[int, int]:

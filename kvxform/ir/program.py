@@ -101,6 +101,25 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class ResidualSpec:
+    """K and V of all heads made when they are read; see `ir.residual`. Keys in `Program.weights`.
+
+    Attributes:
+        width: Channels of what is cached of a token.
+        key: Matrices `[Hk, width, D]`, before RoPE.
+        value: Matrices `[Hk, width, Dv]`.
+        key_bias: `[Hk, 1, D]`, or None.
+        value_bias: `[Hk, 1, Dv]`, or None; added to what attention returns.
+    """
+
+    width: int
+    key: str
+    value: str
+    key_bias: str | None = None
+    value_bias: str | None = None
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention of the Program.
 
@@ -128,7 +147,9 @@ class AttentionSite:
         latent: What K and V of all heads are made from, or None. Gone once that is what is cached.
         payload: What is cached of a token: `kv`; `k` if values are the keys before RoPE; or
             `latent`, one key per token for all heads whose first `v_head_dim` channels are the
-            value. `v_basis` does not apply to the last two.
+            value; `residual`, what all heads are made from. `v_basis` does not apply to the last
+            three.
+        residual: What makes K and V of a `residual` payload, or None.
         notes: What was left in the graph as it is, and why; the site works all the same.
     """
 
@@ -153,7 +174,8 @@ class AttentionSite:
     v_basis: Basis = field(default_factory=Basis)
     shared_with: int | None = None
     latent: LatentSpec | None = None
-    payload: Literal["kv", "k", "latent"] = "kv"
+    payload: Literal["kv", "k", "latent", "residual"] = "kv"
+    residual: ResidualSpec | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvxform.codecs.basis import rotate_heads
+from kvxform.ir.residual import make_heads
 
 
 def rotary_table(
@@ -63,7 +63,9 @@ class KeyRead:
         attention_scaling: See `rotary_table`.
         interleaved: See `turn_pairs`.
         basis: `[Hk / g, g D, g D]`; what is stored of every run of g heads, side by side, is
-            multiplied by it first. None if it is stored as it is.
+            multiplied by it first. None if it is stored as it is. Or what makes keys, as in
+            `ir.residual`.
+        bias: See `ir.residual`.
     """
 
     inv_freq: Tensor | None = None
@@ -71,6 +73,7 @@ class KeyRead:
     attention_scaling: float = 1.0
     interleaved: bool = False
     basis: Tensor | None = None
+    bias: Tensor | None = None
 
     def table(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rotary table of positions 0 to `tokens` - 1; only with `inv_freq`."""
@@ -87,7 +90,7 @@ class KeyRead:
             table: Of at least `first` + T positions, in the dtype of `stored`; see `table`. None
                 without `inv_freq`.
         """
-        keys = stored if self.basis is None else rotate_heads(stored, self.basis)
+        keys = stored if self.basis is None else make_heads(stored, self.basis, self.bias)
         if table is None:
             return keys
         own = slice(first, first + stored.shape[-2])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvxform.ir.residual import make_heads
 from kvxform.ir.rotary import KeyRead
 
 
@@ -65,7 +66,8 @@ class Scoring:
         attention_scaling: Factor of cosine and sine.
         interleaved: Which channels are pairs.
         key_basis: What stored keys are multiplied by, or None.
-        value_basis: The same for values; `rotate_heads` does it.
+        value_basis: The same for values.
+        key_bias: `[Hk, 1, D]`, added to keys that are made when they are read; see `ir.residual`.
     """
 
     scale: float
@@ -81,6 +83,7 @@ class Scoring:
     interleaved: bool = False
     key_basis: Tensor | None = None
     value_basis: Tensor | None = None
+    key_bias: Tensor | None = None
 
     @functools.cached_property
     def span(self) -> Span:
@@ -93,8 +96,17 @@ class Scoring:
         if self.inv_freq is None and self.key_basis is None:
             return None
         return KeyRead(
-            self.inv_freq, self.rotary_dim, self.attention_scaling, self.interleaved, self.key_basis
+            self.inv_freq,
+            self.rotary_dim,
+            self.attention_scaling,
+            self.interleaved,
+            self.key_basis,
+            self.key_bias,
         )
+
+    def read_values(self, stored: Tensor) -> Tensor:
+        """Return the values of what is stored of them, in their own basis."""
+        return stored if self.value_basis is None else make_heads(stored, self.value_basis)
 
     @property
     def is_plain(self) -> bool:

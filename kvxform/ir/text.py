@@ -128,6 +128,8 @@ def _format_site_plan(site: SitePlan) -> str:
         return f"{owner}half of a pair of layers: {_format_stream(site.key)}"
     if isinstance(site.value, KeyView):
         first = f"v the first {site.value.head_dim} channels of k"
+        if site.key.makes_heads:
+            first = "k and v of all heads are made from it"
         return f"{owner}{site.payload}: k {_format_stream(site.key)}; {first}"
     return f"{owner}k {_format_stream(site.key)}; v {_format_stream(site.value)}"
 

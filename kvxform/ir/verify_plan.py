@@ -53,7 +53,7 @@ def verify_facts(program: Program) -> None:
         if streams and is_encoded != (facts[fact] != "none"):
             raise invalid(f"the fact {fact} must agree with the plan", facts[fact])
     for site in plan.sites:
-        if site.key.rope not in ("none", facts["k.rope"]):
+        if not site.key.makes_heads and site.key.rope not in ("none", facts["k.rope"]):
             raise invalid("the fact k.rope must agree with the plan", facts["k.rope"])
 
 
@@ -111,11 +111,18 @@ def _check_site_plan(site: AttentionSite, plan: SitePlan) -> None:
             plan.payload,
             layer=site.layer,
         )
+    heads, width = site.num_kv_heads, site.head_dim
+    if site.residual is not None:
+        heads, width = 1, site.residual.width
+    if plan.key.makes_heads != (plan.payload == "residual"):
+        raise invalid(
+            "heads are made from a residual payload alone", plan.payload, layer=site.layer
+        )
     pairs = {
         "payload": (site.payload, plan.payload),
         "num_q_heads": (site.num_q_heads, plan.num_q_heads),
-        "num_kv_heads": (site.num_kv_heads, plan.num_kv_heads),
-        "head_dim of k": (site.head_dim, plan.key.head_dim),
+        "num_kv_heads": (heads, plan.num_kv_heads),
+        "head_dim of k": (width, plan.key.head_dim),
         "head_dim of v": (site.v_head_dim, plan.value.head_dim),
         "basis of k": (site.k_basis, plan.key.basis),
         "basis of v": (site.v_basis, site.v_basis if isinstance(value, KeyView) else value.basis),

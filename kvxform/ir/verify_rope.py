@@ -27,6 +27,12 @@ def verify_key_reads(program: Program) -> None:
             "key_basis": site.k_basis.inverse,
             "value_basis": site.v_basis.inverse,
         }
+        if site.residual is not None:
+            wanted |= {
+                "key_basis": site.residual.key,
+                "value_basis": site.residual.value,
+                "key_bias": site.residual.key_bias,
+            }
         if is_before:
             wanted |= _rope_options(program, site)
         for name, value in wanted.items():

@@ -60,6 +60,13 @@ def _check_geometry(site: AttentionSite) -> None:
     if site.payload == "k" and (site.head_dim != site.v_head_dim or site.k_basis != Basis()):
         rule = "keys that are values too must be as wide, and stay in the basis of the model"
         raise invalid(rule, str(site.k_basis), layer=site.layer)
+    if (site.payload == "residual") != (site.residual is not None):
+        raise invalid(
+            "a residual payload must say what makes heads", site.payload, layer=site.layer
+        )
+    if site.residual is not None and (site.k_basis, site.v_basis) != (Basis(), Basis()):
+        rule = "keys that are made when they are read must stay in the basis of the model"
+        raise invalid(rule, f"{site.k_basis}, {site.v_basis}", layer=site.layer)
     if min(sizes) < 1 or site.num_q_heads % site.num_kv_heads:
         raise invalid(
             "query heads must be a multiple of KV heads, and all sizes positive",
@@ -120,7 +127,10 @@ def _check_cache_chain(program: Program, site: AttentionSite, node: fx.Node) -> 
         layer = handle.kwargs["layer"]
         appended.append(layer)
         if layer == site.layer:
-            _check_heads(handle.args[0], handle, "k", site.num_kv_heads, site.head_dim)
+            heads, width = site.num_kv_heads, site.head_dim
+            if site.residual is not None:
+                heads, width = 1, site.residual.width
+            _check_heads(handle.args[0], handle, "k", heads, width)
             _check_values(site, handle, handle.args[0], handle.args[1])
         handle = handle.args[2]
     if handle is not program.placeholder("cache"):

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, make_codec
-from kvxform.codecs.basis import rotate_heads
 from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.plan import StreamPlan
 from kvxform.ir.scoring import Scoring
@@ -119,15 +118,14 @@ def attend(
     Returns:
         `[H, S, Dv]`, in the basis of the values, float64.
     """
-    groups = q.shape[0] // key.exact.shape[0]
     keys, values = ((s.exact.double(), s.encoded.double()) for s in (key, value))
-    read, basis = scoring.key_read, scoring.value_basis
+    read = scoring.key_read
     if read is not None:
         length = key.exact.shape[1]
         table = None if read.inv_freq is None else read.table(length, torch.float64)
         keys = (read.apply(keys[0], 0, table), read.apply(keys[1], 0, table))
-    if basis is not None:
-        values = (rotate_heads(values[0], basis), rotate_heads(values[1], basis))
+    values = (scoring.read_values(values[0]), scoring.read_values(values[1]))
+    groups = q.shape[0] // keys[0].shape[0]
     k_exact, k_encoded, v_exact, v_encoded = (
         x.repeat_interleave(groups, 0)
         for x in (*keys, *values)  # [Hk, T, D] -> [H, T, D]

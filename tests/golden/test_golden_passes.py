@@ -58,6 +58,10 @@ def two_layers(make):
     return lambda **options: make(**{**options, "layers": 2})
 
 
+def multihead(**options):
+    return llama_program(kv_heads=4, bias=True, **options)
+
+
 CASES = {
     "fuse_norms/llama": (FuseNorms(), (), llama_program),
     "fuse_norms/gpt2_tied": (FuseNorms(), (), gpt2_program),  # the last norm is a near miss
@@ -97,6 +101,7 @@ CASES = {
     ),
     "share_kv_layers/llama": (ShareKvLayers(), (), two_layers(llama_program)),
     "share_kv_layers/fused": (ShareKvLayers(), (), two_layers(gpt2_program)),
+    "cache_residual/xcache": (CacheResidual("xcache"), (InsertCache(),), multihead),
     "loop_layers/llama": (LoopLayers(cache="first"), (), llama_program),
     "merge_kv_heads/folded": (MergeKvHeads(heads=1), (), llama_program),
     "merge_kv_heads/fused": (MergeKvHeads(heads=1), (), gpt2_program),
