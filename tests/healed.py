@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from programs import apply
+from programs import apply, llama_program
 from torch import Tensor
 
 from kvxform.ir.program import Program
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx
+from kvxform.passes.base.insert_cache import InsertCache
+from kvxform.passes.rotation.fuse_norms import FuseNorms
+from kvxform.passes.rotation.rotate_qk import RotateQk
+from kvxform.passes.rotation.rotate_v import RotateV
+
+KEYS = [f"layers.{layer}.attn.{name}.weight" for layer in range(2) for name in "kv"]
+
+
+def single(**options: Any) -> Program:
+    """Return a source with one KV head, in float32."""
+    return llama_program(dtype=torch.float32, heads=2, kv_heads=1, **options)
+
+
+def cached(program: Program) -> Program:
+    """Return `program` after exact passes that rewrite most of its weights."""
+    for graph_pass in (FuseNorms(), RotateV(), InsertCache(), RotateQk()):
+        program, _ = apply(graph_pass, program)
+    return program
 
 
 @dataclass(frozen=True)
