@@ -147,6 +147,7 @@ def decode_table(rows: Sequence[Row], results: Results) -> str:
     lines = [
         (
             row["name"],
+            str(row["decode"]["window"]),
             f"{row['decode']['perplexity']:.3f}",
             f"{change(row['decode']):+.2%}",
             f"{row['decode']['kl']:.4f}",
@@ -157,7 +158,8 @@ def decode_table(rows: Sequence[Row], results: Results) -> str:
     ]
     if not lines:
         return MISSING
-    return f"{format_table(('format', 'perplexity', 'change', 'KL', 'top-1'), lines)}\n"
+    header = ("format", "tokens", "perplexity", "change", "KL", "top-1")
+    return f"{format_table(header, lines)}\n"
 
 
 def transfer_table(rows: Sequence[Row], results: Results) -> str:
