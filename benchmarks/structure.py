@@ -66,7 +66,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
     "cla2": ("cla2", {}),
     "gqa-half": ("gqa-half", {}),
     "gqa-svd-half": ("gqa-svd-half", {}),
-    "gqa-svd-half-post": ("gqa-svd-half", {"merge-kv-heads": {"rope": "post"}}),
+    "gqa-svd-half-commuting": ("gqa-svd-half", {"merge-kv-heads": {"rope": "commuting"}}),
     "cskv-50": ("cskv-50", {}),
     "minicache": ("minicache", {}),
     "looped": ("looped", {}),
@@ -84,7 +84,7 @@ PLAIN = (
     "cla2",
     "gqa-half",
     "gqa-svd-half",
-    "gqa-svd-half-post",
+    "gqa-svd-half-commuting",
     "looped",
 )
 

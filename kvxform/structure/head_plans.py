@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -59,15 +60,15 @@ class HeadPlanner:
     rope: str
     objective: str = "vectors"
 
-    @property
+    @functools.cached_property
     def way(self) -> Literal["fold", "project"]:
         """Where the mix of keys goes."""
-        is_plain = all(isinstance(p, HeadPath) and p.norm is None for p in self.paths())
         if self.planner == "mean" and self.rope != "post":
             return "fold"
-        if self.site.rope is None and is_plain:
-            return "fold"
-        return "fold" if self.rope != "post" and is_plain else "project"
+        if self.site.rope is not None and self.rope != "commuting":
+            return "project"
+        is_plain = all(isinstance(p, HeadPath) and p.norm is None for p in self.paths())
+        return "fold" if is_plain else "project"
 
     @property
     def turns(self) -> Turns | None:

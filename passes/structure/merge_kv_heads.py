@@ -10,6 +10,8 @@ pair of channels, folded into W_k and W_q. `post`: the best mix, of keys after R
 the graph; W_k keeps its width. `latent`: the best mix of what is cached, undone at every read, once
 there is a cache; the heads stay. V never has RoPE and always moves into W_v and W_o.
 
+Without RoPE the best mix goes into the weights whatever the way.
+
 A norm of every head stands between W_k and RoPE (QK-norm): it divides each head by its own length,
 so only the mean, as a starting point, goes into the weights there; otherwise the way is `post`.
 """
@@ -54,8 +56,7 @@ class MergeKvHeads(GraphPass):
         layers: KV heads that are left at some layers, by their names: `{"0-1,-1": 4}`. Of two
             entries for a layer the later one counts, and both before `heads` or `ratio`.
         planner: `svd`, the smallest error on the calibration text, or `mean`.
-        rope: What is done about RoPE, see the module. `auto` is `commuting` where that goes into
-            the weights, else `post`.
+        rope: What is done about RoPE, see the module. `auto` is `post`; means go into the weights.
         objective: What `svd` makes small: the error of `vectors` K and V, or that of `attention`:
             of scores under calibrated queries, and of what W_o makes of values.
         grouping: `consecutive`, or `similar`: heads that are alike on the calibration text.

@@ -103,7 +103,7 @@ CASES = {
     "share_kv_layers/fused": (ShareKvLayers(), (), two_layers(gpt2_program)),
     "cache_residual/xcache": (CacheResidual("xcache"), (InsertCache(),), multihead),
     "loop_layers/llama": (LoopLayers(cache="first"), (), llama_program),
-    "merge_kv_heads/folded": (MergeKvHeads(heads=1), (), llama_program),
+    "merge_kv_heads/folded": (MergeKvHeads(heads=1, rope="commuting"), (), llama_program),
     "merge_kv_heads/fused": (MergeKvHeads(heads=1), (), gpt2_program),
     "merge_kv_heads/after_rope": (MergeKvHeads(heads=1, rope="post"), (), llama_program),
     "merge_kv_heads/latent": (

@@ -21,7 +21,7 @@ from kvxform.report import Report
 from kvxform.runtime.model import OptimizedModel
 
 WAYS: dict[str, list[Any]] = {
-    "folded": [{"merge-kv-heads": {"heads": 1}}, "insert-cache"],
+    "folded": [{"merge-kv-heads": {"heads": 1, "rope": "commuting"}}, "insert-cache"],
     "after RoPE": [{"merge-kv-heads": {"heads": 1, "rope": "post"}}, "insert-cache"],
 }
 LATENT = ["insert-cache", "cache-prerope", {"merge-kv-heads": {"heads": 1, "rope": "latent"}}]

@@ -44,8 +44,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "mean, after RoPE": {"planner": "mean", "rope": "post"},
     "commuting": {"rope": "commuting"},
     "post": {"rope": "post"},
-    "auto, similar": {"grouping": "similar"},
-    "attention": {"objective": "attention"},
+    "commuting, similar": {"rope": "commuting", "grouping": "similar"},
+    "attention": {"rope": "commuting", "objective": "attention"},
 }
 MHA = {"heads": 4, "kv_heads": 4, "bias": True}
 
@@ -98,7 +98,8 @@ def test_equal_heads_of_a_family_are_merged_without_a_change(family, way):
     program = equal_family(family)
     left = program.sites[0].num_kv_heads // 2
     merged, found = apply(MergeKvHeads(heads=left, **WAYS[way]), program)
-    if way == "commuting" and family in ("qwen3", "olmo2", "persimmon"):
+    is_normed = family in ("qwen3", "olmo2", "persimmon")
+    if is_normed and WAYS[way].get("rope") == "commuting":
         assert {reason.partition(" between")[0] for reason in reasons(found)} == {
             "a norm divides every head by its own length"
         }
@@ -208,7 +209,7 @@ def test_keys_that_are_complex_multiples_pair_by_pair_are_merged_without_a_chang
         program.weights[f"layers.0.attn.k.{name}"] = keys
         program.weights[f"layers.0.attn.v.{name}"] = values
     program = exactly_calibrated(program)
-    merged, found = apply(MergeKvHeads(heads=1), program)
+    merged, found = apply(MergeKvHeads(heads=1, rope="commuting"), program)
     assert fired(found) == 1
     assert max(loss.error for loss in losses(found)) < 1e-12
     assert_same(program, merged)
@@ -324,8 +325,8 @@ def test_losses_are_the_singular_values_left_out_and_never_above_those_of_means(
         way: {(x.layer, x.stream, x.heads): x.error for x in losses(apply(p, program)[1])}
         for way, p in {
             "mean": MergeKvHeads(heads=2, planner="mean"),
-            "svd": MergeKvHeads(heads=2),
-            "post": MergeKvHeads(heads=2, rope="post"),
+            "svd": MergeKvHeads(heads=2, rope="commuting"),
+            "post": MergeKvHeads(heads=2),
         }.items()
     }
     assert len(found["svd"]) == 2 * 2 * 2
@@ -378,7 +379,7 @@ def test_a_dry_run_has_the_same_shapes():
 
 def test_only_what_has_changed_may_be_healed():
     program = calibrated(llama_program(layers=1))
-    graph_pass = MergeKvHeads(heads=1)
+    graph_pass = MergeKvHeads(heads=1, rope="commuting")
     clone = program.clone()
     rewriter = Rewriter(clone, "merge-kv-heads", graph_pass.numerics)
     (match,) = graph_pass.match(program)
@@ -448,8 +449,8 @@ def test_weights_that_others_read_are_left_alone():
     second = dataclasses.replace(program.sites[1], k=program.sites[0].k)
     program.sites = (program.sites[0], second)
     wanted = ["weight layers.0.attn.k.weight is read in 2 places"] * 2
-    assert reasons(found_in(program, heads=1)) == wanted
-    found = found_in(program, heads=1, rope="post")
+    assert reasons(found_in(program, heads=1, rope="commuting")) == wanted
+    found = found_in(program, heads=1)
     assert fired(found) == 2, "keys mixed after RoPE leave W_k as it is"
 
 

@@ -81,7 +81,7 @@ CASES = {
     "klt": (Klt(3.0, weighted=False), (InsertCache(),), 2),
     "simplify": (Simplify(), (InsertCache(), QuantizeKv(INT4, None)), 2),
     "cache-latent": (CacheLatent(), (), 2),
-    "merge-kv-heads": (MergeKvHeads(heads=1), (), 2),
+    "merge-kv-heads": (MergeKvHeads(heads=1, rope="commuting"), (), 2),
     "merge-kv-heads, after RoPE": (MergeKvHeads(heads=1, rope="post"), (), 2),
     "merge-layer-pairs": (MergeLayerPairs(start=0, chunk=4, recent=8), (InsertCache(),), 1),
     "share-kv-layers": (ShareKvLayers(), (), 1),
