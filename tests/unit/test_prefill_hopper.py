@@ -207,6 +207,7 @@ def check_machine_code(code: MachineCode, products: int) -> None:
     assert exponentials[-1] < waits[1]
 
 
+@pytest.mark.slow
 def test_products_go_on_while_weights_are_made() -> None:
     code = compile_kernels(build(dataclasses.replace(PLAIN, query_block=128)))[0]
     assert code.spills == 0
