@@ -146,6 +146,7 @@ def _write(
 
 def _mixed_keys(rewriter: Rewriter, node: fx.Node, merge: Merge) -> fx.Node:
     """Return keys of t heads side by side times their mix, `[B, groups, S, D]`."""
+    _mark_source(rewriter, node, 1)
     keys = _ordered(rewriter, node, node.args[1], merge.order)
     kind = keys.meta["type"]
     groups, joined, dim = merge.key.down.shape
@@ -167,6 +168,7 @@ def _mixed_keys(rewriter: Rewriter, node: fx.Node, merge: Merge) -> fx.Node:
 
 def _met_queries(rewriter: Rewriter, node: fx.Node, merge: Merge) -> fx.Node:
     """Return queries times what is read of the head that they read, `[B, H, S, D]`."""
+    _mark_source(rewriter, node, 0)
     queries = _ordered(rewriter, node, node.args[0], merge.order)
     kind = queries.meta["type"]
     name = f"{rewriter.pass_name.replace('-', '_')}.query_{node.kwargs['layer']}"
@@ -174,6 +176,15 @@ def _met_queries(rewriter: Rewriter, node: fx.Node, merge: Merge) -> fx.Node:
     type_ = TensorType(kind.dtype, tuple(merge.key.up.shape))
     weight = rewriter.get_weight_node(name, node, type_)
     return rewriter.call_before(node, kvx.ROTATE, (queries, weight), type_=kind, like=queries)
+
+
+def _mark_source(rewriter: Rewriter, node: fx.Node, index: int) -> None:
+    """Let healing train what makes an operand, where that is known: it now makes a mix."""
+    operand = node.args[index]
+    assert isinstance(operand, fx.Node), "operands of attention are nodes"
+    path = read_path(rewriter.program, operand, operand.meta["type"].shape[1])
+    if isinstance(path, HeadPath):
+        rewriter.mark_touched(filter(None, (path.linear.weight, path.linear.bias)))
 
 
 def _ordered(rewriter: Rewriter, node: fx.Node, x: Any, order: tuple[int, ...]) -> fx.Node:

@@ -377,17 +377,21 @@ def test_a_dry_run_has_the_same_shapes():
         assert {name: weight.shape for name, weight in dry.weights.items()} == shapes
 
 
-def test_only_what_has_changed_may_be_healed():
+@pytest.mark.parametrize("rope", ["commuting", "post"])
+def test_all_of_a_merged_attention_may_be_healed(rope):
     program = calibrated(llama_program(layers=1))
-    graph_pass = MergeKvHeads(heads=1, rope="commuting")
+    graph_pass = MergeKvHeads(heads=1, rope=rope)
     clone = program.clone()
     rewriter = Rewriter(clone, "merge-kv-heads", graph_pass.numerics)
     (match,) = graph_pass.match(program)
     graph_pass.rewrite(clone, match, rewriter)
     rewriter.finish()
     names = {f"layers.0.attn.{name}.weight" for name in "qkvo"}
+    if rope == "post":
+        names |= {"merge_kv_heads.key_0", "merge_kv_heads.query_0"}
     assert clone.touched == dict.fromkeys(names, "merge-kv-heads")
-    assert clone.weights["layers.0.attn.k.weight"].shape == (16, 32)
+    assert len(clone.weights["layers.0.attn.v.weight"]) == 16
+    assert len(clone.weights["layers.0.attn.k.weight"]) == (32 if rope == "post" else 16)
 
 
 def test_fused_projections_come_apart():
