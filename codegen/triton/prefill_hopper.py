@@ -19,8 +19,7 @@ MAX_GROUPS = 16  # query heads of a KV head
 BLOCKS = (16, 32, 64, 128)  # of a Hadamard of queries
 COMPUTE_CAPABILITY = 9  # major, of the devices that can run it
 
-# (block_n, num_stages), the best guess first
-_CONFIGS = ((128, 2), (64, 4))
+_CONFIGS = ((128, 2),)  # (block_n, num_stages)
 # What turns two float32 into one register: the first of them is the low half.
 _PACK = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
