@@ -18,7 +18,7 @@ from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.truncate import TruncateCodec
 from kvxform.ir.fitting import stream_statistics
 from kvxform.ir.plan import StreamPlan
-from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.program import AttentionSite, Program, projection_weights
 from kvxform.pass_base import Loss, Match, NoMatch, Rewriter
 from kvxform.rotations.at_read import turn_at_read
 from kvxform.structure.components import Components, principal_components
@@ -51,6 +51,8 @@ def keep_latents(rewriter: Rewriter, layer: int, bases: Mapping[str, Any]) -> No
     """Store the first components of each group of heads, and let every reader turn them back."""
     program = rewriter.program
     codec = ExactCodec(program.info.dtype)
+    for reader in program.readers(layer):
+        rewriter.mark_touched(projection_weights(reader.q, reader.k, reader.v, reader.o))
     for name, basis in bases.items():
         turn_at_read(rewriter, layer, name, basis, basis.mT.contiguous())
         for reader in program.readers(layer):

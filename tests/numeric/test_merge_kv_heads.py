@@ -69,6 +69,7 @@ def test_latents_take_the_same_share_although_all_heads_stay(tmp_path):
     before, _ = built(["insert-cache"], kv_heads=4)
     after, report = built(LATENT, kv_heads=4)
     assert after.sites[0].num_kv_heads == 4
+    assert {f"layers.0.attn.{name}.weight" for name in "qkvo"} <= set(after.touched)
     assert before.plan.bytes_per_token == 4 * after.plan.bytes_per_token
     held = []
     for program in (before, after):
@@ -122,7 +123,7 @@ def test_a_merge_passes_the_checker_of_caches_with_rotations_and_codecs(recipe):
     assert report.needs_training == ("merge-kv-heads",)
     first = report.passes[0]
     assert (first.matched, first.exactness, len(first.losses)) == (2, "needs training", 4)
-    assert first.vs_source.kl > 1e-4
+    assert first.vs_source.kl > 1e-5
     assert dict(report.trainable)["merge-kv-heads"] >= 6
 
 
