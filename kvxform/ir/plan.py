@@ -259,11 +259,6 @@ class CachePlan:
         )
 
     @property
-    def baseline_bytes_per_token(self) -> float:
-        """The same for a plain 16-bit cache."""
-        return self.values_per_token * BASELINE_BITS / 8
-
-    @property
     def bits_per_value(self) -> float:
         """True bits per cached element of a long sequence, metadata included."""
         return self.bytes_per_token * 8 / self.values_per_token

@@ -54,7 +54,7 @@ def test_plan_figures_are_those_of_the_plan():
     program = cached_program({"key": INT4, "value": INT4})
     plan = program.plan
     summary = plan_summary(plan, source_summary(program))
-    assert summary.kv_bytes_per_token_before == plan.baseline_bytes_per_token == 256
+    assert summary.kv_bytes_per_token_before == 256
     assert summary.kv_bytes_per_token == plan.bytes_per_token == 2 * 2 * 2 * (8 + 4)
     assert summary.total_bytes == plan.bytes_at([EXAMPLE_TOKENS] * EXAMPLE_BATCH, EXAMPLE_TOKENS)
     assert summary.read_bytes_before == 256 * EXAMPLE_TOKENS
