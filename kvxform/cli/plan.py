@@ -191,6 +191,8 @@ def added_per_step(program: Program) -> str:
         ]
         if site.key.basis.inverse is None and site.key.basis.kind in ("hadamard", "matrix"):
             added.append(f"one {site.key.basis} on q and on new k")
+        if site.key.makes_heads:
+            added.append("K and V of all heads made from every input that is read")
         if site.key.rope == "pre":
             added.append("RoPE on every key that is read")
     if plan.layout.kind == "checkpoint":

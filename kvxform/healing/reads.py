@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_name, make_codec
-from kvxform.codecs.basis import rotate_heads
 from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.truncate import TruncateCodec
 from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
@@ -59,7 +58,7 @@ def attend_stored(
     parts_k, parts_v, masks = [], [], []
     for key, value in _pairs(keys, values):
         parts_k.append(_read_keys(key.x, scoring))
-        parts_v.append(_read_values(value.x, scoring))
+        parts_v.append(scoring.read_values(value.x))
         masks.append(_both(_both(mask, key.seen), value.seen))
     count = len(masks)
     return attend(
@@ -120,7 +119,3 @@ def _read_keys(k: Tensor, scoring: Scoring) -> Tensor:
         return k
     table = None if read.inv_freq is None else read.table(k.shape[2], k.dtype)
     return read.apply(k, 0, table)
-
-
-def _read_values(v: Tensor, scoring: Scoring) -> Tensor:
-    return v if scoring.value_basis is None else rotate_heads(v, scoring.value_basis)

@@ -17,6 +17,7 @@ import kvxform
 import kvxform.ir.ops as kvx
 from kvxform.capture import capture
 from kvxform.codegen.eager.lowering import EagerExecutable
+from kvxform.codegen.onnx import export_onnx
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.program import Program, default_positions
 from kvxform.ir.stream_cuts import layer_inputs
@@ -25,6 +26,7 @@ from kvxform.passes.structure.loop_layers import LoopLayers
 from kvxform.pipeline import plan_pipeline
 from kvxform.recipe import load_recipe
 from kvxform.runtime.model import OptimizedModel
+from kvxform.runtime.onnx_session import OnnxSession
 
 BACK = ("o_proj", "down_proj", "c_proj", "dense", "fc2")  # what writes to the residual stream
 FAMILIES = [  # grouped heads, MHA; then biases, QK-norm, MHA with parallel layers
@@ -202,6 +204,20 @@ def test_loops_come_before_the_cache():
     recipe = {"version": 1, "name": "t", "passes": ["insert-cache", "loop-layers"]}
     with pytest.raises(RecipeError, match="its own place in a cache"):
         plan_pipeline(llama_program(), load_recipe(recipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["each", "first"])
+def test_packages_run(cache, tmp_path):
+    source = looped(llama_program(dtype=torch.float32), cache=cache)
+    program, _ = apply(InsertCache(), source)
+    session = OnnxSession(export_onnx(program, tmp_path / "p"))
+    ids = token_ids(source, tokens=10)
+    expected = run(source, ids)
+    session.prefill(ids[:, :6])
+    for t in range(6, 10):
+        got = torch.as_tensor(session.decode(ids[:, t]))
+        torch.testing.assert_close(got, expected[:, t], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", ["first", pytest.param("each", marks=pytest.mark.slow)])

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import kvxform
 from kvxform.capture import capture
+from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.triton.capability import check_plan as check_triton
 from kvxform.errors import CodegenError, PassError, RecipeError
 from kvxform.ir.program import Program, Projection
@@ -33,6 +34,7 @@ from kvxform.passes.structure.tie_kv import TieKv
 from kvxform.pipeline import plan_pipeline
 from kvxform.recipe import load_recipe
 from kvxform.runtime.model import OptimizedModel
+from kvxform.runtime.onnx_session import OnnxSession
 from kvxform.verify.prober import Prober
 
 INT8 = {"codec": "int", "bits": 8}
@@ -136,9 +138,6 @@ def test_the_state_is_right_after_every_step(codec):
 
 @pytest.mark.slow
 def test_packages_run(tmp_path):
-    from kvxform.codegen.onnx import export_onnx
-    from kvxform.runtime.onnx_session import OnnxSession
-
     source = with_equal_weights(llama_program(dtype=torch.float32))
     program, _ = apply(InsertCache(), tied(source))
     session = OnnxSession(export_onnx(program, tmp_path / "p"))
@@ -158,9 +157,7 @@ def test_kernels_refuse_it():
 
 def test_norms_of_keys_are_a_near_miss():
     found = TieKv().match(captured("qwen3"))
-    assert set(reasons(found)) == {
-        "keys or values are not made by a plain linear layer alone"
-    }
+    assert set(reasons(found)) == {"keys or values are not made by a plain linear layer alone"}
 
 
 def test_what_cannot_be_tied_is_refused():
