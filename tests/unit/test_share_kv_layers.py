@@ -61,7 +61,10 @@ def test_equal_layers_share_without_a_difference(family):
         assert float((session.decode(ids[:, t]) - expected[:, t]).abs().max()) <= 1e-8
 
 
-@pytest.mark.parametrize("family", [FAMILIES[0], *FAMILIES[2:]])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["gpt2", "qwen3", *SLOW, "falcon", "falcon new decoder", "bloom"]
+)
 def test_a_reader_has_no_rows_for_keys_and_values(family):
     program = capture(ALL[family].build(torch.float32)).program
     shared, found = apply(ShareKvLayers(), program)
@@ -73,6 +76,29 @@ def test_a_reader_has_no_rows_for_keys_and_values(family):
     assert {n for n in shared.weights if ".1." not in n and "layers.1" not in n} == {
         n for n in program.weights if ".1." not in n and "layers.1" not in n
     }
+
+
+def test_a_fused_weight_that_something_else_reads_stays():
+    program = gpt2_program()
+    twin = program.weights["h.0.attn.c_attn.weight"]
+    program.weights["h.1.attn.c_attn.weight"] = twin
+    shared, _ = apply(ShareKvLayers(), program)
+    assert shared.weights["h.1.attn.c_attn.weight"] is twin
+    assert shared.site(1).q == program.site(1).q
+    alone, _ = apply(ShareKvLayers(), gpt2_program())
+    assert alone.weights[alone.site(1).q.weight].shape == (32, 32)
+    ids = token_ids(program)
+    torch.testing.assert_close(run(alone, ids), run(unfused(), ids))
+
+
+def unfused() -> Program:
+    """Return a program that shares, with the queries of layer 1 from the whole fused weight."""
+    whole = gpt2_program()
+    for node in whole.graph.nodes:
+        if node.op == "call_function" and node.kwargs.get("layer") == 1:
+            (first,) = (n for n in whole.graph.nodes if n.kwargs.get("layer") == 0)
+            node.args = (node.args[0], *first.args[1:3], node.args[3])
+    return whole
 
 
 def test_keys_come_from_the_owner_and_queries_do_not():
