@@ -70,6 +70,6 @@ def _bundled() -> list[dict[str, str]]:
     import yaml
 
     files = importlib.resources.files("kvxform.recipes").iterdir()
-    texts = {f.name: f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")}
-    data = [yaml.safe_load(texts[name]) for name in sorted(texts)]
+    texts = [f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")]
+    data = sorted((yaml.safe_load(text) for text in texts), key=lambda entry: str(entry["name"]))
     return [{"name": entry["name"], "about": entry.get("about", "")} for entry in data]
