@@ -64,10 +64,18 @@ def quality_table(rows: Sequence[Row], results: Results) -> str:
     source = rows[0]["before"]["reference_perplexity"]
     lines = [("source", None, 16, None, f"{source:.3f}", *[None] * 6)]
     lines += [_line(row) for row in rows]
+    return f"{format_table(HEADING, lines)}\n\n{_sources(rows, results)}\n"
+
+
+def _sources(rows: Sequence[Row], results: Results) -> str:
+    """Return where rows come from; runs that differ in the rows they were asked for are one."""
     runs = results["structure"]["runs"]
-    used = sorted({row["run"] for row in rows})
-    sources = "\n\n".join(dict.fromkeys(describe_source(runs[index]) for index in used))
-    return f"{format_table(HEADING, lines)}\n\n{sources}\n"
+    found: dict[str, str] = {}
+    for run in (runs[index] for index in sorted({row["run"] for row in rows})):
+        command = re.sub(r" --rows \S+", "", run["command"])
+        line = describe_source({**run, "command": command})
+        found.setdefault(line.removesuffix(f"{run['date']}."), line)
+    return "\n\n".join(found.values())
 
 
 def _line(row: Row) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
-from kvxform.ir.program import AttentionSite, Projection
+from kvxform.ir.program import AttentionSite, Projection, projection_weights
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import Rewriter
 from kvxform.structure.head_mixes import Mix, in_order, mixed_rows, reading_rows
@@ -110,6 +110,7 @@ def _turned_queries(
     assert isinstance(operand, fx.Node), "operands of attention are nodes"
     eye = torch.eye(site.head_dim, dtype=torch.float64)
     if merge.is_sorted and path.is_alone and torch.equal(merge.key.up, eye.expand_as(merge.key.up)):
+        rewriter.mark_touched(projection_weights(site.q))  # they meet other keys now
         return operand, site.q
     rows, bias = linear_rows(rewriter.program, path)
     parts = [

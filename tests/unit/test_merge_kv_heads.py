@@ -377,10 +377,11 @@ def test_a_dry_run_has_the_same_shapes():
         assert {name: weight.shape for name, weight in dry.weights.items()} == shapes
 
 
-@pytest.mark.parametrize("rope", ["commuting", "post"])
+@pytest.mark.parametrize("rope", ["commuting", "post", "mean"])
 def test_all_of_a_merged_attention_may_be_healed(rope):
     program = calibrated(llama_program(layers=1))
-    graph_pass = MergeKvHeads(heads=1, rope=rope)
+    way = {"planner": "mean"} if rope == "mean" else {"rope": rope}
+    graph_pass = MergeKvHeads(heads=1, **way)
     clone = program.clone()
     rewriter = Rewriter(clone, "merge-kv-heads", graph_pass.numerics)
     (match,) = graph_pass.match(program)

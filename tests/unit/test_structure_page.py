@@ -57,7 +57,9 @@ def results():
         row("cla2-kv4", 3240.0, 2.1, 0.5),
         {"key": "broken", "name": "broken", "run": 0, "error": "no"},
     ]
-    return {"structure": {"runs": [RUN], "rows": rows}}
+    rows[1]["run"] = 1
+    runs = [{**RUN, "command": f"{RUN['command']} --rows {name}"} for name in ("a,b", "c")]
+    return {"structure": {"runs": runs, "rows": rows}}
 
 
 def fill(name, results):
@@ -73,7 +75,8 @@ def test_rows_by_bytes_with_both_figures(results):
     assert "10.000" in page
     assert "2.0000" in page
     assert "0.0400" in page
-    assert "a device" in page
+    assert page.count("a device") == 1, "runs of some rows each are one command"
+    assert "--rows" not in page
 
 
 def test_who_loses_is_said(results):
