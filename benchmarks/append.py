@@ -5,7 +5,8 @@
 
 8 KV heads, head_dim 128, K and V in one launch. A turn is one CUDA graph of 20 launches, one for
 each layer of a model with 20, so the launch of the graph itself does not count; what is left is
-mostly the launch of a kernel, which the row `nothing` shows.
+mostly the launch of a kernel, which the row `nothing` shows. Each row takes turns with the plain
+write, since clocks and launches vary by more than what is measured.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_timing import Timing, time_calls
+from gpu_timing import Call, time_calls, time_turn_about
 from problems import DEVICE, HEAD_DIM, NUM_KV_HEADS, make_block_table
 from results import (
     ResultFile,
@@ -86,26 +86,32 @@ def measure(name: str, new: Tensor, options: argparse.Namespace) -> Row:
     table = make_block_table(tuple(n + 1 for n in lengths), options.page_size, first_page=1)
     num_pages, pages = int(table.max()) + 1, table.to(DEVICE)
     starts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    plain = plain_calls(new, num_pages, pages, starts, options.page_size)
     if name == LAUNCH:
         from plain_write import launch_nothing
 
-        return timed([functools.partial(launch_nothing, starts)] * LAYERS, options)
+        return timed([functools.partial(launch_nothing, starts)] * LAYERS, plain, options)
     if name == PLAIN_WRITE:
-        from plain_write import make_pages, write
+        return timed(plain, plain, options)
+    return measure_ours(name, new, (num_pages, pages, starts), plain, options)
 
-        pools = [
-            make_pages(num_pages, NUM_KV_HEADS, options.page_size, HEAD_DIM) for _ in range(LAYERS)
-        ]
-        calls = [
-            functools.partial(write, k, v, pool, pages, starts)
-            for (k, v), pool in zip(new, pools, strict=True)
-        ]
-        return timed(calls, options)
-    return measure_ours(name, new, (num_pages, pages, starts), options)
+
+def plain_calls(
+    new: Tensor, num_pages: int, pages: Tensor, starts: Tensor, page_size: int
+) -> list[Call]:
+    """Return the plain writes of all layers."""
+    from plain_write import make_pages, write
+
+    size = (num_pages, NUM_KV_HEADS, page_size, HEAD_DIM)
+    return [functools.partial(write, k, v, make_pages(*size), pages, starts) for k, v in new]
 
 
 def measure_ours(
-    name: str, new: Tensor, where: tuple[int, Tensor, Tensor], options: argparse.Namespace
+    name: str,
+    new: Tensor,
+    where: tuple[int, Tensor, Tensor],
+    plain: list[Call],
+    options: argparse.Namespace,
 ) -> Row:
     """Measure one format of ours with the best of its launch parameters."""
     from caches import FORMATS, make_cache, make_tensors, module_of, row_options
@@ -123,7 +129,7 @@ def measure_ours(
     def append(k: Tensor, v: Tensor, cache: Any, config: Any) -> None:
         module.append(k, v, cache, pages, starts, counts, **rows, config=config)
 
-    def calls(config: Any) -> list[Callable[[], None]]:
+    def calls(config: Any) -> list[Call]:
         return [
             functools.partial(append, k, v, cache, config)
             for (k, v), cache in zip(new, caches, strict=True)
@@ -136,17 +142,18 @@ def measure_ours(
         "layout": site.layout,
         "config": best._asdict(),
         "tried_us": {str(tuple(config)): time for config, time in times.items()},
-        **timed(calls(best), options),
+        **timed(calls(best), plain, options),
     }
 
 
-def timed(calls: list[Callable[[], None]], options: argparse.Namespace) -> Row:
-    """Time a graph of all layers."""
-    timing: Timing = time_calls(calls, turns=options.turns)
+def timed(calls: list[Call], plain: list[Call], options: argparse.Namespace) -> Row:
+    """Time a graph of all layers, turn about with one of plain writes."""
+    timing, beside = time_turn_about([calls, plain], turns=options.turns, warm_turns=20)
     return {
         "us": timing.median_us,
         "us_low": timing.low_us,
         "us_high": timing.high_us,
+        "plain_us": beside.median_us,
         "turns": timing.turns,
         "captured": timing.captured,
     }

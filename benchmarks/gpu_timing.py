@@ -56,21 +56,36 @@ def time_calls(calls: Sequence[Call], *, turns: int = 60, warm_turns: int = 3) -
 
     They are captured into one CUDA graph; where that fails they are launched one by one.
     """
-    turn = capture(calls)
-    captured = turn is not None
-    if turn is None:
-        turn = _one_by_one(calls)
+    return time_turn_about([calls], turns=turns, warm_turns=warm_turns)[0]
+
+
+def time_turn_about(
+    lists: Sequence[Sequence[Call]], *, turns: int = 60, warm_turns: int = 3
+) -> list[Timing]:
+    """Time several lists of calls as `time_calls` does, turn about: all see the same clocks."""
+    captured = [capture(calls) for calls in lists]
+    runs = [turn or _one_by_one(calls) for turn, calls in zip(captured, lists, strict=True)]
     for _ in range(warm_turns):
-        turn()
+        for run in runs:
+            run()
     torch.cuda.synchronize()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(turns)]
-    for start, end in events:
-        start.record()
-        turn()
-        end.record()
-        torch.cuda.synchronize()  # or the host runs ahead, and fills the queue with replays
-    times = [start.elapsed_time(end) * 1e3 / len(calls) for start, end in events]
-    return Timing.of(times, captured=captured)
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(turns):
+        for run, calls, own in zip(runs, lists, times, strict=True):
+            own.append(_time_once(run) / len(calls))
+    return [
+        Timing.of(own, captured=turn is not None) for own, turn in zip(times, captured, strict=True)
+    ]
+
+
+def _time_once(run: Callable[[], None]) -> float:
+    """Return microseconds of one run; the host waits for it, or it would run ahead."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 def capture(calls: Sequence[Call]) -> Callable[[], None] | None:

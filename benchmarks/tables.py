@@ -55,16 +55,12 @@ APPEND_HEADER = ("sequences", "what", "us", "low", "high", "of the plain write")
 
 def append_table(rows: list[Row]) -> str:
     """Return the table of all rows."""
-    base = {
-        row["batch_size"]: row["us"] for row in rows if row["name"] == PLAIN_WRITE and "us" in row
-    }
     lines: list[tuple[object, ...]] = []
     for row in rows:
         if "error" in row:
             lines.append((row["batch_size"], row["name"], None, None, None, row["error"]))
             continue
-        plain = base.get(row["batch_size"])
-        ratio = f"{row['us'] / plain:.2f}" if plain else None
+        ratio = f"{row['us'] / row['plain_us']:.2f}"
         times = [f"{row[field]:.2f}" for field in ("us", "us_low", "us_high")]
         lines.append((row["batch_size"], row["name"], *times, ratio))
     return format_table(APPEND_HEADER, lines)

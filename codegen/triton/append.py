@@ -48,7 +48,7 @@ def make_context(spec: AppendSpec, *, interpret: bool) -> Emission:
         "cache_fields": cache_fields(spec.site, streams),
         "tiles": TILES,
         "warps": {
-            "one": num_warps([s.flush_tokens * s.spec.head_dim for s in streams], per_thread=16),
+            "one": num_warps([s.flush_tokens * s.spec.head_dim for s in streams]),
             "many": num_warps([(s.tile_tokens or 1) * s.spec.head_dim for s in streams]),
         },
     }
@@ -103,9 +103,9 @@ def cache_fields(site: SiteSpec, streams: tuple[StreamText, StreamText]) -> dict
     return fields
 
 
-def num_warps(elements: list[int], *, per_thread: int = 32) -> int:
-    """Return warps for tiles of so many elements, of which a thread takes up to some; at most 8."""
-    needed = max(1, max(elements) // (32 * per_thread))
+def num_warps(elements: list[int]) -> int:
+    """Return warps for tiles of so many elements: up to 32 elements a thread, at most 8 warps."""
+    needed = max(1, max(elements) // 1024)
     return min(8, 1 << (needed - 1).bit_length())
 
 
