@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codecs.basis import rotate_heads
 from kvxform.ir.cache import make_handle
 from kvxform.ir.program import (
     AttentionSite,
@@ -314,8 +313,7 @@ class DenseCache:
         if read is not None:
             table = None if read.inv_freq is None else read.table(k.shape[2], k.dtype)
             k = read.apply(k, 0, table)
-        if scoring.value_basis is not None:
-            v = rotate_heads(v, scoring.value_basis)
+        v = scoring.read_values(v)
         past = torch.arange(k.shape[2]).expand(k.shape[0], -1)
         mask = scoring.span.sees(positions, past)
         return attend(q, k, v, mask, scoring, bias=scoring.bias(positions, past))

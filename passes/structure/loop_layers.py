@@ -36,7 +36,7 @@ HINT = "choose a window whose layers share nothing with others but the residual 
 @register_pass
 @dataclass(frozen=True)
 class LoopLayers(GraphPass):
-    """Run a window of layers several times, in damped steps.
+    """Run a window of layers several times, in damped steps; one window of a model.
 
     Attributes:
         layers: The window, one run of layers such as `8-15`; the middle third by default.
@@ -93,6 +93,8 @@ class LoopLayers(GraphPass):
         """
         inputs = layer_inputs(program)
         window = self._window(program)
+        if any(WHERE in node.meta.get("via", ()) for node in program.graph.nodes):
+            return [NoMatch("layers loop already", window[0], done=True)]
         if self.loops == 1 and self.step == 1:
             return [NoMatch("one loop is the model itself", window[0], done=True)]
         runs = [window] if self.mode == "block" else [[layer] for layer in reversed(window)]

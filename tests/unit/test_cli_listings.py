@@ -45,10 +45,14 @@ def test_targets_say_what_each_lowering_runs(capsys):
     assert main(["passes", "--targets", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert {tuple(row) for row in table.values()} == {("eager", "onnx", "triton")}
-    assert table["payload"] == {"eager": "kv, latent", "onnx": "kv, latent", "triton": "kv"}
+    assert table["payload"] == {
+        "eager": "k, kv, latent, pair, residual",
+        "onnx": "k, kv, latent",
+        "triton": "kv, latent",
+    }
     codecs = {name: set(names.split(", ")) for name, names in table["codecs"].items()}
     assert {"int", "none"} <= codecs["triton"] < codecs["eager"]
-    assert codecs["onnx"] == codecs["eager"]
+    assert codecs["eager"] - codecs["onnx"] == {"slerp-pair"}
     assert main(["passes", "--targets"]) == 0
     assert "bfloat16, float16, float32" in capsys.readouterr().out
 

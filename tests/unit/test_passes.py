@@ -22,6 +22,7 @@ from programs import (
     to_meta,
     token_ids,
 )
+from still_layers import equal_keys_and_values, still
 
 import kvxform.passes
 from kvxform.calibrate.collecting import collect
@@ -44,9 +45,12 @@ from kvxform.passes.rotation.rotate_v import RotateV
 from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
+from kvxform.passes.structure.cache_residual import CacheResidual
+from kvxform.passes.structure.loop_layers import LoopLayers
 from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
 from kvxform.passes.structure.merge_layer_pairs import MergeLayerPairs
 from kvxform.passes.structure.share_kv_layers import ShareKvLayers
+from kvxform.passes.structure.tie_kv import TieKv
 
 INT4 = {"codec": "int", "bits": 4}
 MODELS = {
@@ -85,6 +89,10 @@ CASES = {
     "merge-kv-heads, after RoPE": (MergeKvHeads(heads=1, rope="post"), (), 2),
     "merge-layer-pairs": (MergeLayerPairs(start=0, chunk=4, recent=8), (InsertCache(),), 1),
     "share-kv-layers": (ShareKvLayers(), (), 1),
+    "cache-residual": (CacheResidual(), (InsertCache(),), 1),
+    "cache-residual, inputs of layers": (CacheResidual("xcache"), (InsertCache(),), 2),
+    "loop-layers": (LoopLayers(layers="0-1"), (), 1),
+    "tie-kv": (TieKv(), (), 2),
     "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
 }
 EQUAL_LAYERS = {
@@ -106,6 +114,12 @@ def models_for(case: str):
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
     if case.startswith("merge-kv-heads"):  # exact where KV heads are equal
         return EQUAL_HEADS
+    if case == "loop-layers":  # exact where layers add nothing
+        return {name: lambda make=make: still(make()) for name, make in MODELS.items()}
+    if case == "tie-kv":  # exact where W_k is W_v
+        return {
+            name: lambda make=make: equal_keys_and_values(make()) for name, make in MODELS.items()
+        }
     if case == "share-kv-layers":  # exact where layers have equal keys and values
         return EQUAL_LAYERS
     return LATENT_MODELS if case == "cache-latent" else MODELS

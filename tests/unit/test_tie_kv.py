@@ -18,14 +18,14 @@ from programs import (
     run,
     token_ids,
 )
-from torch import Tensor
+from still_layers import equal_keys_and_values
 
 import kvxform
 from kvxform.capture import capture
 from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.triton.capability import check_plan as check_triton
 from kvxform.errors import CodegenError, PassError, RecipeError
-from kvxform.ir.program import Program, Projection
+from kvxform.ir.program import Program
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.rotate_qk import RotateQk
@@ -49,24 +49,6 @@ def captured(family: str) -> Program:
     return capture(ALL[family].build(torch.float64)).program
 
 
-def rows_of(site, p: Projection) -> Tensor:
-    return p.indices(site.num_kv_heads, site.head_dim).flatten()
-
-
-def with_equal_weights(program: Program) -> Program:
-    """Copy the rows of K to those of V."""
-    program = program.clone()
-    for site in program.sites:
-        for name_k, name_v in ((site.k.weight, site.v.weight), (site.k.bias, site.v.bias)):
-            if name_k is None:
-                continue
-            axis = 1 if site.k.layout == "in_out" and name_k == site.k.weight else 0
-            rows = program.weights[name_k].index_select(axis, rows_of(site, site.k))
-            old = program.weights[name_v]
-            program.weights[name_v] = old.index_copy(axis, rows_of(site, site.v), rows)
-    return program
-
-
 def tied(program: Program) -> Program:
     rewritten, found = apply(TieKv(), program)
     assert fired(found) == len(program.sites)
@@ -75,7 +57,7 @@ def tied(program: Program) -> Program:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_weights_give_the_source_at_half_the_bytes(family):
-    source = with_equal_weights(captured(family))
+    source = equal_keys_and_values(captured(family))
     found = TieKv().match(source)
     assert {f.note for f in found} == {"keys and values have equal weights, nothing is lost"}
     plain, _ = apply(InsertCache(), source)
@@ -138,7 +120,7 @@ def test_the_state_is_right_after_every_step(codec):
 
 @pytest.mark.slow
 def test_packages_run(tmp_path):
-    source = with_equal_weights(llama_program(dtype=torch.float32))
+    source = equal_keys_and_values(llama_program(dtype=torch.float32))
     program, _ = apply(InsertCache(), tied(source))
     session = OnnxSession(export_onnx(program, tmp_path / "p"))
     ids = token_ids(source, tokens=10)
