@@ -126,6 +126,26 @@ def passkey_table(rows: Sequence[Row], results: Results) -> str:
     return f"{format_table(header, lines)}\n"
 
 
+def retrieval_list(rows: Sequence[Row], results: Results) -> str:
+    """Return which formats keep retrieval in the longest prompts, and which break."""
+    found = [p | {"name": row["name"]} for row in rows for p in row.get("passkeys") or ()]
+    if not found:
+        return MISSING
+    length = max(one["length"] for one in found)
+    groups: dict[str, list[str]] = {words: [] for _, words in RETRIEVAL}
+    for one in (one for one in found if one["length"] == length and one["name"] != "source"):
+        words = next(words for least, words in RETRIEVAL if one["rate"] >= least)
+        groups[words].append(f"`{one['name']}` ({one['rate']:.0%})")
+    return "".join(f"- {words}: {', '.join(names) or 'none'}.\n" for words, names in groups.items())
+
+
+RETRIEVAL = (
+    (0.95, "They keep it, 95 % or more"),
+    (0.5, "They lose a part, 50 % to 94 %"),
+    (0.0, "They break, less than half is found"),
+)
+
+
 def encode_table(rows: Sequence[Row], results: Results) -> str:
     """Return seconds of building tables and tokens per second of encoding."""
     lines = []
@@ -193,6 +213,7 @@ def sources(rows: Sequence[Row], results: Results, benchmark: str = "quality") -
 TABLES: dict[str, Callable[[Sequence[Row], Results], str]] = {
     "summary": summary_table,
     "passkey": passkey_table,
+    "retrieval": retrieval_list,
     "encode": encode_table,
     "decode": decode_table,
     "transfer": transfer_table,

@@ -92,6 +92,8 @@ def test_every_table_of_the_page_can_be_made(results):
     assert page.MISSING not in filled
     assert "| kv4    | +1.00%                         | +2.00%" in filled
     assert "unknown" not in filled
+    assert "- They keep it, 95 % or more: none.\n" in filled
+    assert "- They lose a part, 50 % to 94 %: `kv4` (75%), `kivi2` (75%).\n" in filled
     assert "| kivi2  | 256    | 21.000 " in filled
     assert "| 75%   | 90%    | 100% (0.10) | 50% (0.70) |" in filled
 
