@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvxform.evaluate.perplexity import evaluate
 from kvxform.evaluate.runners import Remembered, SessionRunner
-from kvxform.healing.checkpoints import load_checkpoint
+from kvxform.healing.checkpoints import Checkpoint, load_checkpoint
 from kvxform.healing.checks import require_source, require_touched, require_windows
 from kvxform.healing.options import HealOptions
 from kvxform.healing.parameters import Parameters
@@ -65,51 +65,20 @@ def heal_program(
     require_source(program, source)
     device = next(iter(program.weights.values())).device
     windows = require_windows(token_ids, options.window, program.info.vocab_size).to(device)
-    held = max(1, min(HELD_OUT, len(windows) // 10))
-    training, kept = windows[:-held], windows[-held:]
-    say = talk if talk is not None else _say_nothing
-    parameters = Parameters(program, options.rank, options.seed)
-    local, logits = LocalTask(program, source, parameters.names), LogitsTask(program, source)
-    run = _identity(options, training, parameters)
-    start = load_checkpoint(checkpoint, run) if checkpoint is not None and resume else None
+    run, say = _Run(program, source, windows, options), talk or _say_nothing
+    start = load_checkpoint(checkpoint, run.identity) if checkpoint is not None and resume else None
     say("heal: before")
-    judge = _Judge(source, local, kept)
-    before = judge(program)
-    stages = [
-        Stage("attentions", options.steps_local if local.layers else 0, local.loss),
-        Stage("logits", options.steps, logits.loss),
-    ]
-    schedule = Schedule(options.rate, options.batch_size, options.seed, options.every)
-    batches = Batches(training, options.batch_size, options.seed)
-    train(parameters, stages, batches, schedule, run=run, start=start, path=checkpoint, talk=say)
-    healed = dataclasses.replace(program.clone(), weights=parameters.merged())
+    before = run.judge(program)
+    run.train(start, checkpoint, say)
     say("heal: after")
-    after, notes = judge(healed), [local.note] if local.note else []
+    healed = dataclasses.replace(program.clone(), weights=run.parameters.merged())
+    after, notes = run.judge(healed), run.notes
     if not after.quality.kl < before.quality.kl:
         notes.append(f"weights are as they were: training led to a KL of {after.quality.kl:.3g}")
         healed, after = program, before
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    record = HealingRecord(
-        text=text,
-        steps_local=stages[0].steps,
-        steps=options.steps,
-        learning_rate=options.rate,
-        rank=options.rank,
-        seed=options.seed,
-        batch_size=batches.size,
-        window=options.window,
-        weights=len(parameters.names),
-        parameters=parameters.count,
-        trained_windows=len(training),
-        held_out_windows=held,
-        source_perplexity=judge.source_perplexity,
-        before=before.quality,
-        after=after.quality,
-        layers=_layers(local, before, after),
-        notes=tuple(notes),
-    )
-    return healed, record
+    return healed, run.record(text, before, after, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -145,9 +114,73 @@ class _Judge:
         return _Standing(quality, self._local.errors(program.weights, self._windows))
 
 
-def _layers(local: LocalTask, before: _Standing, after: _Standing) -> tuple[HealedLayer, ...]:
-    errors = zip(local.layers, before.errors, after.errors, strict=True)
-    return tuple(HealedLayer(*layer) for layer in errors)
+class _Run:
+    """What one run works with: texts, parameters, and what is minimised in which stage."""
+
+    def __init__(
+        self, program: Program, source: Program, windows: Tensor, options: HealOptions
+    ) -> None:
+        held = max(1, min(HELD_OUT, len(windows) // 10))
+        self._training, self._held_out = windows[:-held], windows[-held:]
+        self._options = options
+        self.parameters = Parameters(program, options.rank, options.seed)
+        self._local = LocalTask(program, source, self.parameters.names)
+        logits = LogitsTask(program, source)
+        self._stages = [
+            Stage("attentions", options.steps_local if self._local.layers else 0, self._local.loss),
+            Stage("logits", options.steps, logits.loss),
+        ]
+        self._batches = Batches(self._training, options.batch_size, options.seed)
+        self.judge = _Judge(source, self._local, self._held_out)
+        self.identity = _identity(options, self._training, self.parameters)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out, and why."""
+        return [self._local.note] if self._local.note else []
+
+    def train(
+        self, start: Checkpoint | None, path: Path | None, talk: Callable[[str], None]
+    ) -> None:
+        """Train the parameters in place, from a checkpoint on if there is one."""
+        options = self._options
+        schedule = Schedule(options.rate, options.every)
+        train(
+            self.parameters,
+            self._stages,
+            self._batches,
+            schedule,
+            run=self.identity,
+            start=start,
+            path=path,
+            talk=talk,
+        )
+
+    def record(
+        self, text: str, before: _Standing, after: _Standing, notes: tuple[str, ...]
+    ) -> HealingRecord:
+        """Return what the report says of the run."""
+        options = self._options
+        errors = zip(self._local.layers, before.errors, after.errors, strict=True)
+        return HealingRecord(
+            text=text,
+            steps_local=self._stages[0].steps,
+            steps=options.steps,
+            learning_rate=options.rate,
+            rank=options.rank,
+            seed=options.seed,
+            batch_size=self._batches.size,
+            window=options.window,
+            weights=len(self.parameters.names),
+            parameters=self.parameters.count,
+            trained_windows=len(self._training),
+            held_out_windows=len(self._held_out),
+            source_perplexity=self.judge.source_perplexity,
+            before=before.quality,
+            after=after.quality,
+            layers=tuple(HealedLayer(*layer) for layer in errors),
+            notes=notes,
+        )
 
 
 def _identity(options: HealOptions, training: Tensor, parameters: Parameters) -> str:

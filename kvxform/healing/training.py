@@ -48,14 +48,10 @@ class Schedule:
 
     Attributes:
         learning_rate: Of the longest step.
-        batch_size: Windows of a step.
-        seed: Of the order of the windows.
         every: Steps between checkpoints.
     """
 
     learning_rate: float
-    batch_size: int
-    seed: int
     every: int
 
 
