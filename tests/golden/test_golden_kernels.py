@@ -59,6 +59,7 @@ OUTLINES: dict[str, tuple[KernelSpec, bool]] = {
     "decode_int3_d96": (DecodeSpec(D96, softcap=30.0, has_lse=True), False),
     "gather_kivi2": (GatherSpec(KIVI), False),
     "prefill": (PrefillSpec(32, 8, 128, 128, "bfloat16"), False),
+    "prefill_hopper": (prefill_spec(KV4, query_block=128), False),
     "prefill_kivi2": (prefill_spec(KIVI, has_sink_logits=True), False),
     "column_scores": (ColumnScoresSpec(32, 8, 128, "float16"), False),
     "product": (ProductSpec(4096, 6144, "bfloat16", has_bias=True), False),
