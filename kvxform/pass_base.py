@@ -18,8 +18,9 @@ from torch import Tensor, fx
 
 from kvxform.codecs.basis import Basis
 from kvxform.ir.facts import FactValue, Requirement
-from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import META_KEYS, AttentionSite, Program
+from kvxform.ir.stream_plan import StreamPlan
 from kvxform.ir.types import ValueType
 
 

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvxform.ir.plan import BASELINE_BITS, CachePlan, KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import BASELINE_BITS, CachePlan, SitePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 from kvxform.order import PlannedPass
 from kvxform.pass_base import Match, NoMatch
 from kvxform.report import (

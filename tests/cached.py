@@ -12,9 +12,10 @@ from torch import Tensor
 from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.cache import make_handle
-from kvxform.ir.plan import CachePlan, ReadForm, StreamPlan
+from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program, default_positions
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import ReadForm, StreamPlan
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.memory.page_cache import PageCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv

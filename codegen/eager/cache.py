@@ -24,8 +24,9 @@ from kvxform.codegen.eager.store import Appended
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.execution import CacheSizes
-from kvxform.ir.plan import CachePlan, KeyView, StreamPlan
+from kvxform.ir.plan import CachePlan
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 
 PAYLOADS = ("kv", "k", "latent", "residual", "pair")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvxform.ir.plan import StreamPlan
+from kvxform.ir.stream_plan import StreamPlan
 
 if TYPE_CHECKING:
     from kvxform.codegen.eager.step import QueryRun, Step

@@ -15,7 +15,8 @@ from kvxform.codegen.eager.probes import probe_scores
 from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.step import Step
 from kvxform.codegen.eager.store import Appended, StreamStore
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
+from kvxform.ir.stream_plan import StreamPlan
 
 
 class SiteStore:

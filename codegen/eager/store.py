@@ -18,7 +18,7 @@ from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.folded_body import FoldedBody, fold_body
 from kvxform.codegen.eager.reads import StreamRead
 from kvxform.codegen.eager.step import Step
-from kvxform.ir.plan import StreamPlan
+from kvxform.ir.stream_plan import StreamPlan
 
 FOLD_QUERIES = 8  # with more new tokens, decoding a value once is cheaper than folding scales
 

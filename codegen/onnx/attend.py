@@ -24,8 +24,9 @@ from kvxform.codegen.onnx.ports import is_plain
 from kvxform.codegen.onnx.ranked import append_ranked, is_ranked
 from kvxform.codegen.onnx.streams import append_both
 from kvxform.codegen.onnx.turning import KeyRead, values_as_read
-from kvxform.ir.plan import KeyView, SitePlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.scoring import Span
+from kvxform.ir.stream_plan import KeyView
 
 # Options of kvx::cached_attention that an Attention that appends does not have.
 NOT_OF_ATTENTION = (

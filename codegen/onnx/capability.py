@@ -22,8 +22,9 @@ from kvxform.codegen.onnx.emission import find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.ports import has_tail
 from kvxform.errors import CodegenError
-from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import StreamPlan
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11

@@ -33,7 +33,7 @@ from kvxform.codegen.onnx import (
     codec_truncate,
 )
 from kvxform.codegen.onnx.codec_base import CODEC_EMITTERS, CodecEmitter, emitter_of
-from kvxform.ir.plan import StreamPlan
+from kvxform.ir.stream_plan import StreamPlan
 
 __all__ = ["CODEC_EMITTERS", "EMITTER_MODULES", "codec_emitter"]
 

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from kvxform.codegen.onnx.builder import BOOL
 from kvxform.codegen.onnx.emission import Emission
-from kvxform.ir.plan import StreamPlan
 from kvxform.ir.scoring import Span
+from kvxform.ir.stream_plan import StreamPlan
 
 
 def total_length(e: Emission) -> ir.Value:

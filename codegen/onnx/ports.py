@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from kvxform.codecs.base import PlaneSpec, dtype_from_name
 from kvxform.codegen.onnx.builder import onnx_dtype
-from kvxform.ir.plan import CachePlan, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, SitePlan
+from kvxform.ir.stream_plan import StreamPlan
 
 PAST, PRESENT = "past_key_values", "present"
 BUFFERS = ("sink", "recent", "scores")  # planes of tokens that are not encoded

@@ -20,7 +20,8 @@ from kvxform.codegen.onnx.codec_saliency import SaliencyEmitter
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_end, query_slots, slot_range, total_length
 from kvxform.codegen.onnx.streams import StreamView, at_hand, leaving_length, store
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
+from kvxform.ir.stream_plan import StreamPlan
 
 DOUBLE = ir.DataType.DOUBLE
 QUERIES, TOKENS, KEYS = 2, 2, 3  # axes of queries, of tokens in planes, and of keys in scores

@@ -24,7 +24,8 @@ from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_length, past_length, total_length
 from kvxform.codegen.onnx.ports import has_tail
 from kvxform.codegen.onnx.segments import ExactSegment, FoldedSegment, Segment, can_fold
-from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 
 HEADS, TOKENS = 1, 2  # axes of every plane
 Encode = Callable[[ir.Value], Mapping[str, ir.Value]]  # tokens [B, Hk, t, D] to planes

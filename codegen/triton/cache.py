@@ -25,8 +25,9 @@ from kvxform.codegen.triton.store import SiteStorage
 from kvxform.errors import CodegenError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.execution import CacheSizes
-from kvxform.ir.plan import CachePlan, KeyView
+from kvxform.ir.plan import CachePlan
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import KeyView
 
 
 @dataclass(frozen=True, eq=False)

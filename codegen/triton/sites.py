@@ -26,8 +26,9 @@ from kvxform.codegen.triton.spec import (
     PrefillSpec,
     SiteSpec,
 )
-from kvxform.ir.plan import CachePlan, KeyView, SitePlan
+from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import KeyView
 
 FOLDED_BLOCKS = (16, 32, 64, 128, 256)  # Hadamard blocks that kernels can apply
 CONTIGUOUS_PAGE = 64  # tokens; see `page_tokens`

@@ -14,7 +14,8 @@ from kvxform.codecs.base import PlaneSpec, make_codec
 from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.packing import packed_bytes
 from kvxform.codegen.triton.formats import codec_fields
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
+from kvxform.ir.stream_plan import StreamPlan
 
 PAGE_LAYOUTS = ("rows", "fragment")
 

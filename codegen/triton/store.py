@@ -15,7 +15,8 @@ from torch import Tensor
 from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codegen.triton import fragment
 from kvxform.codegen.triton.spec import SiteSpec, StreamSpec
-from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 
 KEY, VALUE = "key_", "value_"  # how names of tensors begin
 

@@ -17,8 +17,9 @@ from torch.nn.functional import cosine_similarity
 
 from kvxform.codecs.exact import ExactCodec
 from kvxform.ir.cache import CacheState, watch_caches
-from kvxform.ir.plan import CachePlan, ReadForm, Regions, StreamPlan
+from kvxform.ir.plan import CachePlan
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import ReadForm, Regions, StreamPlan
 from kvxform.runtime.model import OptimizedModel
 
 See = Callable[[int, Tensor], Tensor]

@@ -17,8 +17,9 @@ from torch import Tensor
 from kvxform.codecs.base import dtype_name, make_codec
 from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.truncate import TruncateCodec
-from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.scoring import Scoring, attend
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 
 Stored = tuple[Tensor, Tensor | None]
 

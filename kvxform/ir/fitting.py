@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvxform.codecs.base import CodecSamples
 from kvxform.errors import PassError
 from kvxform.ir.calibration import StreamStatistics
-from kvxform.ir.plan import StreamPlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import StreamPlan
 
 
 def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -> CodecSamples:

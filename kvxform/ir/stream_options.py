@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from kvxform.codecs.base import Codec, dtype_from_name, make_codec
 from kvxform.errors import RecipeError, nearest_hint
 from kvxform.ir.layers import check_layers
-from kvxform.ir.plan import Regions
+from kvxform.ir.stream_plan import Regions
 
 STREAMS = ("key", "value")
 

@@ -21,8 +21,9 @@ import torch
 from torch import fx
 
 from kvxform.errors import PassError
-from kvxform.ir.plan import KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 from kvxform.ir.targets import keyword_order, target_name
 from kvxform.ir.types import short_dtype
 

@@ -6,8 +6,9 @@ from kvxform.codecs.base import Codec, dtype_from_name, make_codec
 from kvxform.codecs.basis import Basis
 from kvxform.codecs.hadamard import check_block
 from kvxform.errors import KvxformError, PassError
-from kvxform.ir.plan import CachePlan, KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 from kvxform.ir.verify_graph import invalid
 
 

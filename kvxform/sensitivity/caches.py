@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import Codec
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.scoring import Scoring, attend
+from kvxform.ir.stream_plan import StreamPlan
 
 Stream = tuple[int, str]  # owner layer, and `key` or `value`
 

@@ -10,8 +10,9 @@ from typing import Any
 from kvxform.codecs.base import Codec, make_codec
 from kvxform.errors import PassError
 from kvxform.ir.fitting import codec_samples
-from kvxform.ir.plan import ReadForm, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import ReadForm, StreamPlan
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.truncate import TruncateCodec
 from kvxform.ir.fitting import stream_statistics
-from kvxform.ir.plan import StreamPlan
 from kvxform.ir.program import AttentionSite, Program, projection_weights
+from kvxform.ir.stream_plan import StreamPlan
 from kvxform.pass_base import Loss, Match, NoMatch, Rewriter
 from kvxform.rotations.at_read import turn_at_read
 from kvxform.structure.components import Components, principal_components

@@ -18,8 +18,8 @@ import kvxform.ir.ops as kvx
 from kvxform.codecs.basis import Basis
 from kvxform.codecs.exact import ExactCodec
 from kvxform.ir.linear import ADDMM, LINEAR, PRODUCTS, RESHAPES
-from kvxform.ir.plan import KeyView
 from kvxform.ir.program import AttentionSite, Program, Projection, ResidualSpec
+from kvxform.ir.stream_plan import KeyView
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import Match, NoMatch, Rewriter
 

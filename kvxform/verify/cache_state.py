@@ -23,7 +23,8 @@ from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.exact import ExactCodec
 from kvxform.errors import VerifyError
 from kvxform.ir.cache import watch_caches
-from kvxform.ir.plan import CachePlan, StreamPlan
+from kvxform.ir.plan import CachePlan
+from kvxform.ir.stream_plan import StreamPlan
 from kvxform.verify.probe import Difference, Probe, Reference, SourceRun
 from kvxform.verify.protocols import ModelLike
 from kvxform.verify.replay import Replay

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.saliency import SaliencyCodec
-from kvxform.ir.plan import StreamPlan
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import StreamPlan
 
 
 @dataclass(frozen=True)

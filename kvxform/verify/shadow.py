@@ -19,9 +19,10 @@ from kvxform.codecs.base import dtype_from_name, make_codec
 from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.ir.cache import CacheState
 from kvxform.ir.logical import source_keys, unrotate_pair
-from kvxform.ir.plan import CachePlan, KeyView, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import KeyView, StreamPlan
 from kvxform.verify.equations import TwoCopies, attend, attention_in_chunks, two_copies
 
 StepTokens = Sequence[tuple[int, int]]  # (row, new tokens) of each batch entry of a forward pass

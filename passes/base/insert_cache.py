@@ -20,9 +20,10 @@ import kvxform.ir.ops as kvx
 from kvxform.codecs.basis import Basis
 from kvxform.codecs.exact import ExactCodec
 from kvxform.ir.facts import FactValue
-from kvxform.ir.plan import CachePlan, KeyView, Regions, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import AttentionSite, Program, RejectedSite
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import KeyView, Regions, StreamPlan
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
 

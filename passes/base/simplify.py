@@ -19,8 +19,9 @@ from torch import fx
 import kvxform.ir.ops as kvx
 from kvxform.codecs.base import CODECS
 from kvxform.ir.facts import FactValue
-from kvxform.ir.plan import ReadForm, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import ReadForm, StreamPlan
 from kvxform.pass_base import EXACT, GraphPass, Match, NoMatch, Numerics, Rewriter, register_pass
 
 FOLDED = ReadForm("folded")

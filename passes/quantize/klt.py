@@ -25,9 +25,10 @@ from kvxform.codecs.trellis import POLYNOMIALS
 from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import stream_statistics
-from kvxform.ir.plan import SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_options import RegionOptions, StreamOptions
+from kvxform.ir.stream_plan import StreamPlan
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
 from kvxform.rotations.at_read import STREAMS, heads_together, turn_at_read
 from kvxform.rotations.transform import Transform, fit_transform, share_bytes

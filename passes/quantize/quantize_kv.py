@@ -17,7 +17,7 @@ from kvxform.errors import PassError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import codec_samples
 from kvxform.ir.layers import named_layers
-from kvxform.ir.plan import ReadForm, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_options import (
     STREAMS,
@@ -27,6 +27,7 @@ from kvxform.ir.stream_options import (
     check_options,
     stream_options,
 )
+from kvxform.ir.stream_plan import ReadForm, StreamPlan
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
 
 WHERE = "quantize-kv"

@@ -28,8 +28,8 @@ from kvxform.errors import RecipeError
 from kvxform.ir.facts import FactValue, Requirement
 from kvxform.ir.fitting import stream_statistics
 from kvxform.ir.linear import weight_uses
-from kvxform.ir.plan import Regions, StreamPlan
 from kvxform.ir.program import AttentionSite, Program, projection_weights
+from kvxform.ir.stream_plan import Regions, StreamPlan
 from kvxform.pass_base import (
     GraphPass,
     Loss,

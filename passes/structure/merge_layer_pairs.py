@@ -21,8 +21,9 @@ import torch
 from kvxform.codecs.slerp_pair import SlerpPairCodec
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.facts import FactValue, Requirement
-from kvxform.ir.plan import KeyView, Regions, SitePlan, StreamPlan
+from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import KeyView, Regions, StreamPlan
 from kvxform.pass_base import (
     GraphPass,
     Loss,

@@ -29,8 +29,9 @@ from kvxform.errors import PassError, RecipeError
 from kvxform.ir.cache import make_handle
 from kvxform.ir.facts import Facts
 from kvxform.ir.latent import CAT, find_latent
-from kvxform.ir.plan import CachePlan, KeyView
+from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import default_positions
+from kvxform.ir.stream_plan import KeyView
 from kvxform.ir.text import format_program
 from kvxform.ir.verify import verify_program
 from kvxform.order import check_order, plan_passes

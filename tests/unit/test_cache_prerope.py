@@ -29,9 +29,9 @@ from kvxform.capture import capture
 from kvxform.codecs.hadamard import hadamard_matrix
 from kvxform.errors import CodegenError, PassError, VerifyError
 from kvxform.ir.cache import make_handle
-from kvxform.ir.plan import ReadForm
 from kvxform.ir.program import Program, default_positions
 from kvxform.ir.rotary import KeyRead
+from kvxform.ir.stream_plan import ReadForm
 from kvxform.ir.types import TensorType
 from kvxform.ir.verify import verify_program
 from kvxform.passes.base.insert_cache import InsertCache

@@ -15,7 +15,7 @@ from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.capability import takes_padding
 from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
 from kvxform.errors import CodegenError
-from kvxform.ir.plan import Regions
+from kvxform.ir.stream_plan import Regions
 
 INT4 = {"key": {"codec": "int", "bits": 4}, "value": {"codec": "int", "bits": 4}}
 

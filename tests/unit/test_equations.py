@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import kvxform.ir.ops as kvx
 from kvxform.codecs.base import make_codec
-from kvxform.ir.plan import Regions, StreamPlan
 from kvxform.ir.scoring import Scoring
+from kvxform.ir.stream_plan import Regions, StreamPlan
 from kvxform.verify.equations import attend, two_copies
 
 

@@ -15,7 +15,7 @@ from kvxform.healing.blocks import find_blocks
 from kvxform.healing.parameters import Parameters
 from kvxform.healing.running import Differentiable
 from kvxform.healing.tasks import LocalTask, LogitsTask
-from kvxform.ir.plan import Regions
+from kvxform.ir.stream_plan import Regions
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.loop_layers import LoopLayers

@@ -26,8 +26,8 @@ from kvxform.codecs.base import make_codec
 from kvxform.codegen.triton.capability import check_plan
 from kvxform.errors import CodegenError, PassError, RecipeError
 from kvxform.ir.cache import make_handle
-from kvxform.ir.plan import ReadForm
 from kvxform.ir.program import Program, default_positions
+from kvxform.ir.stream_plan import ReadForm
 from kvxform.ir.verify import verify_program
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.memory.page_cache import PageCache

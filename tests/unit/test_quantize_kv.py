@@ -7,7 +7,7 @@ import torch
 from programs import apply, fired, llama_program, reasons
 
 from kvxform.errors import PassError, RecipeError
-from kvxform.ir.plan import Regions
+from kvxform.ir.stream_plan import Regions
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.base.simplify import Simplify
 from kvxform.passes.quantize.quantize_kv import QuantizeKv

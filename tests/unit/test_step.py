@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from kvxform.codecs.exact import ExactCodec
 from kvxform.codegen.eager.flush import FlushRule
 from kvxform.codegen.eager.step import Step
-from kvxform.ir.plan import Regions, StreamPlan
 from kvxform.ir.scoring import Span
+from kvxform.ir.stream_plan import Regions, StreamPlan
 
 PAGE_SIZE = 16
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from kvxform.codecs.base import PlaneSpec
 from kvxform.codecs.basis import Basis
 from kvxform.errors import PassError
 from kvxform.ir.facts import Facts
-from kvxform.ir.plan import CachePlan, Layout, ReadForm, Regions, SitePlan, StreamPlan
+from kvxform.ir.plan import CachePlan, Layout, SitePlan
 from kvxform.ir.program import RejectedSite
+from kvxform.ir.stream_plan import ReadForm, Regions, StreamPlan
 from kvxform.ir.text import format_graph, format_program, format_ranges
 from kvxform.ir.types import TensorType
 from tests.programs import gpt2_program, llama_program

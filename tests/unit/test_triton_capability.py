@@ -16,7 +16,7 @@ from kvxform.cli.main import main
 from kvxform.codegen.triton import capability
 from kvxform.codegen.triton.capability import check_device, check_program
 from kvxform.errors import CodegenError
-from kvxform.ir.plan import KeyView, Regions
+from kvxform.ir.stream_plan import KeyView, Regions
 from kvxform.pipeline import plan_pipeline
 from kvxform.recipe import load_recipe
 from kvxform.runtime.model import OptimizedModel

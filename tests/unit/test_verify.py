@@ -14,8 +14,9 @@ from kvxform.codecs.base import PlaneSpec
 from kvxform.codecs.basis import Basis
 from kvxform.errors import PassError
 from kvxform.ir.facts import Facts
-from kvxform.ir.plan import Layout, Regions
+from kvxform.ir.plan import Layout
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import Regions
 from kvxform.ir.types import SymType, TensorType
 from kvxform.ir.verify import verify_program
 from kvxform.pass_base import PASSES
