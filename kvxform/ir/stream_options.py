@@ -23,7 +23,7 @@ STREAMS = ("key", "value")
 
 @with_config(ConfigDict(extra="allow"))  # unknown names reach `check_options`, which helps better
 class RegionOptions(TypedDict, total=False):
-    """Options of the exact regions; see `kvxform.ir.plan.Regions`.
+    """Options of the exact regions; see `kvxform.ir.stream_plan.Regions`.
 
     Attributes:
         sink: First tokens that are never encoded; 0 if left out.
