@@ -81,7 +81,7 @@ def without_plan():
 
 
 REFUSED = {
-    "payload must be kv or latent; got residual at layer 1": lambda: changed(payload="residual"),
+    "payload must be .* or pair; got ids at layer 1": lambda: changed(payload="ids"),
     "whole groups of 24 tokens; got 16 at layer 1": lambda: changed(key={"tokens_per_group": 24}),
     "a cache input if and only if it has a plan": without_plan,
 }
