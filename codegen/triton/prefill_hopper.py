@@ -15,7 +15,7 @@ from kvxform.codegen.triton.spec import PrefillSpec
 
 HEAD_DIMS = (64, 128)
 ROWS = 128  # of a block: 64 for each group of four warps
-MAX_GROUPS = 16  # query heads of a KV head
+GROUPS = (1, 2, 4, 8, 16)  # query heads of a KV head: they divide a block
 BLOCKS = (16, 32, 64, 128)  # of a Hadamard of queries
 COMPUTE_CAPABILITY = 9  # major, of the devices that can run it
 
@@ -35,7 +35,7 @@ def reason_against(spec: PrefillSpec) -> str | None:
         "its window ends": spec.window is not None or spec.chunk is not None,
         "scores are more than products": spec.softcap is not None or spec.has_alibi,
         "there are sink logits": spec.has_sink_logits,
-        f"more than {MAX_GROUPS} query heads share a KV head": _groups(spec) > MAX_GROUPS,
+        f"the query heads of a KV head are none of {GROUPS}": _groups(spec) not in GROUPS,
         f"its Hadamard has none of {BLOCKS} channels": spec.query_block not in (0, *BLOCKS),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

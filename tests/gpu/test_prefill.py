@@ -63,7 +63,7 @@ KIVI = {"key_sink": 4, "value_sink": 4, "key_chunk": 128, "value_keep": 128}
         PrefillSpec(4, 2, 192, 128, "float16", chunk=100, has_alibi=True, has_lse=True),
         PrefillSpec(4, 2, 64, 64, "float32", value_keep=40, has_lse=True),
         hopper(32, 8, 128, 128, "bfloat16", has_lse=True),
-        hopper(9, 3, 64, 64, "float16", has_lse=True),
+        hopper(8, 4, 64, 64, "float16", has_lse=True),
         hopper(4, 4, 128, 128, "float16"),
         hopper(16, 1, 64, 64, "bfloat16"),
     ],
@@ -98,7 +98,7 @@ def test_prefill_over_many_tiles(spec: PrefillSpec) -> None:
         PrefillSpec(16, 2, 256, 256, "bfloat16", query_block=256),
         PrefillSpec(4, 2, 96, 96, "float32", query_block=32, has_lse=True),
         hopper(32, 8, 128, 128, "bfloat16", query_block=128, has_signs=True, has_lse=True),
-        hopper(9, 3, 64, 64, "float16", query_block=16),
+        hopper(8, 4, 64, 64, "float16", query_block=16),
     ],
     ids=name,
 )

@@ -58,7 +58,8 @@ def test_a_plan_gets_it_where_it_fits() -> None:
         ({"softcap": 30.0}, "scores are more than products"),
         ({"has_alibi": True}, "scores are more than products"),
         ({"has_sink_logits": True}, "there are sink logits"),
-        ({"num_kv_heads": 1}, "more than 16 query heads share a KV head"),
+        ({"num_kv_heads": 1}, "the query heads of a KV head are none of (1, 2, 4, 8, 16)"),
+        ({"num_q_heads": 24}, "the query heads of a KV head are none of (1, 2, 4, 8, 16)"),
         ({"query_block": 256}, "its Hadamard has none of (16, 32, 64, 128) channels"),
     ],
 )
@@ -219,7 +220,7 @@ def test_products_go_on_while_weights_are_made() -> None:
     ("spec", "products"),
     [
         (ROTATED, 16),
-        (PrefillSpec(9, 3, 64, 64, "float16", for_hopper=True, query_block=16), 12),
+        (PrefillSpec(8, 2, 64, 64, "float16", for_hopper=True, query_block=16), 12),
     ],
     ids=["128", "64"],
 )
