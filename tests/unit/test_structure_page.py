@@ -50,7 +50,7 @@ def row(name, size, before, after=None):
 @pytest.fixture
 def results():
     rows = [
-        row("int8", 12000.0, 0.001),
+        row("int8", 12240.0, 0.001),
         row("kv4", 6500.0, 0.05),
         row("cla2", 11520.0, 2.0, 0.04),
         row("gqa-half", 7680.0, 3.0, 0.2),
@@ -84,6 +84,9 @@ def test_who_loses_is_said(results):
     assert "`gqa-half` loses to `kv4`: KL 0.2000 and 0.0500 nats, at 1.2 times" in page
     assert "`cla2` beats `kv4`: KL 0.0400" in page
     assert "as small as `cla2-kv4`" in page
+    results["structure"]["rows"].append(row("kvx-2", 3300.0, 0.02))
+    page = fill("verdict", results)
+    assert "`cla2-kv4` loses to `kvx-2`: KL 0.5000 and 0.0200 nats, at 1.0 times" in page
 
 
 def test_training_and_missing_results(results):
