@@ -138,7 +138,7 @@ def test_codecs_are_fitted_on_the_heads_that_are_left():
     (site,) = program.plan.sites
     assert site.num_kv_heads == 2
     assert report.calibration is not None
-    assert report.passes[-1].vs_before.kl < report.passes[0].vs_before.kl
+    assert report.passes[-1].vs_before.kl < 1e-3  # codes of four bits, and nothing worse
 
 
 def test_a_rotation_above_the_merge_is_refused_in_words():

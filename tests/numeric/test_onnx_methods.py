@@ -13,6 +13,8 @@ from programs import apply, llama_program, token_ids
 
 import kvxform.ir.ops as kvx
 from kvxform.codecs.base import CODECS, layers_of, make_codec
+from kvxform.codecs.slerp_pair import SlerpPairCodec
+from kvxform.codecs.truncate import TruncateCodec
 from kvxform.ir.types import TensorType
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
@@ -80,7 +82,9 @@ def assert_prefill_like(session, ids, expected):
 
 def test_every_codec_is_in_a_model():
     used = {type(part) for spec in STREAMS + RANKED_PAIR for part in layers_of(make_codec(spec))}
-    assert used == set(CODECS.values())
+    elsewhere = {TruncateCodec}  # needs joined heads: test_factor_kv
+    refused = {SlerpPairCodec}  # pairs of layers: test_merge_layer_pairs
+    assert used | elsewhere | refused == set(CODECS.values())
 
 
 def test_every_codec_in_one_model_is_as_in_eager(tmp_path):

@@ -46,11 +46,13 @@ from kvxform.passes.rotation.spectral_rotation import SpectralRotation
 from kvxform.passes.structure.cache_latent import CacheLatent
 from kvxform.passes.structure.cache_prerope import CachePrerope
 from kvxform.passes.structure.cache_residual import CacheResidual
+from kvxform.passes.structure.factor_kv import FactorKv
 from kvxform.passes.structure.loop_layers import LoopLayers
 from kvxform.passes.structure.merge_kv_heads import MergeKvHeads
 from kvxform.passes.structure.merge_layer_pairs import MergeLayerPairs
 from kvxform.passes.structure.share_kv_layers import ShareKvLayers
 from kvxform.passes.structure.tie_kv import TieKv
+from kvxform.passes.structure.to_latent import ToLatent
 
 INT4 = {"codec": "int", "bits": 4}
 MODELS = {
@@ -93,6 +95,8 @@ CASES = {
     "cache-residual, inputs of layers": (CacheResidual("xcache"), (InsertCache(),), 2),
     "loop-layers": (LoopLayers(layers="0-1"), (), 1),
     "tie-kv": (TieKv(), (), 2),
+    "factor-kv": (FactorKv(1.0, 1.0), (InsertCache(),), 2),
+    "to-latent": (ToLatent(rope_dim=1024), (), 2),  # all channels of keys keep RoPE
     "fuse-projections": (FuseProjections(), (InsertCache(),), 4),
 }
 EQUAL_LAYERS = {
@@ -108,7 +112,7 @@ LATENT_MODELS = {
 
 
 def models_for(case: str):
-    if "prerope" in case:  # gpt2 has no RoPE
+    if "prerope" in case or case == "to-latent":  # gpt2 has no RoPE
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
     if case == "fuse-projections":  # gpt2 has one projection already
         return {name: make for name, make in MODELS.items() if name != "gpt2"}
