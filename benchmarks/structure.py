@@ -134,6 +134,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--no-healing", action="store_true", help="measure before healing alone")
     parser.add_argument("--steps-local", type=int, default=60)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -200,7 +201,8 @@ class Bench:
             "optimize_seconds": round(seconds, 1),
             "before": self._quality(program),
         }
-        if trainable(program) and time.monotonic() < end:
+        heals = trainable(program) and not self._options.no_healing
+        if heals and time.monotonic() < end:
             row |= self._healed(program)
         return row
 
