@@ -93,7 +93,8 @@ def fill_block(name: str, results: Results) -> str:
 def describe_source(run: Row) -> str:
     """Return where numbers come from, in one line."""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    parts = [f"`{run['command']}`", run["device"], f"driver {run['driver']}", versions]
+    driver = [f"driver {run['driver']}"] if run["driver"] else []
+    parts = [f"`{run['command']}`", run["device"], *driver, versions]
     if run.get("read_stream_gb_s"):
         parts.append(f"read-only stream {run['read_stream_gb_s']:.0f} GB/s")
     parts += [f"commit {run['commit']}", run["date"]]

@@ -136,7 +136,8 @@ def test_memory_is_bounded_by_the_window():
     assert (model.plan.recomputed_tokens(64), model.plan.recomputed_tokens(4)) == (59, 0)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_twenty_turns_are_token_identical(family):
     model = ALL[family].build(torch.float32)
     recipes = [

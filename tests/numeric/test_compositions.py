@@ -33,7 +33,9 @@ def test_bytes_fall_by_the_factor_of_the_structure(name):
     assert ours == pytest.approx(SHARES[name] * plain, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cla2-kv4", "gqa-svd-half-kv4"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cla2-kv4", marks=pytest.mark.slow), "gqa-svd-half-kv4"]
+)
 def test_the_cache_holds_what_the_merged_model_makes(name):
     program, report = run_pipeline(
         small(), load_recipe(name), executor=OptimizedModel, verify="full", calibration=text()

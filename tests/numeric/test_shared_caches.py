@@ -102,6 +102,7 @@ def test_what_comes_after_is_as_exact_as_ever(passes):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_structure_rotation_and_codec_in_one_recipe(tmp_path):
     recipe = {
         "version": 1,

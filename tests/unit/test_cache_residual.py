@@ -30,10 +30,10 @@ from kvxform.runtime.model import OptimizedModel
 from kvxform.verify.prober import Prober
 
 INT8 = {"codec": "int", "bits": 8}
+MORE = ("phi", "gpt_neox", "gptj", "opt", "bloom")
 FAMILIES = [  # all MHA: fused QKV with biases, no RoPE; RoPE on a part with biases; and more
     "gpt2",
-    "phi",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_neox", "gptj", "opt", "bloom")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in MORE),
 ]
 
 

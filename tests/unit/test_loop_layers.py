@@ -30,8 +30,8 @@ from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_session import OnnxSession
 
 FAMILIES = [  # grouped heads, MHA; then biases, QK-norm, MHA with parallel layers
-    *("llama", "gpt2"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "phi")),
+    "llama",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "qwen2", "qwen3", "phi")),
 ]
 
 
@@ -222,7 +222,8 @@ def test_packages_run(cache, tmp_path):
         torch.testing.assert_close(got, expected[:, t], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("cache", ["first", pytest.param("each", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["first", "each"])
 def test_rotations_and_codecs_compose(cache):
     passes = [
         "rotate-v",
