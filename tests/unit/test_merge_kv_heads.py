@@ -27,7 +27,7 @@ from torch import Tensor
 
 import kvxform.ir.ops as kvx
 from kvxform.capture import capture
-from kvxform.errors import PassError, RecipeError
+from kvxform.errors import PassError
 from kvxform.ir.program import Program
 from kvxform.ir.types import TensorType
 from kvxform.ir.watching import Watcher
@@ -463,31 +463,6 @@ def test_values_that_are_no_plain_layer_are_left_alone():
     program = llama_program(layers=1)
     program.sites = (dataclasses.replace(program.sites[0], v=None),)
     assert reasons(found_in(program, heads=1)) == ["values are not made by a plain linear layer"]
-
-
-@pytest.mark.parametrize(
-    ("options", "rule"),
-    [
-        ({}, "heads, ratio or layers must be given"),
-        ({"heads": 2, "ratio": 0.5}, "must not be given together"),
-        ({"heads": 0}, "at least 1"),
-        ({"layers": {"0": 0}}, "at least 1"),
-        ({"ratio": 1.0}, r"ratio must lie in \(0, 1\)"),
-        ({"heads": 1, "planner": "best"}, "planner must be svd or mean"),
-        ({"heads": 1, "rope": "before"}, "rope must be auto, commuting, post or latent"),
-        ({"heads": 1, "grouping": "random"}, "grouping must be consecutive or similar"),
-        ({"heads": 1, "objective": "keys"}, "objective must be vectors or attention"),
-        ({"heads": 1, "rope": "latent", "planner": "mean"}, "rope: latent must go with no other"),
-        (
-            {"heads": 1, "rope": "latent", "grouping": "similar"},
-            "rope: latent must go with no other",
-        ),
-        ({"layers": {"first": 1}}, "layers must be numbers"),
-    ],
-)
-def test_options_are_checked(options, rule):
-    with pytest.raises(RecipeError, match=rf"KVX107 \[merge-kv-heads\].*{rule}"):
-        MergeKvHeads(**options)
 
 
 @pytest.mark.parametrize(
