@@ -26,7 +26,7 @@ from models import plain
 
 QUICK = (
     "llama", "qwen3", "gemma3_text", "gpt_oss", "deepseek_v2", "falcon", "gptj", "gpt2", "bloom",
-    "mixtral", "phi", "cohere", "by hand", "multihead",
+    "cohere", "by hand",
 )  # fmt: skip
 TABLE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
