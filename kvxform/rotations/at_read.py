@@ -11,11 +11,19 @@ from torch import Tensor, fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codecs.basis import Basis
+from kvxform.ir.facts import Requirement
 from kvxform.ir.types import TensorType
 from kvxform.pass_base import Rewriter
 from kvxform.rotations.keys import set_matrices
 
 STREAMS = ("key", "value")  # the order of operands of an append
+AS_IN_THE_SOURCE = (  # of passes that choose a basis and a codec from statistics
+    Requirement("cache.inserted", (True,), because="there would be no cache to encode yet"),
+    Requirement("k.codec", ("none",), because="codes cannot change their basis"),
+    Requirement("v.codec", ("none",), because="codes cannot change their basis"),
+    Requirement("k.basis", ("identity",), because="the statistics are those of the source"),
+    Requirement("v.basis", ("identity",), because="the statistics are those of the source"),
+)
 
 
 def turn_at_read(
@@ -56,8 +64,8 @@ def turn_at_read(
             rewriter.set_basis(reader.layer, value=basis)
 
 
-def heads_together(num_heads: int, most: int) -> int:
-    """Return the largest number of heads, at most `most`, that divides `num_heads`."""
+def heads_together(num_heads: int, most: float) -> int:
+    """Return the largest number of heads, at most `most` or one, that divides `num_heads`."""
     return max(n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= max(1, most))
 
 

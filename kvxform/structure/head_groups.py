@@ -13,11 +13,6 @@ from kvxform.structure.head_mixes import Turns
 MOST_TOKENS = 512  # of the samples that similarities are computed from
 
 
-def divisor_below(heads: int, wanted: float) -> int:
-    """Return the largest divisor of `heads` that is at most `wanted`, or 1."""
-    return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= max(1.0, wanted))
-
-
 def mean_similarity(x: Tensor) -> Tensor:
     """Return cosines between heads `[heads, N, D]`, float64 `[heads, heads]`: for their mean."""
     rows = x.double().flatten(1)

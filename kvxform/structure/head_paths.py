@@ -5,7 +5,7 @@ A path can be read off a graph, and written anew for another number of heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvxform.ir.linear import ADDMM, LINEAR, PRODUCTS, RESHAPES, SIZE, LinearCal
 from kvxform.ir.program import AttentionSite, Program, Projection
 from kvxform.ir.types import SymType, TensorType
 from kvxform.pass_base import Rewriter
+from kvxform.structure.replay import replay
 
 aten = torch.ops.aten
 LAYER_NORM = aten.layer_norm.default
@@ -74,11 +75,12 @@ def read_path(program: Program, operand: fx.Node, heads: int) -> HeadPath | str:
     if linear is None or len(norms) > 1:
         return "more than a plain linear layer and one norm makes the heads"
     try:
-        rows = _replay(chain[::-1], program.weights)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        rows = replay(chain[::-1], program.weights, _ONE, skipped=_NORM_WEIGHTS)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # as calls refuse numbers
         return "something other than views stands between the linear layer and the heads"
     dim = int(operand.meta["type"].shape[-1])
-    if rows is None or rows.numel() != heads * dim:
+    is_index = isinstance(rows, Tensor) and rows.dtype == torch.int64
+    if not is_index or rows.numel() != heads * dim:
         return "heads are not plain channels of the linear layer"
     is_alone = all(len(_readers(n)) == 1 for n in chain[1:])
     is_whole = rows.numel() == chain[-1].meta["type"].shape[-1]
@@ -248,40 +250,3 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _readers(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if user.target is not SIZE]
-
-
-def _replay(chain: Sequence[fx.Node], weights: Mapping[str, Tensor]) -> Tensor | None:
-    """Send the numbers of all outputs of a linear layer through what follows it."""
-    shape = [_size(n) for n in chain[0].meta["type"].shape]
-    values: dict[fx.Node, Any] = {chain[0]: torch.arange(shape[-1]).expand(shape)}
-    for node in chain[1:]:
-        if node.target in _NORM_WEIGHTS:
-            values[node] = values[_source(node)]
-            continue
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda n: _value(n, values, weights)
-        )
-        assert callable(node.target), "it is a call"
-        values[node] = node.target(*args, **kwargs)
-    found = values[chain[-1]]
-    is_index = isinstance(found, Tensor) and found.dtype == torch.int64
-    return found if is_index else None
-
-
-def _value(node: fx.Node, values: Mapping[fx.Node, Any], weights: Mapping[str, Tensor]) -> Any:
-    if node in values:
-        return values[node]
-    if node.op == "get_attr":
-        return weights[str(node.target)]
-    type_ = node.meta["type"]
-    if not isinstance(type_, SymType):
-        raise TypeError("a view takes one tensor and sizes")
-    return _size(type_.expression)
-
-
-def _size(size: int | str) -> int:
-    """Return a size of one sequence of one token."""
-    product = 1
-    for factor in str(size).split("*"):
-        product *= _ONE[factor] if factor in _ONE else int(factor)
-    return product

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +13,7 @@ from kvxform.ir.linear import ADDMM, LINEAR, PRODUCTS, RESHAPES, SIZE, weight_us
 from kvxform.ir.program import AttentionSite, Projection
 from kvxform.ir.types import SymType, TensorType
 from kvxform.pass_base import Rewriter
+from kvxform.structure.replay import replay
 
 aten = torch.ops.aten
 _SIZES = {"B": 2, "S": 3}  # any two sizes
@@ -117,7 +115,8 @@ def keep_queries(rewriter: Rewriter, layer: int) -> None:
     heads = _arrangement(chain[-1], site)
     if heads is None:
         return
-    rows = _rows(chain, program.weights)
+    device = next(iter(program.weights.values())).device
+    rows = replay(chain, program.weights, _SIZES, device=device)
     rows = rows[0, 0] if heads == "tokens" else rows[0, :, 0]  # [H, D]
     if rows.numel() == program.weights[linear.weight].shape[0 if linear.is_out_first else 1]:
         return
@@ -146,37 +145,6 @@ def _arrangement(node: fx.Node, site: AttentionSite) -> str | None:
     if shape[2:] == (site.num_q_heads, site.head_dim) and shape[1] == "S":
         return "tokens"
     return None
-
-
-def _rows(chain: list[fx.Node], weights: Mapping[str, Tensor]) -> Tensor:
-    """Return, in the form of the last view, which output of the linear layer each channel is."""
-    shape = [_size(n) for n in chain[0].meta["type"].shape]
-    device = next(iter(weights.values())).device
-    found: Any = torch.arange(shape[-1], device=device).expand(shape)
-    for before, node in itertools.pairwise(chain):
-        value = functools.partial(_value, known={before: found}, weights=weights)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        found = node.target(*args, **kwargs)  # type: ignore[operator]
-    rows: Tensor = found
-    return rows
-
-
-def _value(node: fx.Node, known: Mapping[fx.Node, Any], weights: Mapping[str, Tensor]) -> Any:
-    if node in known:
-        return known[node]
-    if node.op == "get_attr":
-        return weights[str(node.target)]
-    type_ = node.meta["type"]
-    assert isinstance(type_, SymType), "a view takes one tensor, sizes and indices"
-    return _size(type_.expression)
-
-
-def _size(size: int | str) -> int:
-    """Return the value of a size, such as `B*S`."""
-    product = 1
-    for factor in str(size).split("*"):
-        product *= _SIZES[factor] if factor in _SIZES else int(factor)
-    return product
 
 
 def _narrowed(rewriter: Rewriter, linear: QueryLinear, rows: Tensor, head_dim: int) -> Projection:

@@ -30,7 +30,7 @@ from kvxform.ir.program import Program
 from kvxform.ir.stream_options import RegionOptions, StreamOptions
 from kvxform.ir.stream_plan import StreamPlan
 from kvxform.pass_base import GraphPass, Match, NoMatch, Numerics, Rewriter, approx, register_pass
-from kvxform.rotations.at_read import STREAMS, heads_together, turn_at_read
+from kvxform.rotations.at_read import AS_IN_THE_SOURCE, STREAMS, heads_together, turn_at_read
 from kvxform.rotations.transform import Transform, fit_transform, share_bytes
 
 
@@ -66,13 +66,7 @@ class Klt(GraphPass):
     key_regions: RegionOptions | None = None
     value_regions: RegionOptions | None = None
     numerics: ClassVar[Numerics] = approx("kl")
-    requires: ClassVar[tuple[Requirement, ...]] = (
-        Requirement("cache.inserted", (True,), because="there would be no cache to encode yet"),
-        Requirement("k.codec", ("none",), because="codes cannot change their basis"),
-        Requirement("v.codec", ("none",), because="codes cannot change their basis"),
-        Requirement("k.basis", ("identity",), because="the statistics are those of the source"),
-        Requirement("v.basis", ("identity",), because="the statistics are those of the source"),
-    )
+    requires: ClassVar[tuple[Requirement, ...]] = AS_IN_THE_SOURCE
     invalidates: ClassVar[tuple[str, ...]] = ("read.simplified",)
     source: ClassVar[str] = "transform coding, Cover and Thomas, section 10.3.3; own composition"
 

@@ -40,7 +40,7 @@ from kvxform.pass_base import (
     approx,
     register_pass,
 )
-from kvxform.rotations.at_read import STREAMS, heads_together, turn_at_read
+from kvxform.rotations.at_read import AS_IN_THE_SOURCE, STREAMS, heads_together, turn_at_read
 from kvxform.rotations.dense import dense_basis
 from kvxform.rotations.keys import set_matrices
 from kvxform.rotations.values import check_values, fold_values
@@ -82,13 +82,7 @@ class FactorKv(GraphPass):
     width: int = 1024
     dtype: str | None = None
     numerics: ClassVar[Numerics] = approx("kl")
-    requires: ClassVar[tuple[Requirement, ...]] = (
-        Requirement("cache.inserted", (True,), because="there would be no cache to encode yet"),
-        Requirement("k.codec", ("none",), because="codes cannot change their basis"),
-        Requirement("v.codec", ("none",), because="codes cannot change their basis"),
-        Requirement("k.basis", ("identity",), because="the statistics are those of the source"),
-        Requirement("v.basis", ("identity",), because="the statistics are those of the source"),
-    )
+    requires: ClassVar[tuple[Requirement, ...]] = AS_IN_THE_SOURCE
     invalidates: ClassVar[tuple[str, ...]] = ("read.simplified",)
     source: ClassVar[str] = "CSKV, arXiv 2409.10593"
 

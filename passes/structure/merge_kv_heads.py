@@ -36,7 +36,7 @@ from kvxform.pass_base import (
     Rewriter,
     register_pass,
 )
-from kvxform.structure.head_groups import divisor_below
+from kvxform.rotations.at_read import heads_together
 from kvxform.structure.head_latents import keep_latents, latent_match
 from kvxform.structure.head_merging import merge_heads
 from kvxform.structure.head_plans import HeadPlanner, cannot_merge
@@ -150,7 +150,7 @@ class MergeKvHeads(GraphPass):
                 found[site.layer] = self.heads
             elif self.ratio is not None:
                 wanted = self.ratio * site.num_kv_heads
-                found[site.layer] = divisor_below(site.num_kv_heads, wanted)
+                found[site.layer] = heads_together(site.num_kv_heads, wanted)
         for name, heads in (self.layers or {}).items():
             found |= dict.fromkeys(named_layers(name, layers, WHERE), heads)
         return found

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxform.ir.rotary import rotary_table, turn_pairs
+from kvxform.rotations.at_read import heads_together
 from kvxform.structure.head_groups import (
-    divisor_below,
     mean_similarity,
     plain_similarity,
     similar_order,
@@ -251,4 +251,4 @@ def test_runs_of_query_heads_follow_their_kv_head():
     ("heads", "wanted", "left"), [(3, 1.5, 1), (8, 4.0, 4), (9, 4.5, 3), (12, 5.9, 4), (7, 0.2, 1)]
 )
 def test_a_share_of_heads_is_rounded_down_to_a_divisor(heads, wanted, left):
-    assert divisor_below(heads, wanted) == left
+    assert heads_together(heads, wanted) == left
