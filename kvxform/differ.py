@@ -1,0 +1,1 @@
+"""The public `diff`: opens two sides, compares them, says what a reader must know."""
