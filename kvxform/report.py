@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from kvxform.errors import ArtifactError
+from kvxform.formats import rounded
 from kvxform.healing_record import HealingRecord
 from kvxform.pass_base import Loss
 
@@ -304,7 +305,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return canonical JSON; equal reports give equal text."""
-        return json.dumps(_rounded(self.to_data()), indent=1, sort_keys=True) + "\n"
+        return json.dumps(rounded(self.to_data()), indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -332,14 +333,3 @@ class Report:
         from kvxform.report_html import render_report  # jinja2 only when a page is wanted
 
         return render_report(self)
-
-
-def _rounded(data: Any) -> Any:
-    """Round every float to six significant digits, which is what measurements are good for."""
-    if isinstance(data, float):
-        return float(f"{data:.6g}")
-    if isinstance(data, dict):
-        return {str(key): _rounded(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_rounded(item) for item in data]
-    return data

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
 from markupsafe import Markup
 
+from kvxform.formats import format_bytes, format_number, format_percent
+from kvxform.page import render_page
 from kvxform.recipe_text import format_yaml
 from kvxform.report import LayerRecord, Report
 from kvxform.report_svg import Series, bar_chart
-
-THIN = "\N{NARROW NO-BREAK SPACE}"
-TIMES = f"{THIN}\N{MULTIPLICATION SIGN}{THIN}10"
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -34,18 +30,8 @@ class LayerRun:
 
 def render_report(report: Report) -> str:
     """Return the page of a report."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("kvxform", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(
-        bytes=format_bytes, number=format_number, percent=format_percent, ratio=format_ratio
-    )
-    template = environment.get_template("report.html.jinja")
-    return template.render(
+    return render_page(
+        "report.html.jinja",
         report=report,
         exact=[p for p in report.passes if p.exactness == "exact"],
         lossy=[p for p in report.passes if p.exactness != "exact"],
@@ -120,36 +106,3 @@ def layer_runs(layers: Sequence[LayerRecord]) -> list[LayerRun]:
 
 def _storage(record: LayerRecord) -> tuple[str, str, float, float]:
     return record.key_codec, record.value_codec, record.key_bytes, record.value_bytes
-
-
-def format_bytes(count: float) -> str:
-    """Return a size: bytes below 64 KiB, then KiB, MiB, GiB with three digits."""
-    if count < 64 * 1024:
-        text = f"{count:,.0f}" if float(count).is_integer() else f"{count:,.1f}"
-        return text.replace(",", THIN) + f"{THIN}B"
-    power = min(int(math.log(count, 1024)), 3)
-    return f"{count / 1024**power:.3g}{THIN}{('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def format_number(value: float | None) -> str:
-    """Return three digits: `0.0123`, or `4.71 x 10^-7` in type below 1e-3."""
-    if value is None:
-        return "\N{EN DASH}"
-    if value == 0:
-        return "0"
-    if 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3g}"
-    digits, power = f"{value:.1e}".split("e")
-    return f"{digits}{TIMES}{str(int(power)).translate(SUPERSCRIPTS)}"
-
-
-def format_percent(value: float | None) -> str:
-    """Return a share as a percentage: `4.2 %`."""
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{100 * value:.3g}{THIN}%"
-
-
-def format_ratio(value: float) -> str:
-    """Return how many times smaller or larger: `3.56`."""
-    return f"{value:.2f}"

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kvxform.errors import ArtifactError
+from kvxform.formats import format_bytes, format_number, format_percent
 from kvxform.report import (
     BoundRecord,
     CacheMeasured,
@@ -21,7 +22,7 @@ from kvxform.report import (
     Report,
     SourceSummary,
 )
-from kvxform.report_html import format_bytes, format_number, format_percent, layer_runs, verdict
+from kvxform.report_html import layer_runs, verdict
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 EXACT = Measured(max_abs=1.5e-5, relative=1.234567891e-6, kl=2e-12, top1=1.0)
