@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from kvxform.errors import ArtifactError
 
-MARKERS = ("kvxform.lock", "kvxform.json")  # a folder with one of them was written by kvxform
+MARKERS = ("checksums.json", "kvxform.json")  # a folder with one of them was written by kvxform
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 

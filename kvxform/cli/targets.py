@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def is_artifact(target: str) -> bool:
     """Return whether `target` is a folder that `save` wrote, whole or not."""
-    return any((Path(target) / name).is_file() for name in ("kvxform.lock", "program.json"))
+    return any((Path(target) / name).is_file() for name in ("checksums.json", "program.json"))
 
 
 def is_onnx_package(target: str) -> bool:

@@ -2,7 +2,7 @@
 
 A program folder holds `program.json` (sites, facts, passes, the graph as text, a table of
 weights), `plan.json` and `weights.safetensors`. An artifact adds whatever the caller passes
-(report, recipe, kernels, tokenizer) and `kvxform.lock`, the hash of every file. Files are
+(report, recipe, kernels, tokenizer) and `checksums.json`, the hash of every file. Files are
 canonical: equal programs give equal bytes.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.ir.schema import (
     VERSION,
-    LockFile,
+    ChecksumsFile,
     PlanFile,
     ProgramFile,
     WeightEntry,
@@ -36,7 +36,9 @@ from kvxform.ir.text import format_graph
 from kvxform.ir.verify import verify_program
 from kvxform.ir.weights import read_weights, write_weights
 
-PROGRAM, PLAN, WEIGHTS, LOCK = "program.json", "plan.json", "weights.safetensors", "kvxform.lock"
+PROGRAM, PLAN, WEIGHTS = "program.json", "plan.json", "weights.safetensors"
+CHECKSUMS = "checksums.json"
+WeightReader = Callable[[Path, Mapping[str, WeightEntry]], dict[str, Tensor]]
 _MADE_WITH = ("kvxform", "torch", "transformers")  # their versions may change the bytes
 
 
@@ -57,26 +59,36 @@ def save_artifact(
         save_program(program, temporary)
         for name, content in sorted((extra_files or {}).items()):
             path = safe_join(temporary, name)
-            if path.exists() or name == LOCK:
+            if path.exists() or name == CHECKSUMS:
                 raise ArtifactError(
                     "KVX603", "the name of an extra file must be free", got=repr(name)
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        (temporary / LOCK).write_bytes(_make_lock(temporary))
+        (temporary / CHECKSUMS).write_bytes(_make_checksums(temporary))
 
 
 def load_artifact(folder: Path) -> Program:
-    """Check every file of an artifact against its lock and return the program in it.
+    """Check every file of an artifact against its checksums and return the program in it.
 
     Raises:
         ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
     """
-    lock = parse_file(LockFile, _read_bytes(folder, LOCK), LOCK)
+    check_artifact(folder)
+    return load_program(folder)
+
+
+def check_artifact(folder: Path) -> None:
+    """Check every file of an artifact against its checksums.
+
+    Raises:
+        ArtifactError: As for `load_artifact`.
+    """
+    checksums = parse_file(ChecksumsFile, _read_bytes(folder, CHECKSUMS), CHECKSUMS)
     for name in (PROGRAM, PLAN, WEIGHTS):
-        if name not in lock.files:
-            raise ArtifactError("KVX602", f"the lock must name {name}", where=LOCK)
-    for name, digest in lock.files.items():
+        if name not in checksums.files:
+            raise ArtifactError("KVX602", f"the checksums must name {name}", where=CHECKSUMS)
+    for name, digest in checksums.files.items():
         if _hash_file(_member(folder, name)) != digest:
             raise ArtifactError(
                 "KVX602",
@@ -84,7 +96,6 @@ def load_artifact(folder: Path) -> Program:
                 where=name,
                 hint="copy the folder again or make it again",
             )
-    return load_program(folder)
 
 
 def save_program(program: Program, folder: Path) -> None:
@@ -101,15 +112,19 @@ def save_program(program: Program, folder: Path) -> None:
     write_weights(weights, folder / WEIGHTS, program.store)
 
 
-def load_program(folder: Path) -> Program:
+def load_program(folder: Path, read: WeightReader = read_weights) -> Program:
     """Read what `save_program` wrote. Weights stay on disk until they are used (mmap).
+
+    Args:
+        folder: The folder.
+        read: Opens the weights of a file.
 
     Raises:
         ArtifactError: KVX601 missing, KVX602 damaged, KVX603 unsafe path, KVX604 other version.
     """
     file = parse_file(ProgramFile, _read_bytes(folder, PROGRAM), PROGRAM)
     plan = parse_file(PlanFile, _read_bytes(folder, PLAN), PLAN).plan
-    weights = read_weights(_member(folder, WEIGHTS), file.weights)
+    weights = read(_member(folder, WEIGHTS), file.weights)
     return decode_program(file, plan, weights)
 
 
@@ -180,7 +195,7 @@ def weight_table(weights: Mapping[str, Tensor]) -> dict[str, WeightEntry]:
     return table
 
 
-def _make_lock(folder: Path) -> bytes:
+def _make_checksums(folder: Path) -> bytes:
     files = {
         path.relative_to(folder).as_posix(): _hash_file(path)
         for path in folder.rglob("*")

@@ -61,8 +61,8 @@ class PlanFile(_File):
     plan: CachePlan | None
 
 
-class LockFile(_File):
-    """`kvxform.lock`: what the artifact was made with, and the SHA-256 of every file."""
+class ChecksumsFile(_File):
+    """`checksums.json`: what the artifact was made with, and the SHA-256 of every file."""
 
     version: int
     made_with: dict[str, str]

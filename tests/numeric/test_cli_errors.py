@@ -150,9 +150,9 @@ def test_artifact_with_a_file_gone(copy, refusal):
 
 
 def test_path_that_leaves_the_folder(copy, refusal):
-    lock = json.loads((copy / "kvxform.lock").read_text())
-    lock["files"]["../secret"] = "0" * 64
-    (copy / "kvxform.lock").write_text(json.dumps(lock))
+    checksums = json.loads((copy / "checksums.json").read_text())
+    checksums["files"]["../secret"] = "0" * 64
+    (copy / "checksums.json").write_text(json.dumps(checksums))
     assert "'../secret'" in refusal("KVX603", "generate", str(copy), "-p", "a")
 
 

@@ -55,7 +55,7 @@ def test_optimize_writes_an_artifact_and_a_package(optimized):
     assert data["bits_per_value"] == 4.5
     assert data["bytes_per_token_before"] == 2 * 2 * 64 * 2  # two layers, K and V, 16 bit
     assert data["files"] == {"artifact": out, "report": f"{out}/report.html", "onnx": f"{out}/onnx"}
-    for name in ("kvxform.lock", "report.html", "recipe.yaml", "onnx/model.onnx"):
+    for name in ("checksums.json", "report.html", "recipe.yaml", "onnx/model.onnx"):
         assert (Path(out) / name).is_file(), name
 
 

@@ -90,11 +90,11 @@ def test_a_loaded_program_can_be_saved_over_itself(copy):
 
 def test_an_artifact_holds_all_files_and_their_hashes(saved):
     files = content(saved)
-    assert files.keys() == {*MEMBERS, *EXTRA, "kvxform.lock"}
+    assert files.keys() == {*MEMBERS, *EXTRA, "checksums.json"}
     assert files["logo.bin"] == b"\x00\xff"
-    lock = json.loads(files["kvxform.lock"])
-    assert lock["files"].keys() == files.keys() - {"kvxform.lock"}
-    assert lock["made_with"].keys() == {"kvxform", "torch", "transformers"}
+    checksums = json.loads(files["checksums.json"])
+    assert checksums["files"].keys() == files.keys() - {"checksums.json"}
+    assert checksums["made_with"].keys() == {"kvxform", "torch", "transformers"}
 
 
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path):
@@ -168,7 +168,7 @@ def test_a_missing_folder(tmp_path):
         load_artifact(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", [*MEMBERS, *EXTRA, "kvxform.lock"])
+@pytest.mark.parametrize("name", [*MEMBERS, *EXTRA, "checksums.json"])
 def test_a_missing_file(copy, name):
     (copy / name).unlink()
     with pytest.raises(ArtifactError, match=f"KVX601 .* no file {name}"):
@@ -184,29 +184,30 @@ def test_one_changed_byte_is_found(copy, name):
         load_artifact(copy)
 
 
-@pytest.mark.parametrize("name", ["program.json", "plan.json", "kvxform.lock"])
+@pytest.mark.parametrize("name", ["program.json", "plan.json", "checksums.json"])
 def test_another_version_is_refused_by_name(copy, name):
     edit(copy / name, lambda data: data.update(version=2))
-    load = load_artifact if name == "kvxform.lock" else load_program
+    load = load_artifact if name == "checksums.json" else load_program
     with pytest.raises(ArtifactError, match=rf"KVX604 \[{name}\] .* got 2"):
         load(copy)
 
 
-def test_a_lock_must_name_the_program(copy):
-    edit(copy / "kvxform.lock", lambda data: data["files"].pop("program.json"))
-    with pytest.raises(ArtifactError, match=r"KVX602 \[kvxform.lock\] the lock must name program"):
+def test_checksums_must_name_the_program(copy):
+    edit(copy / "checksums.json", lambda data: data["files"].pop("program.json"))
+    expected = r"KVX602 \[checksums.json\] the checksums must name program"
+    with pytest.raises(ArtifactError, match=expected):
         load_artifact(copy)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "kernels/../../secret"])
 def test_a_lock_cannot_point_out_of_the_folder(copy, name):
     (copy.parent / "secret").write_text("s")
-    edit(copy / "kvxform.lock", lambda data: data["files"].update({name: "0" * 64}))
+    edit(copy / "checksums.json", lambda data: data["files"].update({name: "0" * 64}))
     with pytest.raises(ArtifactError, match="KVX603"):
         load_artifact(copy)
 
 
-@pytest.mark.parametrize("name", [*MEMBERS, "kvxform.lock", "report.json"])
+@pytest.mark.parametrize("name", [*MEMBERS, "checksums.json", "report.json"])
 def test_links_out_of_the_folder_are_not_followed(copy, name):
     shutil.move(copy / name, copy.parent / "elsewhere")
     (copy / name).symlink_to(copy.parent / "elsewhere")
@@ -221,7 +222,7 @@ def test_a_pipe_is_not_read(copy):
         load_artifact(copy)
 
 
-@pytest.mark.parametrize("name", ["program.json", "kvxform.lock", "a/../b", "/tmp/x"])
+@pytest.mark.parametrize("name", ["program.json", "checksums.json", "a/../b", "/tmp/x"])
 def test_extra_files_keep_to_themselves(tmp_path, name):
     with pytest.raises(ArtifactError, match="KVX603"):
         save_artifact(tmp_path / "out", quantised(), {name: "x"})

@@ -27,7 +27,7 @@ print("ready", flush=True)
 while True:
     version += 1
     with atomic.atomic_folder(sys.argv[1]) as folder:
-        (folder / "kvxform.lock").write_text(str(version))
+        (folder / "checksums.json").write_text(str(version))
         for n in range(5):
             (folder / f"{n}.txt").write_text(str(version) * 2000)
 """
@@ -35,13 +35,13 @@ while True:
 
 def write_output(path, text) -> None:
     with atomic_folder(path) as folder:
-        (folder / "kvxform.lock").write_text(text)
+        (folder / "checksums.json").write_text(text)
 
 
 def assert_whole(path) -> str:
     """All files must come from the same version."""
-    version = (path / "kvxform.lock").read_text()
-    assert sorted(os.listdir(path)) == [*(f"{n}.txt" for n in range(FILES)), "kvxform.lock"]
+    version = (path / "checksums.json").read_text()
+    assert sorted(os.listdir(path)) == [*(f"{n}.txt" for n in range(FILES)), "checksums.json"]
     for n in range(FILES):
         assert (path / f"{n}.txt").read_text() == version * 2000
     return version
@@ -81,8 +81,8 @@ def test_an_old_output_is_replaced_and_nothing_is_left_over(tmp_path, how, reque
     write_output(target, "1")
     (target / "left_by_version_1").touch()
     write_output(target, "2")
-    assert os.listdir(target) == ["kvxform.lock"]
-    assert (target / "kvxform.lock").read_text() == "2"
+    assert os.listdir(target) == ["checksums.json"]
+    assert (target / "checksums.json").read_text() == "2"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -91,7 +91,7 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     write_output(target, "1")
     with pytest.raises(TypeError):
         write_output(target, 2)  # fails once the file is open
-    assert (target / "kvxform.lock").read_text() == "1"
+    assert (target / "checksums.json").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -108,14 +108,14 @@ def test_a_failed_second_rename_is_taken_back(tmp_path, no_exchange, monkeypatch
     monkeypatch.setattr(type(target), "rename", fail_for_new)
     with pytest.raises(OSError, match="on fire"):
         write_output(target, "2")
-    assert (target / "kvxform.lock").read_text() == "1"
+    assert (target / "checksums.json").read_text() == "1"
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_an_empty_folder_is_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     write_output(tmp_path / "out", "1")
-    assert (tmp_path / "out" / "kvxform.lock").read_text() == "1"
+    assert (tmp_path / "out" / "checksums.json").read_text() == "1"
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
@@ -123,7 +123,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_output(tmp_path / "link", "2")
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "kvxform.lock").read_text() == "2"
+    assert (tmp_path / "real" / "checksums.json").read_text() == "2"
 
 
 def test_a_folder_of_somebody_else_is_refused_before_any_work(tmp_path):
@@ -153,16 +153,16 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
     with atomic_folder(target) as alive:
         write_output(target, "inner")
         assert alive.exists()
-        (alive / "kvxform.lock").write_text("outer")
+        (alive / "checksums.json").write_text("outer")
     assert sorted(os.listdir(tmp_path)) == [".other.new-0000dead", "out"]
-    assert (target / "kvxform.lock").read_text() == "outer"
+    assert (target / "checksums.json").read_text() == "outer"
 
 
 def test_an_old_folder_that_was_set_aside_comes_back(tmp_path):
     write_output(tmp_path / ".out.old-0000dead", "1")
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out"):
         raise ZeroDivisionError
-    assert (tmp_path / "out" / "kvxform.lock").read_text() == "1"
+    assert (tmp_path / "out" / "checksums.json").read_text() == "1"
 
 
 @pytest.mark.parametrize("how", ["exchange", "no_exchange"])
