@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -44,20 +44,19 @@ class Builder:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self._calls: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
         self._names: Counter[str] = Counter()
         self._scope = ""
-        self._origin = ""
+        self._notes: Mapping[str, str] = {}
 
     @contextmanager
-    def scope(self, module: str, origin: str = "") -> Iterator[None]:
-        """Name nodes after `module` and note `origin` on them while the context is open."""
-        before = self._scope, self._origin
-        self._scope, self._origin = scope_of(module), origin
+    def scope(self, module: str, notes: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Name nodes after `module` and put `notes` on them while the context is open."""
+        before = self._scope, self._notes
+        self._scope, self._notes = scope_of(module), notes or {}
         try:
             yield
         finally:
-            self._scope, self._origin = before
+            self._scope, self._notes = before
 
     def ops(
         self,
@@ -67,7 +66,7 @@ class Builder:
         role: str = "",
         **attributes: Attribute,
     ) -> tuple[ir.Value, ...]:
-        """Return the outputs of a node, `len(dtypes)` of them; equal calls share one node.
+        """Return the outputs of a node, `len(dtypes)` of them.
 
         Args:
             op_type: Operator of the default domain.
@@ -169,8 +168,7 @@ class Builder:
         return name if count == 1 else f"{name}_{count}"
 
     def _append(self, node: ir.Node) -> None:
-        if self._origin:
-            node.metadata_props["origin"] = self._origin
+        node.metadata_props.update(self._notes)
         self.nodes.append(node)
 
     def _add(self, name: str, tensor: ir.TensorProtocol) -> None:

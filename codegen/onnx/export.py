@@ -16,6 +16,7 @@ from kvxform.codegen.onnx.emission import Emission, Emitted, Inputs, find_emitte
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.package import model_name, write_package
 from kvxform.codegen.onnx.ports import CachePorts
+from kvxform.codegen.onnx.provenance import provenance_notes
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.program import Program
 
@@ -101,11 +102,12 @@ def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
         e.program.placeholder("position_ids"): e.inputs.position_ids,
         e.program.placeholder("cache"): None,
     }
+    notes = provenance_notes(e.program)
     for node in e.program.graph.nodes:
         if node.op == "get_attr":
             values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
-            with e.builder.scope(node.meta["module"], _origin(node)):
+            with e.builder.scope(node.meta["module"], notes[node]):
                 values[node] = emit_call(e, node, values, fallback)
         elif node.op == "output":
             (logits,) = node.all_input_nodes
@@ -128,8 +130,3 @@ def emit_call(
 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value_of)
     return emitter(e, node, *args, **kwargs)
-
-
-def _origin(node: fx.Node) -> str:
-    """Return where a node comes from: the source call, then the passes that touched it."""
-    return " <- ".join([*reversed(node.meta["via"]), node.meta["origin"]])

@@ -76,8 +76,14 @@ def test_nodes_are_named_after_layer_and_role_and_know_their_origin(tmp_path):
     nodes = {n.name: n for n in load(export_onnx(toy(), tmp_path / "out")).graph.node}
     attention = nodes["/layers.1/attn/attention"]
     assert attention.op_type == "Attention"
-    origin = {p.key: p.value for p in attention.metadata_props}["origin"]
-    assert origin.startswith("insert-cache <- attention")
+    found = {p.key: p.value for p in attention.metadata_props}
+    assert found.pop("kvxform.origin").startswith("attention")
+    assert found == {
+        "kvxform.layer": "1",
+        "kvxform.module": "layers.1.attn",
+        "kvxform.node": "1/kvx.cached_attention/0",
+        "kvxform.via": "insert-cache",
+    }
     assert len(nodes) == len(load(tmp_path / "out").graph.node)
 
 
