@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kvxform.explain.folding import fold_names, fold_sentence, layer_words
 from kvxform.explain.pass_records import (
     REQUIRED,
     OptionRecord,
@@ -14,6 +13,7 @@ from kvxform.explain.pass_records import (
     PlaceRecord,
     RequirementRecord,
 )
+from kvxform.ir.folding import fold_names, fold_sentence, layer_words
 
 _WIDTH = 11  # of the column of labels
 _PROMISES = {

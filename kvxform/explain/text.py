@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from kvxform.capture.refusal import STEPS
-from kvxform.explain.folding import fold_name, fold_names, fold_sentence, layer_words
 from kvxform.explain.pass_text import format_pass
 from kvxform.explain.records import (
     Explanation,
@@ -14,6 +13,7 @@ from kvxform.explain.records import (
     SiteRecord,
     WeightRecord,
 )
+from kvxform.ir.folding import fold_name, fold_names, fold_sentence, layer_words
 from kvxform.ir.program import RejectedSite
 
 Rename = Callable[[str], str]

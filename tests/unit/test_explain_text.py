@@ -11,7 +11,7 @@ from programs import gpt2_program, llama_program
 import kvxform.ir.ops as kvx
 from kvxform.errors import CaptureError, KvxformError
 from kvxform.explain import explain_failure, explain_program, make_question
-from kvxform.explain.folding import fold_names, fold_sentence
+from kvxform.ir.folding import fold_names, fold_sentence
 from kvxform.ir.program import Program, RejectedSite
 from kvxform.recipe import load_recipe
 
