@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,7 +94,7 @@ def run_pipeline(
     prober: Prober | None = None
     if calibrates:
         with clock.stage("calibration"):
-            program = _calibrated(program, recipe, passes, calibration)
+            program = calibrated(program, recipe, passes, calibration)
     if verify != "none":
         with clock.stage("source model"):
             prober = Prober(program, executor, planned.plan)
@@ -128,7 +128,7 @@ def _with_target(
     return dataclasses.replace(report, lowering=lowering)
 
 
-def _calibrated(
+def calibrated(
     program: Program, recipe: Recipe, passes: Sequence[PlannedPass], given: CalibrationLike
 ) -> Program:
     """Return the source program with what its passes need to know about it."""
@@ -143,7 +143,7 @@ def _calibrated(
     return dataclasses.replace(program, calibration=calibration)
 
 
-def _recalibrated(program: Program, recipe: Recipe, rest: Sequence[PlannedPass]) -> Program:
+def recalibrated(program: Program, recipe: Recipe, rest: Sequence[PlannedPass]) -> Program:
     """Return a program whose last pass changed the model, with statistics of what it is now.
 
     Only if one of the passes in `rest` reads them.
@@ -176,7 +176,7 @@ def _apply_passes(
             before = program
             program, found = apply_pass(program, planned_pass)
             if program is not before and not planned_pass.graph_pass.numerics.is_exact:
-                program = _recalibrated(program, recipe, passes[index + 1 :])
+                program = recalibrated(program, recipe, passes[index + 1 :])
             record = pass_record(planned_pass, found)
             if prober is not None:
                 last = prober.measure(program)
@@ -214,8 +214,15 @@ def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
     return program, report
 
 
-def apply_pass(program: Program, planned: PlannedPass) -> tuple[Program, Sequence[Match | NoMatch]]:
+def apply_pass(
+    program: Program, planned: PlannedPass, *, wanted: Collection[int] | None = None
+) -> tuple[Program, Sequence[Match | NoMatch]]:
     """Run one pass on a clone of `program`, and verify the result.
+
+    Args:
+        program: What to rewrite; it is not changed.
+        planned: The pass.
+        wanted: Numbers of the matches to apply it at, counted from 0; all of them if None.
 
     Returns:
         The new program (the same one if everything had been done already) and what was found.
@@ -232,8 +239,9 @@ def apply_pass(program: Program, planned: PlannedPass) -> tuple[Program, Sequenc
         return program, found
     clone = program.clone()
     rewriter = Rewriter(clone, planned.name, planned.graph_pass.numerics)
-    for match in matches:
-        planned.graph_pass.rewrite(clone, match, rewriter)
+    for index, match in enumerate(matches):
+        if wanted is None or index in wanted:
+            planned.graph_pass.rewrite(clone, match, rewriter)
     rewriter.finish()
     clone.facts = facts_after(planned.graph_pass, clone.facts)
     clone.passes = (*clone.passes, planned.name)

@@ -67,9 +67,16 @@ class Prober:
         program: The source, without a cache.
         executor: Makes a runnable model of a program.
         plan: The plan that the recipe ends with: probes must be long enough to fill its body.
+        probe: Inputs to measure on, instead of text that the source writes.
     """
 
-    def __init__(self, program: Program, executor: Executor, plan: CachePlan | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        executor: Executor,
+        plan: CachePlan | None,
+        probe: Probe | None = None,
+    ) -> None:
         self.executor, self.dtype = executor, program.dtype
         self.tolerance: Tolerance = tolerance_for(rounding_dtype(program))
         self._source_program = program
@@ -77,7 +84,8 @@ class Prober:
         self._needed = first_encoded_length(plan)
         longest = self._needed + self._needed // 4 + 8 if self._needed > 1 else 0
         lengths = (max(PROBE_LENGTHS[0], longest), PROBE_LENGTHS[1])
-        self.probe = write_probe(program, [min(n, self._context) for n in lengths])
+        fitting = [min(n, self._context) for n in lengths]
+        self.probe = write_probe(program, fitting) if probe is None else probe
         self._source = run_source(program, self.probe)
         self._reference = self._before = Reference(pick(self._source.logits, self.probe))
         self._cost = 0.0
