@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 THIN = "\N{NARROW NO-BREAK SPACE}"
-_TIMES = f"{THIN}\N{MULTIPLICATION SIGN}{THIN}10"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _LEAST, _MOST = 1e-3, 1e4  # numbers between them need no power of ten
 
@@ -31,7 +30,12 @@ def format_number(value: float | None) -> str:
     if _LEAST <= abs(value) < _MOST:
         return f"{value:.3g}"
     digits, power = f"{value:.1e}".split("e")
-    return f"{digits}{_TIMES}{str(int(power)).translate(_SUPERSCRIPTS)}"
+    return f"{digits}{THIN}\N{MULTIPLICATION SIGN}{THIN}{power_of_ten(int(power))}"
+
+
+def power_of_ten(power: int) -> str:
+    """Return a power of ten: `1`, or `10^-7` in type."""
+    return f"10{str(power).translate(_SUPERSCRIPTS)}" if power else "1"
 
 
 def format_percent(value: float | None) -> str:
@@ -83,3 +87,9 @@ def rounded(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [rounded(item) for item in data]
     return data
+
+
+def plain_line(text: str) -> str:
+    """Return text in one line without control characters, so that it is safe on a terminal."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
