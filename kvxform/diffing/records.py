@@ -216,6 +216,7 @@ class NumericDiff:
         schedules: Cache schedules that ran on both.
         complaints: Lengths, bytes or states of the cache that differ, as sentences.
         text: Generated text, or None.
+        kl_tolerance: Mean KL divergence that is rounding where codes may move by it, else 0.
     """
 
     inputs: str
@@ -226,6 +227,15 @@ class NumericDiff:
     schedules: tuple[str, ...] = ()
     complaints: tuple[str, ...] = ()
     text: TextDiff | None = None
+    kl_tolerance: float = 0.0
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether logits differ by no more than rounding; true without logits."""
+        found = self.logits
+        if found is None or found.relative <= self.tolerance:
+            return True
+        return found.kl <= self.kl_tolerance
 
 
 @dataclass(frozen=True)

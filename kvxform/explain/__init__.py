@@ -5,7 +5,7 @@
 - `layers`: the part of it about one layer
 - `sites`, `norms`: what the graph says of an attention
 - `passes`: contracts, and what `match` says, pass by pass
-- `text`, `pass_text`, `folding`: for people, with layers that are alike folded
+- `text`, `pass_text`: for people, with layers that are alike folded
 """
 
 from __future__ import annotations

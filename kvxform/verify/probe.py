@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,18 +131,34 @@ def run_source(program: Program, probe: Probe) -> SourceRun:
 
 
 def write_probe(program: Program, lengths: Sequence[int]) -> Probe:
-    """Return a probe whose text the source model wrote itself.
+    """Return a probe whose text the source model wrote itself; see `rewrite_probe`."""
+
+    def predict(ids: Tensor) -> Tensor:
+        return run_source(program, Probe(ids, tuple(lengths))).logits
+
+    return rewrite_probe(predict, program.info.vocab_size, lengths)
+
+
+def rewrite_probe(
+    predict: Callable[[Tensor], Tensor], vocab_size: int, lengths: Sequence[int]
+) -> Probe:
+    """Return a probe whose text a model wrote itself.
 
     Random ids are unlike anything a model was trained on, and errors on them are two to three times
     those on text. So each token is drawn anew from what the model predicts after the tokens before
     it, all positions at once (the noise is fixed), `REWRITES` times; the first ids are random.
+
+    Args:
+        predict: Takes ids `[B, S]` and returns logits `[B, S, vocab]`.
+        vocab_size: Token ids to draw from.
+        lengths: Of the rows.
     """
-    probe = make_probe(program.info.vocab_size, lengths)
+    probe = make_probe(vocab_size, lengths)
     generator = torch.Generator().manual_seed(PROBE_SEED + 1)
-    shape = (*probe.input_ids.shape, program.info.vocab_size)
+    shape = (*probe.input_ids.shape, vocab_size)
     noise = -torch.empty(shape).exponential_(generator=generator).log()  # Gumbel distributed
     for _ in range(REWRITES):
-        logits = run_source(program, probe).logits.float().cpu()
+        logits = predict(probe.input_ids)[..., :vocab_size].float().cpu()
         written = (logits + noise).argmax(-1)
         ids = torch.cat([probe.input_ids[:, :1], written[:, :-1]], 1)
         probe = Probe(ids, probe.lengths)
