@@ -167,6 +167,12 @@ class PagedCache:
             return k[..., key], k[..., value]
         return k, v
 
+    def planes(
+        self, layer: int, row: int, length: int, pages: Sequence[int]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return what is stored of the encoded tokens of one row; see `LiveCache.planes`."""
+        return self._stores[self._owner[layer]].planes(row, length, pages)
+
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""
         for store in self._stores.values():

@@ -73,6 +73,12 @@ class CheckpointCache:
         found = self._known[1][self._executable.owner(layer)]
         return found[0][0], found[-1][0]
 
+    def planes(
+        self, layer: int, row: int, length: int, pages: Sequence[int]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return nothing: no token is encoded."""
+        return {}
+
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Forget `rows`."""
         for row in rows:

@@ -101,12 +101,24 @@ class SiteStore:
         self, row: int, length: int, pages: Sequence[int], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return K and V of one row, un-paged and decoded, each `[Hk, length, D]`."""
-        table = torch.tensor([list(pages)], dtype=torch.int32)
-        step = Step([row], [length - 1], [1], table, self._page_size, self._device)
+        step = self._step_of(row, length, pages)
         found = [store.stored(step, row, length, dtype) for store in self._stores]
         if self.is_joint:
             found = list(found[0].chunk(2))
         return found[0], found[-1]
+
+    def planes(self, row: int, length: int, pages: Sequence[int]) -> dict[str, dict[str, Tensor]]:
+        """Return the planes of one row by stream, each `[heads, rows, width]`."""
+        step = self._step_of(row, length, pages)
+        found = [store.planes(step, length) for store in self._stores]
+        if self.is_joint:
+            pairs = {name: plane.chunk(2) for name, plane in found[0].items()}
+            found = [{name: halves[i] for name, halves in pairs.items()} for i in range(2)]
+        return dict(zip(self._site.streams, found, strict=True))
+
+    def _step_of(self, row: int, length: int, pages: Sequence[int]) -> Step:
+        table = torch.tensor([list(pages)], dtype=torch.int32)
+        return Step([row], [length - 1], [1], table, self._page_size, self._device)
 
     def commit(self, step: Step) -> None:
         """Let a finished step take effect."""

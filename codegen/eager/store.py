@@ -223,6 +223,13 @@ class StreamStore:
         parts.append(self.recent[row, :tail].transpose(0, 1).to(dtype))
         return torch.cat(parts, 1)
 
+    def planes(self, step: Step, length: int) -> dict[str, Tensor]:
+        """Return the planes of the row of `step`, of its first `length` tokens; copies."""
+        body = self.rule.body_tokens(length)
+        if not body:
+            return {}
+        return {name: x[0].clone() for name, x in self._gather_planes(step, body).items()}
+
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held, so that nothing reaches their next users."""
         for pool in self.pools.values():

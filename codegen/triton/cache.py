@@ -184,6 +184,12 @@ class TritonCache:
         storage = self.storages[self._owner[layer]]
         return storage.stored(row, length, self._kernel_pages(pages), dtype)
 
+    def planes(
+        self, layer: int, row: int, length: int, pages: Sequence[int]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return what is stored of the encoded tokens of one row; see `LiveCache.planes`."""
+        return self.storages[self._owner[layer]].planes_of(length, self._kernel_pages(pages))
+
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""
         own = self._kernel_pages(pages)

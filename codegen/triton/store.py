@@ -82,6 +82,14 @@ class SiteStorage:
         ]
         return found[0], found[-1]
 
+    def planes_of(self, length: int, pages: Sequence[int]) -> dict[str, dict[str, Tensor]]:
+        """Return the planes of encoded tokens by stream, each `[heads, rows, width]`."""
+        planes, found = self._planes(list(pages)), {}
+        for name, stream in self._plan.streams.items():
+            body = stream.body_tokens(length)
+            found[name] = _cut(self.spec.streams[name], planes[name], body) if body else {}
+        return found
+
     def _planes(self, pages: list[int]) -> dict[str, dict[str, Tensor]]:
         """Return the planes of K and V in these pages, each `[n, Hk, rows_per_page, width]`."""
         if self.spec.layout == "fragment":

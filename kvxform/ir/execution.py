@@ -78,6 +78,14 @@ class LiveCache(Protocol):
         They are in the basis that the plan stores them in; see `ir.logical`.
         """
 
+    def planes(
+        self, layer: int, row: int, length: int, pages: Sequence[int]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return what is stored of the encoded tokens of one row, by stream and plane.
+
+        Each is `[heads, rows, width]`, as the codec gave it. Empty where nothing is encoded.
+        """
+
     def clear(self, rows: Sequence[int], pages: Sequence[int]) -> None:
         """Zero what `rows` and `pages` held."""
 

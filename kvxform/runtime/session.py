@@ -134,6 +134,16 @@ class Session(RowStore):
         self._reserve(targets, counts)
         return self._step(targets, token_ids.long()[:, None], counts, False, check.finish)
 
+    def stored_planes(self, layer: int) -> tuple[dict[str, dict[str, Tensor]], ...]:
+        """Return what `layer` has stored of each live row, by stream and plane; codes as they are.
+
+        Each plane is `[heads, rows, width]`; recent and sink tokens are not among them.
+        """
+        return tuple(
+            self._cache.planes(layer, row, state.physical_length, self._pool.pages(row))
+            for row, state in sorted(self._rows.items())
+        )
+
     def _run(self, rows: list[int], ids: Tensor, counts: list[int], all_logits: bool) -> Tensor:
         """Run one step over the rows that have tokens in it; other rows get zero logits."""
         fed = [i for i, n in enumerate(counts) if n]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -57,6 +57,9 @@ class SessionLike(Protocol):
 
     def logical_cache(self, layer: int) -> LogicalCacheLike:
         """What `layer` holds."""
+
+    def stored_planes(self, layer: int) -> Sequence[Mapping[str, Mapping[str, Tensor]]]:
+        """Encoded tokens of each live row, by stream and plane, `[heads, rows, width]` each."""
 
 
 class ModelLike(Protocol):

@@ -55,6 +55,11 @@ class Shadow:
         assert self.program.plan is not None, "the model has a cache"
         return self.program.plan
 
+    @property
+    def announced(self) -> Sequence[StepTokens]:
+        """All forward passes so far, oldest first."""
+        return self._steps
+
     def expect(self, step: StepTokens) -> None:
         """Announce the next forward pass."""
         self._steps.append(step)
