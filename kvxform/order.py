@@ -64,7 +64,7 @@ def facts_after(graph_pass: GraphPass, facts: Facts) -> Facts:
 
 def hint_for(requirement: Requirement, facts: Facts, name: str) -> str:
     """Return what to do where `requirement` of the pass called `name` is not met."""
-    makers = _passes_that_ensure(requirement, facts)
+    makers = passes_that_ensure(requirement, facts)
     if makers:
         return f"add {' or '.join(makers)} before {name}"
     return f"change the recipe so that {requirement.fact} is {describe_wanted(requirement)}"
@@ -100,7 +100,7 @@ def _move(
     return RecipeError("KVX214", requirement.because, where=where.name, hint=hint)
 
 
-def _passes_that_ensure(requirement: Requirement, facts: Facts) -> list[str]:
+def passes_that_ensure(requirement: Requirement, facts: Facts) -> list[str]:
     """Return registered passes that would meet `requirement` with their default options."""
     found = []
     for name, cls in sorted(PASSES.items()):
