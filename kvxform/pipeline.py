@@ -177,7 +177,7 @@ def _apply_passes(
             program, found = apply_pass(program, planned_pass)
             if program is not before and not planned_pass.graph_pass.numerics.is_exact:
                 program = recalibrated(program, recipe, passes[index + 1 :])
-            record = pass_record(planned_pass, found)
+            record = pass_record(planned_pass, found, before, program)
             if prober is not None:
                 last = prober.measure(program)
                 record = require_contract(planned_pass, record, last, prober)
@@ -203,8 +203,9 @@ def plan_pipeline(program: Program, recipe: Recipe) -> tuple[Program, Report]:
     program = dataclasses.replace(program, weights=weights)
     records = []
     for planned_pass in passes:
-        program, found = apply_pass(program, planned_pass)
-        records.append(pass_record(planned_pass, found))
+        before = program
+        program, found = apply_pass(before, planned_pass)
+        records.append(pass_record(planned_pass, found, before, program))
     check_target(program, recipe.target)
     report = Report(
         source=source, recipe=recipe.to_data(), verify="none", probes=(), passes=tuple(records)

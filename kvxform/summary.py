@@ -9,12 +9,14 @@ from typing import Any
 from kvxform.ir.plan import BASELINE_BITS, CachePlan, SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import KeyView, StreamPlan
+from kvxform.ir.targets import target_name
 from kvxform.order import PlannedPass
 from kvxform.pass_base import Match, NoMatch
 from kvxform.report import (
     CacheMeasured,
     LayerRecord,
     Measured,
+    PassCost,
     PassRecord,
     PlanSummary,
     SourceSummary,
@@ -50,8 +52,17 @@ def _places(program: Program, kind: str) -> tuple[tuple[str, str], ...]:
     return tuple((r.module, r.reason) for r in program.rejected if r.kind == kind)
 
 
-def pass_record(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> PassRecord:
-    """Return the record of a pass that has not been measured."""
+def pass_record(
+    planned: PlannedPass, found: Sequence[Match | NoMatch], before: Program, after: Program
+) -> PassRecord:
+    """Return the record of a pass that has not been measured.
+
+    Args:
+        planned: The pass.
+        found: What it found in `before`.
+        before: The program it was given.
+        after: The program it made.
+    """
     cls = type(planned.graph_pass)
     misses = [f for f in found if isinstance(f, NoMatch)]
     matches = [f for f in found if isinstance(f, Match)]
@@ -68,7 +79,31 @@ def pass_record(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> PassR
         skipped=tuple(reasons.items()),
         losses=tuple(loss for match in matches for loss in match.losses),
         notes=tuple(notes.items()),
+        cost=pass_cost(before, after),
     )
+
+
+def pass_cost(before: Program, after: Program) -> PassCost:
+    """Return what a pass that made `after` of `before` changed of the size of things."""
+    old, new = _operations(before), _operations(after)
+    plan = after.plan
+    return PassCost(
+        operations=tuple(
+            (name, new[name] - old[name]) for name in sorted(old | new) if new[name] != old[name]
+        ),
+        parameters=_parameters(after) - _parameters(before),
+        kv_bytes_per_token=plan.bytes_per_token if plan else None,
+        extra_flops_per_token=plan.extra_flops_per_token() if plan else 0,
+    )
+
+
+def _operations(program: Program) -> Counter[str]:
+    nodes = program.graph.nodes
+    return Counter(str(target_name(node.target)) for node in nodes if node.op == "call_function")
+
+
+def _parameters(program: Program) -> int:
+    return sum(weight.numel() for weight in program.weights.values())
 
 
 def first_sentence(docstring: str | None) -> str:
