@@ -80,6 +80,7 @@ def compare_runs(
         cached.schedules,
         cached.complaints,
         kl_tolerance=_kl_tolerance(found, tolerance),
+        symptoms=cached.symptoms,
     )
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from kvxform.diffing.symptoms import Symptom
+
 NodeChangeKind = Literal["added", "removed", "retyped", "rewired", "changed"]
 Severity = Literal["error", "warning", "note"]
 SideKind = Literal["artifact", "program", "module", "onnx", "pt2", "lock"]
@@ -217,6 +219,7 @@ class NumericDiff:
         complaints: Lengths, bytes or states of the cache that differ, as sentences.
         text: Generated text, or None.
         kl_tolerance: Mean KL divergence that is rounding where codes may move by it, else 0.
+        symptoms: What differs in the cache of a layer once all that comes before it is the same.
     """
 
     inputs: str
@@ -228,6 +231,7 @@ class NumericDiff:
     complaints: tuple[str, ...] = ()
     text: TextDiff | None = None
     kl_tolerance: float = 0.0
+    symptoms: tuple[Symptom, ...] = ()
 
     @property
     def is_rounding(self) -> bool:

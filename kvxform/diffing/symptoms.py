@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from kvxform.diffing.records import LayerDiff
+if TYPE_CHECKING:  # records hold symptoms
+    from kvxform.diffing.records import LayerDiff
 
 SymptomKind = Literal[
     "positions",
