@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kvxform.calibrate import CalibrationLike
-from kvxform.capture import capture
+from kvxform.capture import Captured, capture
 from kvxform.errors import ArtifactError, CaptureError, KvxformError, RecipeError
 from kvxform.explain import (
     Explanation,
@@ -26,7 +26,7 @@ from kvxform.healing.healer import heal_program
 from kvxform.healing.options import HealOptions
 from kvxform.ir.program import Program
 from kvxform.ir.store import watching
-from kvxform.pipeline import Verify, plan_pipeline, run_pipeline
+from kvxform.pipeline import Progress, Verify, plan_pipeline, run_pipeline
 from kvxform.progress import ProgressDisplay
 from kvxform.recipe import Recipe, RecipeLike, load_recipe, retarget
 from kvxform.report import Report
@@ -55,8 +55,8 @@ def optimize(
     Warns if a pass has changed the model in a way that asks for training; see `heal`.
 
     Args:
-        model: `nn.Module`, `"smollm2-135m"`, a Hugging Face folder, a .gguf file, or an
-            `ExportedProgram`; it is not changed.
+        model: `nn.Module`, `"smollm2-135m"`, a Hugging Face folder, a .gguf file, an
+            `ExportedProgram`, or `"file.py:function"`, which is run; it is not changed.
         recipe: Bundled name, path of a .yaml or .json file, plain data, or a `Recipe`.
         calibration: What statistics are collected on, if a pass needs any: a text file, token ids
             `[n]` or `[windows, window]`, a `Calibration`, or None for text of the standard library.
@@ -72,24 +72,53 @@ def optimize(
     _check_options(calibration, verify)
     place = default_device(wanted.target) if device is None else parse_device(device)
     check_place(wanted.target, place)  # before the work, not after it
-    run = functools.partial(OptimizedModel, recipe=wanted)
     with ProgressDisplay(progress) as display:
         captured = capture(_source(model), progress=display.talk)
-        with watching(captured.program.store):
-            program, report = run_pipeline(
-                captured.program if place is None else move_program(captured.program, place),
-                wanted,
-                executor=OptimizedModel,
-                lowered=run if wanted.target.lowering == "triton" else None,
-                verify=verify,
-                calibration=calibration,
-                progress=display.show_stage,
-            )
+        optimized = optimize_captured(
+            captured,
+            wanted,
+            calibration=calibration,
+            verify=verify,
+            place=place,
+            progress=display.show_stage,
+        )
+    if optimized.report.needs_training:
+        warnings.warn(optimized.report.training_hint(), stacklevel=2)
+    return optimized
+
+
+def optimize_captured(
+    captured: Captured,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationLike = None,
+    verify: Verify = "probe",
+    place: torch.device | None = None,
+    progress: Progress | None = None,
+) -> OptimizedModel:
+    """Rewrite a model that has been captured; it can be used again with another recipe.
+
+    Args:
+        captured: The model; it is not changed.
+        recipe: What to do.
+        calibration: As for `optimize`.
+        verify: As for `optimize`.
+        place: Where weights live; None for where they are.
+        progress: Called before each stage.
+    """
+    run = functools.partial(OptimizedModel, recipe=recipe)
+    with watching(captured.program.store):
+        program, report = run_pipeline(
+            captured.program if place is None else move_program(captured.program, place),
+            recipe,
+            executor=OptimizedModel,
+            lowered=run if recipe.target.lowering == "triton" else None,
+            verify=verify,
+            calibration=calibration,
+            progress=progress,
+        )
     source = dataclasses.replace(report.source, capture_error=captured.max_abs_error)
-    report = dataclasses.replace(report, source=source)
-    if report.needs_training:
-        warnings.warn(report.training_hint(), stacklevel=2)
-    return run(program, report=report)
+    return run(program, report=dataclasses.replace(report, source=source))
 
 
 def plan_model(

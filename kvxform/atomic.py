@@ -67,6 +67,11 @@ def check_replaceable(path: Path) -> None:
     )
 
 
+def is_artifact(path: str | os.PathLike[str]) -> bool:
+    """Return whether `path` is a folder that `OptimizedModel.save` wrote, whole or not."""
+    return any((Path(path) / name).is_file() for name in ("checksums.json", "program.json"))
+
+
 def safe_join(folder: Path, relative: str) -> Path:
     """Return `folder / relative` if it lies inside `folder`, links resolved.
 

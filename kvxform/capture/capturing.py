@@ -66,7 +66,7 @@ def capture(
 
     Args:
         source: A module, an exported program, `smollm2-135m`, a Hugging Face folder or cached id,
-            or the path of a GGUF file. It is not changed.
+            the path of a GGUF file, or `file.py:function`, which is run. It is not changed.
         name: What reports call the model; default: derived from `source`.
         dtype: Compute dtype; default: that of the source, float32 for GGUF files.
         progress: Called with a short sentence before each step.

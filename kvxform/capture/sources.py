@@ -1,4 +1,4 @@
-"""Where models come from: modules, Hugging Face folders, GGUF files, exported programs, SmolLM2."""
+"""Where models come from: modules, functions, checkpoints, GGUF files, exported programs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from kvxform.capture.checkpoints import find_snapshot, load_checkpoint, open_store
+from kvxform.capture.factories import call_factory, split_factory
 from kvxform.capture.gguf_files import load_gguf
 from kvxform.capture.smollm2 import SMOLLM2, smollm2_folder
 from kvxform.errors import CaptureError
@@ -51,10 +52,21 @@ def open_source(
     if not isinstance(source, str | Path):
         raise _unknown(type(source).__name__)
     text = str(source)
+    factory = split_factory(text)
+    if factory is not None:
+        return _from_factory(*factory, name)
     path = smollm2_folder() if text == SMOLLM2 else Path(text).expanduser()
     label = name or (text if text == SMOLLM2 else path.name or text)
     model, tokenizer, store = _load(path, text, dtype)
     return Source(model, _info_of(model, label, tokenizer), store)
+
+
+def _from_factory(file: str, function: str, name: str | None) -> Source:
+    model = call_factory(file, function)
+    label = name or f"{Path(file).name}:{function}"
+    if isinstance(model, ExportedProgram):
+        return Source(model, ModelInfo(label, "ExportedProgram", 0))
+    return Source(model.eval(), _info_of(model, label, None))
 
 
 def load_source_module(source: AnySource, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -97,7 +109,7 @@ def _unknown(text: str, why: str = "") -> CaptureError:
     return CaptureError(
         "KVX301",
         "a model source must be a module, an exported program, a Hugging Face folder or cached id, "
-        f"a .gguf file or {SMOLLM2!r}",
+        f"a .gguf file, FILE.py:FUNCTION or {SMOLLM2!r}",
         where="capture",
         got=f"{text!r}: {why}" if why else repr(text),
         hint="nothing is downloaded; give the path of a local model",

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvxform.atomic import is_artifact
 from kvxform.cli.options import Exportable, Json, OptionalRecipe, Out
 from kvxform.cli.output import format_bytes, print_data, print_json
-from kvxform.cli.targets import is_artifact, need_recipe, refuse_recipe
+from kvxform.cli.targets import need_recipe, refuse_recipe
 
 if TYPE_CHECKING:
     from kvxform.ir.program import Program

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from kvxform.cli import (
+    check,
     codegen,
     demo,
     evaluate,
@@ -23,6 +24,7 @@ from kvxform.cli import (
     export,
     generate,
     heal,
+    lock,
     optimize,
     passes,
     plan,
@@ -50,6 +52,8 @@ app.command("plan")(plan.run)
 app.command("explain")(explain.run)
 app.command("passes")(passes.run)
 app.add_typer(recipes.app, name="recipes")
+app.command("lock")(lock.run)
+app.command("check")(check.run)
 app.command("eval")(evaluate.run)
 app.command("demo")(demo.run)
 

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvxform.atomic import is_artifact
 from kvxform.errors import KvxformError
 
 if TYPE_CHECKING:
     from kvxform.runtime.model import OptimizedModel
-
-
-def is_artifact(target: str) -> bool:
-    """Return whether `target` is a folder that `save` wrote, whole or not."""
-    return any((Path(target) / name).is_file() for name in ("checksums.json", "program.json"))
 
 
 def is_onnx_package(target: str) -> bool:
