@@ -1,0 +1,109 @@
+"""The matches of a failing pass that are at fault."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvxform.bisecting.outcomes import Attempt, Limits
+from kvxform.bisecting.search import Verdict, fewest_to_leave_out, isolate
+from kvxform.bisecting.shrinking import Case, Shrinker
+from kvxform.bisecting.stages import Broken
+from kvxform.errors import KvxformError
+from kvxform.verify.prober import Executor
+
+BOUND = "KVX501"
+PARTS = 64  # matches that are tried as parts of their own at most
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matches that are at fault together.
+
+    Attributes:
+        matches: Their numbers.
+        found: The pass applied at them alone, or None if that cannot be done.
+        case: A part of the model on which the pass fails, if one has been found already.
+    """
+
+    matches: tuple[int, ...]
+    found: Attempt | None = None
+    case: Case | None = None
+
+
+@dataclass
+class CulpritSearch:
+    """Tries a failing pass at some of its matches.
+
+    Attributes:
+        broken: The pass.
+        limits: Bounds of the whole model.
+        executor: Makes a runnable model of a program.
+        trials: How often the whole model ran.
+    """
+
+    broken: Broken
+    limits: Limits
+    executor: Executor
+    trials: int = 0
+    _tried: dict[frozenset[int], Attempt | None] = field(default_factory=dict)
+
+    def find(self) -> list[Group]:
+        """Return the groups at fault, those that cost most first; none if there is no match."""
+        count = len(self.broken.matches)
+        if count == 0:
+            return []
+        groups = isolate(range(count), self.judge)
+        whole = len(groups) == 1 and len(groups[0]) > 1
+        if whole and self.broken.failure.code == BOUND:
+            groups = self._costliest(groups[0])
+        elif whole and not self._can_try_one_of(groups[0]):
+            return self._as_parts(groups[0])
+        found = [Group(group, self.attempt(frozenset(group))) for group in groups]
+        return sorted(found, key=lambda group: (-_cost(group.found), group.matches))
+
+    def judge(self, wanted: frozenset[int]) -> Verdict:
+        """Say whether the pass fails at `wanted` as it does everywhere."""
+        found = self.attempt(wanted)
+        if found is None:
+            return Verdict.UNKNOWN
+        if found.failure is None:
+            return Verdict.PASSES
+        same = found.failure.is_like(self.broken.failure)
+        return Verdict.FAILS if same else Verdict.UNKNOWN
+
+    def attempt(self, wanted: frozenset[int]) -> Attempt | None:
+        """Return the pass tried at `wanted`, or None if it cannot be."""
+        if wanted not in self._tried:
+            self.trials += 1
+            try:
+                self._tried[wanted] = self.broken.attempt(wanted, self.limits)
+            except KvxformError:
+                self._tried[wanted] = None
+        return self._tried[wanted]
+
+    def healthy(self, groups: list[Group]) -> int | None:
+        """Return a match that is not at fault, or None if all are."""
+        guilty = {match for group in groups for match in group.matches}
+        return next((i for i in range(len(self.broken.matches)) if i not in guilty), None)
+
+    def _can_try_one_of(self, group: tuple[int, ...]) -> bool:
+        return any(self.judge(frozenset({i})) is not Verdict.UNKNOWN for i in group)
+
+    def _costliest(self, group: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return the fewest matches without which the bound is kept, the costliest first."""
+        order = sorted(group, key=lambda i: -_cost(self.attempt(frozenset({i}))))
+        return [(i,) for i in order[: fewest_to_leave_out(order, self.judge)]]
+
+    def _as_parts(self, group: tuple[int, ...]) -> list[Group]:
+        """Try every match of a pass that must be applied everywhere on a part of its own."""
+        found = []
+        for match in group[:PARTS]:
+            case = Shrinker(self.broken, frozenset({match}), {}, self.executor).first()
+            if case is not None:
+                found.append(Group((match,), None, case))
+        return found or [Group(group)]
+
+
+def _cost(found: Attempt | None) -> float:
+    """Return what a stage lies away from the source, in nats; nothing known counts as none."""
+    return 0.0 if found is None or found.stage is None else found.stage.vs_source.kl

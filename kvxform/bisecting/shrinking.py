@@ -1,0 +1,175 @@
+"""The smallest part of a program on which a pass still fails.
+
+The nodes that the pass changes at the matches at fault are the anchors. Values through which all of
+them run are the places to cut, nearest first. Then the part is made smaller: passes before the
+failing one are left out, inputs move nearer to the anchors, tokens become fewer. Of every part it
+is asked anew whether the pass fails on it in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvxform.bisecting.anchors import find_anchors
+from kvxform.bisecting.cutting import cut_program, operations, record, width_of
+from kvxform.bisecting.flow import Flow
+from kvxform.bisecting.outcomes import (
+    Attempt,
+    Limits,
+    final_plan,
+    run_passes,
+    with_calibration,
+)
+from kvxform.bisecting.stages import Broken
+from kvxform.errors import KvxformError
+from kvxform.ir.program import Program
+from kvxform.order import PlannedPass
+from kvxform.verify.probe import Probe
+from kvxform.verify.prober import Executor, Prober
+
+ENDS, ENTRIES = 8, 3  # places where a part is cut at first, tried from the nearest on
+CLOSER = 40  # further cuts that are tried
+SHORTER = (5, 9, 17, 33)  # tokens of smaller inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small program on which a pass fails.
+
+    Attributes:
+        program: Without a cache.
+        steps: Passes; the last one fails.
+        probe: Inputs on which it fails.
+        end: Name of the node whose value is returned.
+        found: How the pass fails.
+    """
+
+    program: Program
+    steps: tuple[PlannedPass, ...]
+    probe: Probe
+    end: str
+    found: Attempt
+
+
+class Shrinker:
+    """Looks for the smallest case.
+
+    Args:
+        broken: The pass that fails.
+        wanted: Numbers of the matches at fault.
+        limits: Bounds beside the contract, for a part alone.
+        executor: Makes a runnable model of a program.
+    """
+
+    def __init__(
+        self, broken: Broken, wanted: frozenset[int], limits: Limits, executor: Executor
+    ) -> None:
+        self._broken, self._limits, self._executor = broken, limits, executor
+        self._program, self._probe = broken.uncached, broken.prober.probe
+        self._flow = Flow(self._program)
+        self._anchors = self._flow.known(find_anchors(broken, wanted, self._program))
+
+    def first(self) -> Case | None:
+        """Return a part around the anchors that fails, or None if there is none but the whole."""
+        if not self._anchors:
+            return None
+        for end in [n for n in self._flow.ends(self._anchors) if width_of(n)][:ENDS]:
+            entries = [n for n in self._flow.entries(self._anchors, end) if width_of(n)][:ENTRIES]
+            values = record(self._program, [n.name for n in entries], self._probe)
+            for entry in entries:
+                part = cut_program(self._program, {entry.name: values[entry.name]}, end.name)
+                found = self._try(part, self._broken.steps)
+                if found is not None:
+                    return Case(part, self._broken.steps, found.prober.probe, end.name, found)
+        return None
+
+    def shrink(self, case: Case) -> Case:
+        """Return a case that is as small as can be found."""
+        return self._shorten(self._cut_closer(self._drop_steps(case)))
+
+    def _drop_steps(self, case: Case) -> Case:
+        """Leave out passes before the failing one, the last ones first."""
+        for index in reversed(range(len(case.steps) - 1)):
+            steps = (*case.steps[:index], *case.steps[index + 1 :])
+            found = self._try(case.program, steps)
+            if found is not None:
+                case = dataclasses.replace(case, steps=steps, found=found)
+        return case
+
+    def _cut_closer(self, case: Case) -> Case:
+        """Turn values inside of the part into inputs, those that save most operations first."""
+        anchors = {node.name for node in self._anchors}
+        inside = {node.name: node for node in self._flow.nodes if node.name not in anchors}
+        inside.pop(case.end, None)
+        names = [n.name for n in operations(case.program) if n.name in inside]
+        values = record(self._program, [n for n in names if width_of(inside[n])], self._probe)
+        for _ in range(CLOSER):
+            parts = self._smaller_parts(case, values)
+            if not parts:
+                break
+            _, name, part = min(parts, key=lambda found: found[:2])
+            del values[name]  # what hides the fault now hides it in smaller parts too
+            found = self._try(part, case.steps)
+            if found is not None:
+                case = dataclasses.replace(case, program=part, found=found)
+        return case
+
+    def _smaller_parts(
+        self, case: Case, values: dict[str, Tensor]
+    ) -> list[tuple[int, str, Program]]:
+        """Return parts with one more input, each with its size and the name of that input."""
+        size, found = len(operations(case.program)), []
+        present = {node.name for node in operations(case.program)}
+        for name in [n for n in values if n in present]:
+            part = cut_program(case.program, {name: values[name]}, case.end)
+            if len(operations(part)) < size:
+                found.append((len(operations(part)), name, part))
+        return found
+
+    def _shorten(self, case: Case) -> Case:
+        """Take one row of fewer tokens."""
+        for tokens in SHORTER:
+            if tokens >= case.probe.lengths[0]:
+                break
+            probe = Probe(case.probe.input_ids[:1, :tokens].clone(), (tokens,))
+            found = self._try(case.program, case.steps, probe)
+            if found is not None:
+                return dataclasses.replace(case, probe=probe, found=found)
+        return case
+
+    def _try(
+        self, part: Program, steps: Sequence[PlannedPass], probe: Probe | None = None
+    ) -> Attempt | None:
+        """Return the attempt at the last step if it fails as it does in the whole model."""
+        found = try_steps(part, steps, self._limits, self._executor, probe)
+        if found is None or found.failure is None:
+            return None
+        return found if found.failure.is_like(self._broken.failure) else None
+
+
+def try_steps(
+    program: Program,
+    steps: Sequence[PlannedPass],
+    limits: Limits,
+    executor: Executor,
+    probe: Probe | None = None,
+) -> Attempt | None:
+    """Return the attempt at the last of some passes, or None if it is not reached.
+
+    Args:
+        program: A program without a cache.
+        steps: At least one pass.
+        limits: Bounds for the last one, beside its contract.
+        executor: Makes a runnable model of a program.
+        probe: Inputs; text that the program writes by default.
+    """
+    try:
+        program = with_calibration(program, steps)
+        plan = final_plan(program, steps)
+        return run_passes(program, steps, Prober(program, executor, plan, probe), limits)
+    except (KvxformError, RuntimeError):
+        return None
