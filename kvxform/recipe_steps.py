@@ -15,10 +15,10 @@ from typing import Any, cast, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict, is_typeddict
 
-import kvxform.passes  # noqa: F401  (fills the registry of passes)
 from kvxform.codecs.base import CODECS, Codec, make_codec
 from kvxform.errors import KvxformError, RecipeError, nearest_hint
-from kvxform.pass_base import PASSES, GraphPass
+from kvxform.pass_base import GraphPass
+from kvxform.pass_lookup import find_pass
 from kvxform.recipe_text import KeyPath, SourceMap
 
 
@@ -118,17 +118,13 @@ def as_recipe_error(
 
 
 def _build(name: str, options: Mapping[str, Any], path: KeyPath, source: SourceMap) -> GraphPass:
-    if name not in PASSES:
-        raise RecipeError(
-            "KVX104",
-            "pass must be a known name",
-            got=repr(name),
-            at=source.at(path),
-            hint=nearest_hint(name, PASSES),
-        )
-    _check_record(options, PASSES[name], path, source, name)
+    try:
+        cls = find_pass(name)
+    except KvxformError as error:
+        raise _located(error, source.at(path)) from error
+    _check_record(options, cls, path, source, name)
     _check_codecs(options, path, source, name)
-    return cast(GraphPass, _validate(PASSES[name], options, path, source, name))
+    return cast(GraphPass, _validate(cls, options, path, source, name))
 
 
 def _validate(cls: type, options: Any, path: KeyPath, source: SourceMap, where: str) -> Any:

@@ -17,7 +17,7 @@ from kvxform.explain.sites import describe_sites
 from kvxform.ir.facts import Facts
 from kvxform.ir.program import Program
 from kvxform.order import PlannedPass, plan_passes
-from kvxform.pass_base import PASSES
+from kvxform.pass_lookup import find_pass, known_names
 from kvxform.recipe import Recipe
 from kvxform.recipe_steps import build_pass, parse_step
 from kvxform.recipe_text import SourceMap
@@ -58,8 +58,10 @@ def make_question(step: StepLike | None, recipe: Recipe | None) -> Question:
         return Question(tuple(passes), name)
     if parsed is None:
         return Question()
-    if isinstance(parsed, str) and parsed in PASSES and required_options(PASSES[parsed]):
-        return Question(contract=need_options(PASSES[parsed]))
+    if isinstance(parsed, str) and parsed in known_names():
+        cls = find_pass(parsed)
+        if required_options(cls):
+            return Question(contract=need_options(cls))
     checked = parse_step(parsed, (), SourceMap())
     return Question((PlannedPass(checked, build_pass(checked)),))
 

@@ -81,6 +81,11 @@ def saved_recipe(folder: Path) -> Recipe | None:
     try:
         return load_recipe(path)
     except KvxformError as error:
+        is_missing = error.code == "KVX104"
         raise ArtifactError(
-            "KVX602", f"recipe.yaml must be a recipe ({error.rule})", at=error.at
+            "KVX602",
+            f"recipe.yaml must be a recipe ({error.rule})",
+            got=error.got,
+            at=error.at,
+            hint="install the package that has this pass" if is_missing else "",
         ) from error

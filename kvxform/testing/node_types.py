@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,5 +59,6 @@ def _fits(value: Any, type_: ValueType) -> bool:
     return value.dtype == type_.dtype and tuple(value.shape) == tuple(map(_size, type_.shape))
 
 
+@functools.cache
 def _size(size: int | str) -> int:
     return int(sympy.sympify(size, locals=_NAMES).subs(_SIZES))
