@@ -67,7 +67,8 @@ class _Matcher:
         self.a, self.b = a, b
         self.partner: dict[int, int] = {}
         self.taken: dict[int, int] = {}
-        self.layer_of = {None: None, **{x: y for x, y in layers if x is not None}}
+        self.layer_of: dict[int | None, int | None] = {None: None}
+        self.layer_of |= {x: y for x, y in layers if x is not None}
         self.fresh: deque[tuple[int, int]] = deque()
         self.hashes_a, self.hashes_b = _hashes(a), _hashes(b)
 

@@ -1,7 +1,7 @@
 """Which layer of A is which layer of B, told from what the layers are made of.
 
-With as many layers on both sides, layer k is layer k unless shifting them all fits far better. Paths
-of modules decide only between equally good answers: among equal layers, which one is missing.
+With as many layers on both sides, layer k is layer k unless shifting them all fits far better.
+Paths of modules decide only between equally good answers: among equal layers, which one is missing.
 """
 
 from __future__ import annotations

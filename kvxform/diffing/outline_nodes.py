@@ -12,10 +12,11 @@ import heapq
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 # ("node", key), ("weight", type), ("port", index), or ("list", (operand, ...))
 Operand = tuple[str, Any]
+PortKind = Literal["input", "output", "cache"]
 OUTPUT = "output"
 ATTENTION = ("kvx.attention", "kvx.cached_attention")
 _LINE = re.compile(r":\d+(?=\)?$)")  # of an origin: `linear (modeling_llama.py:243)`
@@ -80,7 +81,7 @@ class OutlinePort:
         layer: Layer of a plane, else None.
     """
 
-    kind: str
+    kind: PortKind
     name: str
     type: str
     layer: int | None = None

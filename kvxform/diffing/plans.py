@@ -1,0 +1,82 @@
+"""What differs between two cache plans, and between the geometry of attention sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kvxform.diffing.align_layers import LayerPairs, align_layers
+from kvxform.diffing.outline import LayerFields, Outline
+from kvxform.diffing.records import PlanChange
+
+_STREAMS = ("key", "value")
+_RELATIVE = frozenset({"owner", "shared_with"})  # layers, counted from the layer itself
+_NOTHING = ""
+
+
+def compare_plans(
+    a: Outline, b: Outline, layers: LayerPairs | None = None
+) -> tuple[PlanChange, ...]:
+    """Return fields of the model, of sites and of the plan that differ, layer by layer.
+
+    Args:
+        a: The first side.
+        b: The second side.
+        layers: Layers that belong together, if that is known already.
+    """
+    found = list(_differing(dict(a.whole), dict(b.whole)))
+    changes = [PlanChange(None, "", path, before, after) for path, before, after in found]
+    sides = (_by_layer(a.sites), _by_layer(b.sites)), (_by_layer(a.plan), _by_layer(b.plan))
+    for left, right in align_layers(a, b) if layers is None else layers:
+        for before, after in sides:
+            changes += _layer_changes(before.get(left, {}), after.get(right, {}), left, right)
+    return tuple(changes)
+
+
+def _by_layer(entries: tuple[LayerFields, ...]) -> dict[int | None, dict[str, Any]]:
+    return {entry.layer: dict(entry.fields) for entry in entries}
+
+
+def _layer_changes(
+    a: Mapping[str, Any], b: Mapping[str, Any], left: int | None, right: int | None
+) -> Iterator[PlanChange]:
+    if left is None or right is None:
+        return  # the whole layer is new or gone, as its operations tell
+    if not a or not b:
+        if a or b:
+            yield PlanChange(right, "", "cache", _presence(a), _presence(b))
+        return
+    for path, before, after in _differing(a, b):
+        if path in _RELATIVE:
+            before, after = _absolute(a.get(path), left), _absolute(b.get(path), right)
+        stream, _, rest = path.partition(".")
+        is_stream = stream in _STREAMS and bool(rest)
+        name = (stream, rest) if is_stream else ("", path)
+        yield PlanChange(right, *name, before, after)
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield path and both values of what differs.
+
+    Where one side has no digest of a constant, or its shape differs as well, digests say nothing.
+    """
+    for path in sorted({*a, *b}):
+        before, after = a.get(path), b.get(path)
+        if before == after:
+            continue
+        base = path.removesuffix(".digest")
+        if base != path and (None in (before, after) or a.get(base) != b.get(base)):
+            continue
+        yield path, _text(before), _text(after)
+
+
+def _text(value: Any) -> str:
+    return _NOTHING if value is None else str(value)
+
+
+def _presence(fields: Mapping[str, Any]) -> str:
+    return "present" if fields else _NOTHING
+
+
+def _absolute(offset: int | None, layer: int) -> str:
+    return _NOTHING if offset is None else f"layer {layer + offset}"
