@@ -87,6 +87,7 @@ class _Matcher:
         for key in (_provenance, _source):
             self._match_sequence(left, right, key)
             self._spread(_same_op)
+        self._respread(left, _same_place)
 
     def match_rest(self) -> None:
         """Pair what is left over in whatever layers, next to what is paired."""
@@ -147,8 +148,8 @@ class _Matcher:
 
     def _operands(self, x: int, y: int) -> Iterator[tuple[int, int]]:
         """Yield what a pair reads in the same places."""
-        node_a, node_b = self.a.nodes[x], self.b.nodes[y]
-        for left, right in zip(node_a.operands, node_b.operands, strict=False):
+        operands = self.a.nodes[x].operands, self.b.nodes[y].operands
+        for left, right in zip(*operands, strict=False):
             if left[0] == right[0] == "node":
                 yield left[1], right[1]
 
@@ -197,6 +198,12 @@ def _equal_call(a: OutlineNode, b: OutlineNode) -> bool:
 
 def _same_op(a: OutlineNode, b: OutlineNode) -> bool:
     return a.op == b.op
+
+
+def _same_place(a: OutlineNode, b: OutlineNode) -> bool:
+    """Return whether one operation can stand where the other one stood, as gelu for silu."""
+    kinds = [[kind for kind, _ in node.inputs] for node in (a, b)]
+    return (a.roles, a.type, kinds[0]) == (b.roles, b.type, kinds[1])
 
 
 def _provenance(node: OutlineNode) -> Hashable:

@@ -39,18 +39,29 @@ def assign_layers(
         labels[node.key] = own
         carries.append(opened.get(node.key, own))
     before = flow.ancestors(ends[0]) if ends[0] is not None else set()
-    _adopt(nodes, labels, before)
+    _adopt(nodes, labels, before | set(opened))
     count = len(attention)
     return [None if k is None or k >= count else layers[k] for k in labels]
 
 
-def _adopt(nodes: Sequence[OutlineNode], labels: list[int | None], outside: set[int]) -> None:
-    """Give what depends on no layer, and is read by one layer alone, to that layer."""
+def _adopt(nodes: Sequence[OutlineNode], labels: list[int | None], fixed: set[int]) -> None:
+    """Give what only later layers read to the first of them.
+
+    Constants of one layer depend on no layer, and a norm that was made to read an earlier layer
+    still belongs to the layer that it works for. What several layers read stays outside of layers.
+
+    Args:
+        nodes: Operations, operands first.
+        labels: Number of the layer of each, changed in place.
+        fixed: Keys of operations that stay where they are.
+    """
     readers: list[set[int | None]] = [set() for _ in nodes]
     for node in reversed(nodes):
-        found = readers[node.key]
-        if labels[node.key] is None and node.key not in outside and len(found) == 1:
-            labels[node.key] = next(iter(found))
+        own, found = labels[node.key], readers[node.key]
+        first = min((k for k in found if k is not None), default=None)
+        is_shared = None in found or (own is None and len(found) > 1)
+        if node.key not in fixed and first is not None and not is_shared:
+            labels[node.key] = first if own is None else max(own, first)
         for key in node.sources:
             readers[key].add(labels[node.key])
 

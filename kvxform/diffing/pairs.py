@@ -85,8 +85,8 @@ class PairComparer:
         if left[0] == "weight":
             return True  # a weight is known by its place; its type is compared with the types
         if left[0] == "port":
-            return self.ports.get(left[1], left[1]) == right[1]
-        return self.partner.get(left[1]) == right[1]
+            return bool(self.ports.get(left[1], left[1]) == right[1])
+        return bool(self.partner.get(left[1]) == right[1])
 
     def _retyped(self, x: OutlineNode, y: OutlineNode, *, is_explained: bool) -> Iterator[str]:
         """Yield types that differ, but not those that follow from something else."""

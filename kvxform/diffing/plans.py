@@ -10,6 +10,7 @@ from kvxform.diffing.outline import LayerFields, Outline
 from kvxform.diffing.records import PlanChange
 
 _STREAMS = ("key", "value")
+_BASES = ("k_basis", "v_basis")
 _RELATIVE = frozenset({"owner", "shared_with"})  # layers, counted from the layer itself
 _NOTHING = ""
 
@@ -24,27 +25,46 @@ def compare_plans(
         b: The second side.
         layers: Layers that belong together, if that is known already.
     """
-    found = list(_differing(dict(a.whole), dict(b.whole)))
-    changes = [PlanChange(None, "", path, before, after) for path, before, after in found]
-    sides = (_by_layer(a.sites), _by_layer(b.sites)), (_by_layer(a.plan), _by_layer(b.plan))
+    changes = [PlanChange(None, "", *found) for found in _whole_changes(a, b)]
+    sides = [(_by_layer(a.sites), _by_layer(b.sites))]
+    if a.plan and b.plan:  # bases of the sites are those of the plan
+        sides = [(_by_layer(a.sites, without=_BASES), _by_layer(b.sites, without=_BASES))]
+        sides.append((_by_layer(a.plan), _by_layer(b.plan)))
     for left, right in align_layers(a, b) if layers is None else layers:
+        if left is None or right is None:
+            continue  # the whole layer is new or gone, as its operations tell
         for before, after in sides:
             changes += _layer_changes(before.get(left, {}), after.get(right, {}), left, right)
     return tuple(changes)
 
 
-def _by_layer(entries: tuple[LayerFields, ...]) -> dict[int | None, dict[str, Any]]:
-    return {entry.layer: dict(entry.fields) for entry in entries}
+def _whole_changes(a: Outline, b: Outline) -> Iterator[tuple[str, str, str]]:
+    before, after = dict(a.whole), dict(b.whole)
+    if bool(a.plan) == bool(b.plan):
+        yield from _differing(before, after)
+        return
+    for side in (before, after):
+        side["cache"] = side.get("layout.kind", "none")
+    for path, left, right in _differing(before, after):
+        if not path.startswith("layout."):
+            yield path, left, right
+
+
+def _by_layer(
+    entries: tuple[LayerFields, ...], without: tuple[str, ...] = ()
+) -> dict[int, dict[str, Any]]:
+    return {
+        entry.layer: {k: v for k, v in entry.fields if k.partition(".")[0] not in without}
+        for entry in entries
+    }
 
 
 def _layer_changes(
-    a: Mapping[str, Any], b: Mapping[str, Any], left: int | None, right: int | None
+    a: Mapping[str, Any], b: Mapping[str, Any], left: int, right: int
 ) -> Iterator[PlanChange]:
-    if left is None or right is None:
-        return  # the whole layer is new or gone, as its operations tell
     if not a or not b:
         if a or b:
-            yield PlanChange(right, "", "cache", _presence(a), _presence(b))
+            yield PlanChange(right, "", "cache", *("present" if side else "" for side in (a, b)))
         return
     for path, before, after in _differing(a, b):
         if path in _RELATIVE:
@@ -72,10 +92,6 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str
 
 def _text(value: Any) -> str:
     return _NOTHING if value is None else str(value)
-
-
-def _presence(fields: Mapping[str, Any]) -> str:
-    return "present" if fields else _NOTHING
 
 
 def _absolute(offset: int | None, layer: int) -> str:

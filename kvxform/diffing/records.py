@@ -97,7 +97,9 @@ class StructureDiff:
         ports: Signature: inputs, outputs, caches.
         histogram: Numbers of operations that differ.
         renamed: Nodes, weights and modules that only have another name: no change.
-        moved: Nodes whose source line alone is another: no change.
+        moved: Nodes that only come from elsewhere, by source line, origin or passes: no change.
+        layers_added: Layers of B that A has not; their operations are among `nodes` too.
+        layers_removed: Layers of A that B has not.
     """
 
     nodes: tuple[NodeChange, ...] = ()
@@ -105,6 +107,8 @@ class StructureDiff:
     histogram: tuple[CountChange, ...] = ()
     renamed: int = 0
     moved: int = 0
+    layers_added: tuple[int, ...] = ()
+    layers_removed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def compare_outlines(a: Outline, b: Outline, alignment: Alignment) -> StructureD
         histogram=tuple(_count_changes(a, b)),
         renamed=sum((x.module, x.weights) != (y.module, y.weights) for x, y in pairs),
         moved=sum((x.origin, x.via) != (y.origin, y.via) for x, y in pairs),
+        layers_added=tuple(y for x, y in alignment.layers if x is None and y is not None),
+        layers_removed=tuple(x for x, y in alignment.layers if y is None and x is not None),
     )
 
 
