@@ -49,7 +49,8 @@ def _is_explained(
         return True
     if symptom.kind == "scoring":
         return bool(rules & {"window", "attention-scale", "attention"})
-    return symptom.kind in FOLLOWS_INPUTS and bool(rules)
+    earlier = {known for known, layer in explained if layer is None or layer <= symptom.layer}
+    return symptom.kind in FOLLOWS_INPUTS and bool(earlier)
 
 
 def _describe(symptom: Symptom) -> tuple[str, str]:

@@ -71,7 +71,9 @@ def _node_cause(change: NodeChange) -> Cause:
         rule = "dtype" if _is_dtype(change.what) else "operations"
         return Cause(rule, "warning", f"{change.op}: {change.what}")
     if change.kind == "rewired":
-        return Cause("operands", "warning", f"{change.op} reads something else: {change.what}")
+        is_owner = change.op in ATTENTION and change.what.startswith("cache ")
+        rule = "layer-owner" if is_owner else "operands"
+        return Cause(rule, "warning", f"{change.op} reads something else: {change.what}")
     names = {name for name, _, _ in _CHANGE.findall(change.what)}
     if change.op in ATTENTION:
         rules = {_ATTENTION_RULES.get(name, "attention") for name in names} or {"attention"}

@@ -17,6 +17,7 @@ from kvxform.ir.text import format_ranges
 
 PIECE = 1 << 20  # elements that are widened to float64 at a time
 EXACT = 1e-6  # relative error up to which a factor or a length is met
+NARROW = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 FEW = 8  # rows that are named one by one
 
 
@@ -42,7 +43,11 @@ def compare_values(a: Tensor, b: Tensor) -> ValueChange | None:
         eps = max(_eps(a), _eps(b))
         is_rounded = sums.relative <= eps
         return ValueChange("dtype" if is_rounded else "values", sums.relative, names)
-    found = _as_factor(sums, _eps(a)) or _as_permutation(x, y, sums.relative)
+    found = (
+        _as_factor(sums, _eps(a))
+        or _as_rounded(x, y, sums.relative)
+        or _as_permutation(x, y, sums.relative)
+    )
     return found or ValueChange("values", sums.relative, _describe(sums, x.shape))
 
 
@@ -104,6 +109,16 @@ def _as_factor(sums: _Sums, eps: float) -> ValueChange | None:
     if abs(factor + 1.0) <= 4 * eps:
         return ValueChange("negated", sums.relative)
     return ValueChange("scaled", sums.relative, f"by {factor:.6g}")
+
+
+def _as_rounded(x: Tensor, y: Tensor, relative: float) -> ValueChange | None:
+    """Return the change if y has the values of x, rounded to a narrower dtype."""
+    for dtype in NARROW:
+        pairs = ((x[piece].to(dtype).to(x.dtype), y[piece]) for piece in _pieces(x))
+        if all(torch.equal(p, q) for p, q in pairs):
+            name = str(dtype).removeprefix("torch.")
+            return ValueChange("dtype", relative, f"values rounded to {name}")
+    return None
 
 
 def _as_permutation(x: Tensor, y: Tensor, relative: float) -> ValueChange | None:
