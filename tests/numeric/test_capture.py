@@ -52,14 +52,20 @@ def count(program: Program, op: Any) -> int:
     return sum(1 for _ in program.calls(op))
 
 
-CASES = [
-    *((f, a, torch.float64) for f in ("llama", "gpt2") for a in ("sdpa", "eager")),
-    ("qwen2", "eager", torch.float32),
+QUICK = [
+    ("llama", "sdpa", torch.float64),
+    ("gpt2", "eager", torch.float64),
     ("qwen3", "sdpa", torch.float32),
-    ("mistral", "eager", torch.float32),
     ("gpt_neox", "sdpa", torch.float32),
+]
+SLOW = [
+    ("llama", "eager", torch.float64),
+    ("gpt2", "sdpa", torch.float64),
+    ("qwen2", "eager", torch.float32),
+    ("mistral", "eager", torch.float32),
     ("phi", "eager", torch.float32),
 ]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize(("family", "attention", "dtype"), CASES)

@@ -227,13 +227,13 @@ FORMS = [
     (einsum_keys_first, True),
     (einsum_grouped, False),
     (five_axes, False),
-    (keys_times_queries, True),
+    pytest.param(keys_times_queries, True, marks=pytest.mark.slow),
     (batch_last, True),
     (softmax_by_hand, True),
-    (log_softmax, True),
+    pytest.param(log_softmax, True, marks=pytest.mark.slow),
     (logsumexp, True),
-    (renormalised, True),
-    (normalised_last, True),
+    pytest.param(renormalised, True, marks=pytest.mark.slow),
+    pytest.param(normalised_last, True, marks=pytest.mark.slow),
     (where_and_finfo, True),
     (small_negative_mask, True),
     (sum_of_products, True),
@@ -287,7 +287,7 @@ def test_a_near_miss_is_refused_and_the_other_layer_raised(attend: Attend, reaso
         assert refused.node
 
 
-@pytest.mark.parametrize("attend", [off_by_one, squared_relu])
+@pytest.mark.parametrize("attend", [off_by_one, pytest.param(squared_relu, marks=pytest.mark.slow)])
 def test_what_is_no_softmax_is_a_mixer(attend: Attend) -> None:
     program = captured(Halves(attend))
     assert [r.kind for r in program.rejected] == ["mixer"]
@@ -311,8 +311,16 @@ class Builtin(PlainGPT):
         return out if self.mha.batch_first else out.transpose(0, 1)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(
+    ("batch_first", "need_weights"),
+    [
+        (True, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(False, False), (True, True), (False, True)]
+        ),
+    ],
+)
 def test_multihead_attention_of_torch_is_raised(batch_first: bool, need_weights: bool) -> None:
     program = captured(Builtin(batch_first=batch_first, need_weights=need_weights))
     (site,) = program.sites
@@ -323,7 +331,9 @@ def test_multihead_attention_of_torch_is_raised(batch_first: bool, need_weights:
     assert site.q.weight == "mha.in_proj_weight"
 
 
-@pytest.mark.parametrize("attend", [sdpa_folded, einsum_tokens_first])
+@pytest.mark.parametrize(
+    "attend", [sdpa_folded, pytest.param(einsum_tokens_first, marks=pytest.mark.slow)]
+)
 def test_a_decomposed_exported_program_is_raised(attend: Attend) -> None:
     model = randomise(Decoder(attend).double().eval())
     dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}

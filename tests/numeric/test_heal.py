@@ -20,7 +20,7 @@ passes:
   - insert-cache
   - cache-prerope
   - factor-kv: {k_density: 0.2, v_density: 0.2, bits: 4, recent: 8}
-calibration: {tokens: 4096}
+calibration: {tokens: 2048}
 """
 SHORT = ["--steps-local", "20", "--steps", "20", "--window", "48", "--batch-size", "4"]
 
@@ -61,6 +61,7 @@ def call(*words):
     return code, stdout.getvalue(), stderr.getvalue()
 
 
+@pytest.mark.slow
 def test_heal_writes_a_better_artifact_of_the_same_form(folder, model, text, factored):
     out = folder / "healed"
     words = ["heal", factored, "--source", model, "-o", str(out), "--text", text, *SHORT]

@@ -91,7 +91,13 @@ def test_exact_recipe_keeps_logits_and_cache_to_rounding(make_program):
 
 
 @pytest.mark.parametrize("name", ["int8", "kv4", "kivi4", "kivi2"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float64, id="f64"),
+        pytest.param(torch.float32, id="f32", marks=pytest.mark.slow),
+    ],
+)
 def test_lossy_recipes_hold_what_their_equations_say(name, dtype):
     program = wide(llama_program(dtype=dtype, head_dim=64))
     optimised, report = optimise(program, load_recipe(name), "full")

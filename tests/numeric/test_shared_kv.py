@@ -97,7 +97,7 @@ def tokens(batch: int = 2, length: int = 21) -> Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("turns", ["owner", "reader"])
+@pytest.mark.parametrize("turns", ["owner", pytest.param("reader", marks=pytest.mark.slow)])
 def test_readers_are_found_and_append_nothing(turns):
     source = model(turns=turns, windows=(None, 5, 7, 7))
     optimized = kvxform.optimize(source, {"version": 1, "name": "t", "passes": EXACT_PASSES})
@@ -136,7 +136,13 @@ def test_a_layer_that_changes_what_it_reads_has_its_own_keys():
     assert owners(program) == [0, 1, 2, 2]
 
 
-@pytest.mark.parametrize("order", [(InsertCache(), RotateQk()), (RotateQk(), InsertCache())])
+@pytest.mark.parametrize(
+    "order",
+    [
+        (InsertCache(), RotateQk()),
+        pytest.param((RotateQk(), InsertCache()), marks=pytest.mark.slow),
+    ],
+)
 def test_keys_of_an_owner_are_rotated_once(order):
     program = capture(model()).program
     for graph_pass in order:
@@ -158,6 +164,7 @@ def test_all_readers_undo_the_rotation_of_values():
     assert all(f.done for f in again)
 
 
+@pytest.mark.slow
 def test_a_reader_without_a_plain_output_keeps_the_values_of_its_owner():
     program = capture(model()).program
     program.sites = tuple(

@@ -103,8 +103,8 @@ BOUNDS = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["int4", "int8"],
-        pytest.param(["int2", "bfloat16", "levels4", "levels16"], marks=pytest.mark.slow),
+        ["int4"],
+        pytest.param(["int8", "int2", "bfloat16", "levels4", "levels16"], marks=pytest.mark.slow),
     ],
     ids="-".join,
 )

@@ -24,9 +24,13 @@ CALLS = {
         lambda b, s: (torch.randn(b, s), [torch.zeros(b, 1, dtype=int), torch.zeros(s, dtype=int)]),
     ),
 }
+QUICK = ("several results", "sizes as arguments")
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in CALLS if name not in QUICK)],
+)
 def test_it_equals_torch_at_other_sizes_than_those_of_the_export(name):
     target, make_args = CALLS[name]
     assert target not in EMITTERS or target in CONDITIONS
