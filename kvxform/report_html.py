@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from kvxform.formats import format_bytes, format_number, format_percent
+from kvxform.formats import THIN, format_bytes, format_number, format_percent
 from kvxform.page import render_page
 from kvxform.recipe_text import format_yaml
-from kvxform.report import LayerRecord, Report
+from kvxform.report import Report
+from kvxform.report_claims import claims
+from kvxform.report_records import LayerRecord, PassCost, PassRecord
 from kvxform.report_svg import Series, bar_chart
+from kvxform.report_verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,30 @@ class LayerRun:
         return str(self.first.layer) if same else f"{self.first.layer} to {self.last.layer}"
 
 
+@dataclass(frozen=True)
+class Step:
+    """A pass, and what it cost in words.
+
+    Attributes:
+        record: The pass.
+        costs: What it changed of graph, weights and work; nothing if none.
+        share: Its cache as a share of the largest of all steps, or None before there is a cache.
+    """
+
+    record: PassRecord
+    costs: tuple[str, ...]
+    share: float | None
+
+
 def render_report(report: Report) -> str:
     """Return the page of a report."""
     return render_page(
         "report.html.jinja",
         report=report,
-        exact=[p for p in report.passes if p.exactness == "exact"],
-        lossy=[p for p in report.passes if p.exactness != "exact"],
         verdict=verdict(report),
+        steps=steps(report),
+        notes=notes,
+        claims=claims(report),
         recipe_text=format_yaml(report.recipe),
         error_chart=error_chart(report.layers),
         bytes_chart=bytes_chart(report.layers),
@@ -43,21 +62,41 @@ def render_report(report: Report) -> str:
     )
 
 
-def verdict(report: Report) -> str:
-    """Return what the report says in one sentence."""
-    if report.verify == "none":
-        return "Nothing was measured: the figures below are arithmetic on the plan of the cache."
-    lossy = [p.name for p in report.passes if p.exactness != "exact"]
-    kept = "Every exact step kept its promise"
-    if not lossy:
-        return f"{kept}: the model computes what it computed before, up to rounding."
-    assert report.final is not None, "a verified run has been measured"
-    names = " and ".join(lossy)
-    return (
-        f"{kept}. What {names} costs was measured: a divergence of "
-        f"{format_number(report.final.kl)} nats per token, and "
-        f"{format_percent(report.final.top1)} of next tokens unchanged."
-    )
+def steps(report: Report) -> list[Step]:
+    """Return the passes in order, each with what it cost."""
+    sizes = [p.cost.kv_bytes_per_token for p in report.passes if p.cost] or [None]
+    largest = max((size for size in sizes if size), default=0.0)
+    found, flops = [], 0
+    for record in report.passes:
+        cost = record.cost
+        size = cost.kv_bytes_per_token if cost else None
+        words = _cost_words(cost, flops) if cost else ()
+        found.append(Step(record, words, size / largest if size else None))
+        flops = cost.extra_flops_per_token if cost else flops
+    return found
+
+
+def notes(record: PassRecord) -> list[str]:
+    """Return what a pass did or left, with the number of places."""
+    done = [f"at {count}: {note}" for note, count in record.notes]
+    return done + [f"not at {count}: {reason}" for reason, count in record.skipped]
+
+
+def _cost_words(cost: PassCost, flops: int) -> tuple[str, ...]:
+    words = []
+    if cost.operations:
+        changes = (f"{_signed(n)} {name}" for name, n in cost.operations)
+        words.append(f"graph: {', '.join(changes)}")
+    if cost.parameters:
+        words.append(f"weights: {_signed(cost.parameters)} numbers")
+    if cost.extra_flops_per_token != flops:
+        words.append(f"work: {_signed(cost.extra_flops_per_token - flops)} additions per token")
+    return tuple(words)
+
+
+def _signed(count: int) -> str:
+    sign = "+" if count > 0 else "\N{MINUS SIGN}"
+    return f"{sign}{abs(count):,}".replace(",", THIN)
 
 
 def error_chart(layers: Sequence[LayerRecord]) -> Markup | None:
