@@ -18,10 +18,10 @@ from kvxform.testing.builder import SYMBOLS as SYMBOLS
 from kvxform.testing.builder import TOKENS as TOKENS
 from kvxform.testing.builder import Builder as Builder
 from kvxform.testing.builder import aten as aten
-from kvxform.testing.programs import LATENT as LATENT
-from kvxform.testing.programs import OWN as OWN
-from kvxform.testing.programs import SHARED as SHARED
-from kvxform.testing.programs import VALUES as VALUES
+from kvxform.testing.latent import LATENT as LATENT
+from kvxform.testing.latent import OWN as OWN
+from kvxform.testing.latent import SHARED as SHARED
+from kvxform.testing.latent import VALUES as VALUES
 from kvxform.testing.programs import gpt2_program as gpt2_program
 from kvxform.testing.programs import latent_program as latent_program
 from kvxform.testing.programs import llama_program as llama_program

@@ -1,1 +1,55 @@
-"""Help for tests of passes, models and recipes: a pytest plug-in and a fuzzer of passes."""
+"""Help for tests of passes, models and recipes.
+
+- `check_pass(P)` tries any pass on seeded programs and holds it to what passes promise
+- `assert_equivalent(a, b)`: two models give the same logits
+- `assert_graph_snapshot(program, path)`: a graph is the one that was committed
+- `llama_program`, `gpt2_program`, `latent_program`: small programs without a model
+
+The asserts are fixtures too, of the pytest plug-in (`kvxform.testing.plugin`). Importing
+this package is quick: torch is imported when the first of these is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvxform.testing.checking import PassCheck, check_pass, fuzz_pass
+    from kvxform.testing.equivalence import assert_equivalent
+    from kvxform.testing.latent import latent_program
+    from kvxform.testing.programs import gpt2_program, llama_program
+    from kvxform.testing.snapshots import assert_graph_snapshot
+
+__all__ = [
+    "PassCheck",
+    "assert_equivalent",
+    "assert_graph_snapshot",
+    "check_pass",
+    "fuzz_pass",
+    "gpt2_program",
+    "latent_program",
+    "llama_program",
+]
+_HOMES = {
+    "PassCheck": "checking",
+    "assert_equivalent": "equivalence",
+    "assert_graph_snapshot": "snapshots",
+    "check_pass": "checking",
+    "fuzz_pass": "checking",
+    "gpt2_program": "programs",
+    "latent_program": "latent",
+    "llama_program": "programs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvxform.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"kvxform.testing.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 BATCH, TOKENS = 11, 13  # sizes that nothing else has: they become the symbols B and S
 SYMBOLS = {BATCH: "B", TOKENS: "S", BATCH * TOKENS: "B*S"}
 CONTEXT = 64  # positions that a built model can take
+WIDTH, VOCAB = 32, 48  # of the residual stream and of the logits
 
 
 class Builder:

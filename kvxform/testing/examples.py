@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,8 @@ from kvxform.order import PlannedPass, facts_after, passes_that_ensure
 from kvxform.pass_base import PASSES, GraphPass
 from kvxform.pipeline import apply_pass
 from kvxform.recipe import PassStep
-from kvxform.testing.programs import gpt2_program, latent_program, llama_program
+from kvxform.testing.programs import MAKERS
 
-MAKERS: Mapping[str, Callable[..., Program]] = {
-    "llama": llama_program,
-    "gpt2": gpt2_program,
-    "latent": latent_program,
-}
 HEAD_DIMS = (16, 8, 16, 4, 24, 6, 32, 5)  # powers of two more often; 5 and 6 suit few passes
 CALIBRATION = (2, 32)  # windows of calibration, and tokens of one
 MORE_PASSES = ("insert-cache", "page-cache", "rotate-v", "rotate-qk")  # may have run before

@@ -140,7 +140,7 @@ def check_transaction(
     """Break the rewrite off after its first change, half way and at its last one."""
     changes = _changes_until(graph_pass, program, matches, None)
     before = fingerprint(program)
-    for limit in sorted({1, (changes + 1) // 2, changes} - {0}):
+    for limit in sorted({1, (changes + 1) // 2, changes}):
         try:
             _changes_until(graph_pass, program, matches, limit)
             yield f"an error at change {limit} of {changes} is swallowed by the rewrite"
@@ -186,7 +186,7 @@ def check_contract(
         if before:
             prober.measure(program)
         stage = prober.measure(after)
-        record = pass_record(planned(graph_pass), found)
+        record = pass_record(planned(graph_pass), found, program, after)
         record = require_contract(planned(graph_pass), record, stage, prober)
     except KvxformError as error:
         yield str(error)

@@ -13,6 +13,8 @@ from kvxform.testing import promises
 from kvxform.testing.examples import Example, calibrated, planned, prepare
 from kvxform.testing.fingerprint import digest, fingerprint
 
+INVALID = "KVX215"  # what the verifier says of a graph that a pass has left
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -39,7 +41,8 @@ class Trial:
 
     Attributes:
         example: The example.
-        outcome: What became of it; `unprepared` if a pass before refused the program.
+        outcome: What became of it; `done` if there was nothing left to do, `unprepared` if a pass
+            before refused the program.
         matches: Places that were rewritten.
         refusal: What the pass said where it refused.
         digest: Of the result; empty without one.
@@ -47,7 +50,7 @@ class Trial:
     """
 
     example: Example
-    outcome: Literal["applied", "refused", "unprepared"]
+    outcome: Literal["applied", "done", "refused", "unprepared"]
     matches: int = 0
     refusal: str = ""
     digest: str = ""
@@ -68,14 +71,18 @@ def try_pass(graph_pass: GraphPass, example: Example) -> Trial:
         after, found = apply_pass(program, planned(graph_pass))
     except KvxformError as error:
         faults.note("purity", promises.check_untouched(kept, program))
+        if error.code == INVALID:
+            faults.note("validity", iter([f"the verifier refuses the result: {error}"]))
         faults.note("refusal", promises.check_refusal(graph_pass, program, error))
         return Trial(example, "refused", refusal=str(error), faults=tuple(faults.found))
     except Exception as error:  # whatever a pass raises that does not know this program
         faults.note("refusal", iter([crash(error)]))
         return Trial(example, "refused", refusal=crash(error), faults=tuple(faults.found))
     matches = [match for match in found if isinstance(match, Match)]
-    result, name = digest(after), graph_pass.pass_name()
     faults.note("purity", promises.check_untouched(kept, program))
+    if not matches:
+        return Trial(example, "done", faults=tuple(faults.found))
+    result, name = digest(after), graph_pass.pass_name()
     faults.note("validity", promises.check_validity(after))
     faults.note("provenance", promises.check_provenance(name, program, after))
     faults.note("idempotence", promises.check_idempotence(graph_pass, after))
