@@ -2,7 +2,9 @@
 
 - `optimize(model, recipe)` rewrites a model and returns an `OptimizedModel`
 - `heal(path, source)` trains what lossy structure passes touched, against the source
+- `diff(a, b)` says what differs between two models or builds, in which layers, and why
 - `load(path)` opens what `OptimizedModel.save` wrote
+- `verify_artifact(path)` checks the cache of a finished model in every schedule
 - `Recipe` is an ordered list of passes with options
 - every error is a `KvxformError` with a stable code
 
@@ -27,7 +29,9 @@ from kvxform.errors import (
 
 if TYPE_CHECKING:
     from kvxform.api import heal, load, optimize
+    from kvxform.differ.comparing import diff
     from kvxform.recipe import Recipe
+    from kvxform.verifying import verify_artifact
 
     __version__: str
 
@@ -42,15 +46,19 @@ __all__ = [
     "RecipeError",
     "VerifyError",
     "__version__",
+    "diff",
     "heal",
     "load",
     "optimize",
+    "verify_artifact",
 ]
 _HOMES = {
     "Recipe": "kvxform.recipe",
+    "diff": "kvxform.differ.comparing",
     "heal": "kvxform.api",
     "load": "kvxform.api",
     "optimize": "kvxform.api",
+    "verify_artifact": "kvxform.verifying",
 }
 
 

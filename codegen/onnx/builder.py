@@ -21,6 +21,7 @@ Number = int | float | bool
 
 INT64 = ir.DataType.INT64
 BOOL = ir.DataType.BOOL
+TRANSPOSED = ".T"  # end of the name of a weight that is stored as `W.T`
 
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
@@ -117,7 +118,7 @@ class Builder:
             value: The tensor; it is not copied until the file is written.
             transposed: Store `value.T` of a matrix instead.
         """
-        name = f"{name}.T" if transposed else name
+        name = f"{name}{TRANSPOSED}" if transposed else name
         if name not in self.initializers:
             tensor: ir.TensorProtocol = ir.tensor_adapters.TorchTensor(value, name=name)
             if transposed:

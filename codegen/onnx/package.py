@@ -15,9 +15,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from kvxform.codegen.onnx.builder import onnx_dtype
+from kvxform.codecs.base import dtype_name
+from kvxform.codegen.onnx.builder import TRANSPOSED, onnx_dtype
 from kvxform.codegen.onnx.capability import IR_VERSION, MINIMUM_RUNTIME, OPSET, takes_padding
 from kvxform.codegen.onnx.ports import PAST, PRESENT, is_plain
+from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.tokenizer import tokenizer_files
@@ -49,7 +51,7 @@ def write_package(
     model.metadata_props.update(_metadata(program.plan, recipe))
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=EMBEDDED_BYTES)
     _write_json(folder / "genai_config.json", genai_config(program))
-    _write_json(folder / "kvxform.json", _description(program, recipe))
+    _write_json(folder / "kvxform.json", describe_package(program, recipe))
     if report is not None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     for name, content in tokenizer_files(tokenizer_path).items():
@@ -124,8 +126,12 @@ def _metadata(plan: CachePlan, recipe: Any) -> dict[str, str]:
     }
 
 
-def _description(program: Program, recipe: Any) -> dict[str, Any]:
-    """Return `kvxform.json`."""
+def describe_package(program: Program, recipe: Any = None) -> dict[str, Any]:
+    """Return `kvxform.json`: what a package was made from, but for its graph and its weights.
+
+    `weights` says which initialiser holds each weight of the program; `.T` at its end means that it
+    is stored transposed.
+    """
     assert program.plan is not None, "checked"
     info = dataclasses.asdict(program.info)
     del info["tokenizer_path"]  # a place on this machine
@@ -137,7 +143,8 @@ def _description(program: Program, recipe: Any) -> dict[str, Any]:
         "facts": program.facts.changed(),
         "recipe": None if recipe is None else recipe.to_data(),
         "plan": program.plan.to_json(),
-        "sites": [{"layer": s.layer, "module": s.module} for s in program.sites],
+        "sites": [dataclasses.asdict(site) for site in program.sites],
+        "weights": _weight_table(program),
         "rejected": [dataclasses.asdict(r) for r in program.rejected],
         "onnx": {
             "opset": OPSET,
@@ -145,6 +152,18 @@ def _description(program: Program, recipe: Any) -> dict[str, Any]:
             "minimum_onnxruntime": MINIMUM_RUNTIME,
             "padding": takes_padding(program.plan),
         },
+    }
+
+
+def _weight_table(program: Program) -> dict[str, dict[str, Any]]:
+    store = WeightStore.of(program)
+    return {
+        name: {
+            "dtype": dtype_name(weight.dtype),
+            "shape": list(weight.shape),
+            "stored": store.name(name) + (TRANSPOSED if store.is_transposed(name) else ""),
+        }
+        for name, weight in program.weights.items()
     }
 
 

@@ -19,6 +19,7 @@ from kvxform.cli import (
     check,
     codegen,
     demo,
+    diff,
     evaluate,
     explain,
     export,
@@ -29,6 +30,7 @@ from kvxform.cli import (
     passes,
     plan,
     recipes,
+    verify,
 )
 from kvxform.cli.output import print_data, talk
 from kvxform.errors import KvxformError
@@ -54,6 +56,8 @@ app.command("passes")(passes.run)
 app.add_typer(recipes.app, name="recipes")
 app.command("lock")(lock.run)
 app.command("check")(check.run)
+app.command("diff")(diff.run)
+app.command("verify")(verify.run)
 app.command("eval")(evaluate.run)
 app.command("demo")(demo.run)
 
