@@ -124,14 +124,19 @@ def resolve_source(source: str, folder: Path) -> str:
     """Return a source of a lock as seen from the working directory."""
     factory = split_factory(source)
     if factory is not None:
-        return f"{folder / factory[0]}:{factory[1]}"
+        return f"{_join(folder, factory[0])}:{factory[1]}"
     return resolve_path(source, folder)
 
 
 def resolve_path(name: str, folder: Path) -> str:
     """Return a path of a lock as seen from the working directory; any other name as it is."""
-    is_path = Path(name).suffix in _RECIPE_FILES or (folder / name).exists()
-    return str(folder / name) if is_path else name
+    path = _join(folder, name)
+    return path if Path(name).suffix in _RECIPE_FILES or Path(path).exists() else name
+
+
+def _join(folder: Path, name: str) -> str:
+    """Return a path without `..` in the middle: the folder of a new lock may not exist yet."""
+    return os.path.normpath(folder / name)
 
 
 def _calibration(
@@ -139,7 +144,7 @@ def _calibration(
 ) -> str | torch.Tensor | None:
     """Return what statistics are collected on; fixed tokens for a model without a tokenizer."""
     if build.calibration is not None:
-        return str(folder / build.calibration)
+        return _join(folder, build.calibration)
     if captured.tokenizer_path is not None:
         return None
     tokens = max(recipe.calibration.tokens, recipe.calibration.window or 0)

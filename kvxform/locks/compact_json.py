@@ -26,23 +26,24 @@ def _format(data: Any, indent: str, used: int) -> str:
         return line
     inner = indent + " "
     if isinstance(data, dict):
-        parts = []
-        for key, value in data.items():
-            head = f"{inner}{json.dumps(key, ensure_ascii=False)}: "
-            parts.append(head + _format(value, inner, len(head)))
-        return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
-    if all(isinstance(item, int | float | str) for item in data):
-        return "[\n" + _fill(data, inner) + f"\n{indent}]"
-    parts = [inner + _format(item, inner, len(inner)) for item in data]
-    return "[\n" + ",\n".join(parts) + f"\n{indent}]"
+        return (
+            "{\n" + _lines([_entry(*item, inner) for item in data.items()], inner) + f"\n{indent}}}"
+        )
+    return "[\n" + _lines([_format(x, inner, len(inner)) for x in data], inner) + f"\n{indent}]"
 
 
-def _fill(items: Any, indent: str) -> str:
-    """Return plain values with as many on a line as fit."""
-    lines = [indent]
-    for item in items:
-        word = json.dumps(item, ensure_ascii=False) + ", "
-        if len(lines[-1]) + len(word) > WIDTH and lines[-1] != indent:
-            lines.append(indent)
-        lines[-1] += word
-    return "\n".join(line.rstrip() for line in lines).rstrip(",")
+def _entry(key: str, value: Any, indent: str) -> str:
+    head = f"{json.dumps(key, ensure_ascii=False)}: "
+    return head + _format(value, indent, len(indent) + len(head))
+
+
+def _lines(parts: list[str], indent: str) -> str:
+    """Return parts with commas between them, with as many short ones on a line as fit."""
+    lines: list[str] = []
+    for part in parts:
+        is_short = "\n" not in part and lines and "\n" not in lines[-1]
+        if is_short and len(lines[-1]) + len(part) + 3 <= WIDTH:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(indent + part)
+    return ",\n".join(lines)

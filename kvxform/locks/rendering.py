@@ -21,6 +21,12 @@ from kvxform.locks.runs import Checked
 
 _MOST_CHARACTERS = 60_000  # GitHub refuses comments above 65536
 _SHOWN = ("kv_bytes_per_token", "bits_per_value")
+_WORDS = {  # of one lock, of several
+    "error": ("cannot be built", "cannot be built"),
+    "different": ("differs", "differ"),
+    "updated": ("was updated", "were updated"),
+    "same": ("is the same", "are the same"),
+}
 _RULER = "=" * 80
 _ADVICE = "If this is what you wanted, run `kvxform check --update` on these locks and commit them."
 
@@ -78,6 +84,7 @@ def _markdown(checks: Sequence[Checked]) -> str:
         heads = ["lock", "answer", *(FIGURES[name] for name in _SHOWN), "what changed"]
         rows = [heads, ["---", "---", "---:", "---:", "---"], *map(_row, other)]
         blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    if any(answer(check) == "different" for check in other):
         blocks.append(_ADVICE)
     for check in other:
         if check.result is not None:
@@ -162,11 +169,11 @@ def answer(check: Checked) -> str:
 def _count(checks: Sequence[Checked]) -> str:
     """Return how many locks have each answer, in words."""
     found = [answer(check) for check in checks]
-    if all(word == "same" for word in found):
-        return f"all {len(found)} locks are the same" if len(found) > 1 else "the lock is the same"
-    words = {"different": "differ", "updated": "updated", "error": "cannot be built"}
-    parts = [f"{found.count(key)} {said}" for key, said in words.items() if key in found]
-    return f"{' and '.join(parts)}, of {len(found)} lock{'s' if len(found) > 1 else ''}"
+    total = "the lock" if len(found) == 1 else f"all {len(found)} locks"
+    if len(set(found)) == 1:
+        return f"{total} {_WORDS[found[0]][len(found) > 1]}"
+    parts = [f"{found.count(key)} {_WORDS[key][found.count(key) > 1]}" for key in _WORDS]
+    return ", ".join(part for part in parts if not part.startswith("0 "))
 
 
 _FORMS: dict[str, Callable[[Sequence[Checked]], str]] = {

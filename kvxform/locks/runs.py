@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvxform.diffing.records import DiffResult
 from kvxform.errors import KvxformError
-from kvxform.locks.building import Builder
+from kvxform.locks.building import Builder, resolve_path, resolve_source
 from kvxform.locks.checking import compare_locks
 from kvxform.locks.files import read_lock, write_lock
 from kvxform.locks.making import make_lock
@@ -69,21 +69,23 @@ def check_files(
 
 def _check(builder: Builder, path: str, source: str | None, update: bool) -> Checked:
     lock = read_lock(path)
-    model = builder.build(lock.build, Path(path).parent, source=source)
+    folder = Path(path).parent
+    model = builder.build(lock.build, folder, source=source)
     lengths = None if lock.digest is None else lock.digest.lengths
     found = make_lock(model, build=lock.build, digest=lengths is not None, lengths=lengths)
-    result = compare_locks(
-        lock, found, name=path, other_name=_build_words(lock, source), other_kind="program"
-    )
+    words = _build_words(lock, folder, source)
+    result = compare_locks(lock, found, name=path, other_name=words, other_kind="program")
     if update and not result.is_same:
         write_lock(make_lock(model, build=lock.build, digest=lengths is not None), path)
         return Checked(path, result, updated=True)
     return Checked(path, result)
 
 
-def _build_words(lock: Lock, source: str | None) -> str:
+def _build_words(lock: Lock, folder: Path, source: str | None) -> str:
     if source is not None:
         return source
     assert lock.build is not None, "else there is no build without a source"
-    build = lock.build
-    return f"{build.source} with {build.recipe}" if build.recipe else build.source
+    named = resolve_source(lock.build.source, folder)
+    if not lock.build.recipe:
+        return named
+    return f"{named} with {resolve_path(lock.build.recipe, folder)}"
