@@ -23,14 +23,14 @@ def rounding_dtype(program: Program) -> torch.dtype:
     DeepSeek-V2 has it, is reproducible to float32 alone.
 
     Args:
-        program: Without a cache.
+        program: With or without a cache.
     """
     found = [program.dtype]
     for node in program.graph.nodes:
         type_ = node.meta.get("type")
         if isinstance(type_, TensorType) and type_.dtype is torch.complex64:
             found.append(torch.float32)
-    for node in program.calls(kvx.ATTENTION):
+    for node in program.calls(*kvx.ATTENTION_OPS):
         q, softmax = node.args[0], node.kwargs.get("softmax_dtype")
         assert isinstance(q, fx.Node), "operands of attention are nodes"
         found.append(q.meta["type"].dtype)

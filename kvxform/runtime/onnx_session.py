@@ -8,7 +8,7 @@ masked.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +179,19 @@ class OnnxSession:
     def cache_planes(self) -> dict[str, Tensor]:
         """Return copies of the cache planes `[B, Hk, rows, width]` by input name."""
         return {name: torch.from_numpy(value.numpy()) for name, value in self._past.items()}
+
+    @property
+    def mask(self) -> Tensor:
+        """Which cached columns are tokens and not padding, int64 `[B, columns]`."""
+        return torch.from_numpy(self._mask)
+
+    def replace_rows(self, planes: Mapping[str, Tensor], mask: Tensor) -> None:
+        """Let the cache hold `planes`, as `cache_planes` returns them, of the columns in `mask`."""
+        make = self._runtime.OrtValue.ortvalue_from_numpy
+        self._past = {
+            name: make(plane.contiguous().numpy(), self._device) for name, plane in planes.items()
+        }
+        self._mask = mask.contiguous().numpy()
 
     def _load(self, providers: list[str], threads: int | None) -> onnxruntime.InferenceSession:
         options = self._runtime.SessionOptions()

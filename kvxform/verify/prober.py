@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,19 +26,12 @@ from kvxform.verify.probe import (
 )
 from kvxform.verify.protocols import ModelLike
 from kvxform.verify.replay import Replay
-from kvxform.verify.schedules import (
-    Schedule,
-    full_schedules,
-    probe_schedule,
-    row_schedules,
-    wrap_schedule,
-)
+from kvxform.verify.schedules import probe_schedule
+from kvxform.verify.suites import LONG, SCHEDULES, Fit, make_suites
 from kvxform.verify.tolerances import Tolerance, tolerance_for
 
 PROBE_LENGTHS = (65, 31)  # ragged, over the end of a page of 64, no multiple of a group
-FULL_STEPS = 64  # decode steps of a full check
-LONGEST_WRAP = 512  # windows up to here are wrapped in a full check
-WRAP_STEPS = 24  # tokens beyond the window
+FULL_CHECK = [key for key in SCHEDULES if key != LONG]  # which takes too long here
 Executor = Callable[[Program], ModelLike]
 
 
@@ -147,11 +141,15 @@ class Prober:
             VerifyError: KVX502 at the first schedule with a wrong state or wrong logits.
         """
         assert program.plan is not None, "the program has a cache"
-        sequences, schedules = self._full_check(program.plan)
+        fit = Fit(program.plan, self._source_program.sites, self._needed, self._context)
+        (suite,) = make_suites(
+            fit, functools.partial(write_probe, self._source_program), FULL_CHECK
+        )
+        sequences = suite.sequences
         source = run_source(self._source_program, sequences)
         model = (executor or self.executor)(program)
         checks = []
-        for schedule in schedules:
+        for schedule in suite.schedules.values():
             check = check_schedule(model, schedule, sequences, source, self.dtype)
             check.require(self.tolerance, "cache state")
             if not check.is_lossy:
@@ -161,32 +159,6 @@ class Prober:
         if checks[0].is_lossy:
             self._require_lossy(checks, sequences, source, model(sequences.input_ids))
         return checks
-
-    def _full_check(self, plan: CachePlan) -> tuple[Probe, list[Schedule]]:
-        """Return sequences and schedules that fit the plan, the context and the windows."""
-        base = max(40, self._needed + 8)
-        wanted = [base + FULL_STEPS + 2, base // 2 + FULL_STEPS + 2, 24, base + FULL_STEPS + 2]
-        window = self._window()
-        if window is not None:
-            wanted.append(window + WRAP_STEPS)
-        probe = write_probe(self._source_program, [min(n, self._context) for n in wanted])
-        prefix = min(base, probe.lengths[0] // 2)
-        ids = probe.input_ids.clone()
-        ids[3, :prefix] = ids[0, :prefix]
-        schedules = [
-            *full_schedules(probe.lengths[:3], FULL_STEPS),
-            *row_schedules(plan, probe.lengths[:4], prefix),
-        ]
-        if window is not None:
-            schedules.append(wrap_schedule(4, probe.lengths[4], window))
-        return Probe(ids, probe.lengths), schedules
-
-    def _window(self) -> int | None:
-        """Return the largest window or chunk that the context and the time for a check allow."""
-        sites = self._source_program.sites
-        spans = [n for site in sites for n in (site.window, site.chunk) if n is not None]
-        limit = min(LONGEST_WRAP, self._context - 1)
-        return max((n for n in spans if n <= limit), default=None)
 
     def _require_lossy(
         self, checks: list[StateCheck], sequences: Probe, source: SourceRun, whole: Tensor

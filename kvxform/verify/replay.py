@@ -18,6 +18,8 @@ from kvxform.verify.schedules import Action, Crop, Decode, Free, Prefill, Reorde
 from kvxform.verify.shadow import Shadow
 from kvxform.verify.sharing import PageLedger
 
+EXTRA_COLUMNS = 2  # of padding on each side of the longest row, where both sides are padded
+
 
 class Replay:
     """A session, its shadow, and which tokens every row has seen.
@@ -92,17 +94,18 @@ class Replay:
         for row, sequence in (action.sequences or {}).items():
             self.rows[row] = (sequence, 0)
         rows, counts = list(action.tokens), list(action.tokens.values())
-        width = max(counts)
+        longest = max(counts)
+        width = longest + (2 * EXTRA_COLUMNS if action.padding == "both" else 0)
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
+        first = [_first_column(action, count, width) for count in counts]
         for entry, (row, count) in enumerate(action.tokens.items()):
             sequence, seen = self.rows[row]
-            first = width - count if action.padding == "left" else 0
-            tokens = self.sequences.input_ids[sequence, seen : seen + count]
-            ids[entry, first : first + count] = tokens
-            mask[entry, first : first + count] = 1
-        chunk = min(action.chunk_size or width, self.plan.max_step_tokens or width)
-        for start in range(0, width, chunk):
+            columns = slice(first[entry], first[entry] + count)
+            ids[entry, columns] = self.sequences.input_ids[sequence, seen : seen + count]
+            mask[entry, columns] = 1
+        chunk = min(action.chunk_size or longest, self.plan.max_step_tokens or longest)
+        for start in range(0, longest, chunk):
             fed = [
                 (r, min(n - start, chunk)) for r, n in zip(rows, counts, strict=True) if n > start
             ]
@@ -115,9 +118,8 @@ class Replay:
             self.rows[row] = (sequence, seen + count)
             self.ledger.append(row, seen, seen + count)
             if action.all_logits:
-                first = width - count if action.padding == "left" else 0
                 for i in range(count):
-                    self.logits[sequence, seen + i] = logits[entry, first + i]
+                    self.logits[sequence, seen + i] = logits[entry, first[entry] + i]
             else:
                 self.logits[sequence, seen + count - 1] = logits[entry]
 
@@ -131,3 +133,10 @@ class Replay:
             self.logits[sequence, seen] = logits[entry]
             self.rows[row] = (sequence, seen + 1)
             self.ledger.append(row, seen, seen + 1)
+
+
+def _first_column(action: Prefill, count: int, width: int) -> int:
+    """Return the column of the first of `count` tokens in a batch of `width` columns."""
+    if action.padding == "both":
+        return (width - count) // 2
+    return width - count if action.padding == "left" else 0

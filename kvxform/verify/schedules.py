@@ -19,14 +19,14 @@ class Prefill:
 
     Attributes:
         tokens: For each row, how many tokens of its sequence come next.
-        padding: Side on which short rows are padded.
+        padding: Side on which short rows are padded; with `both`, so are the longest.
         chunk_size: Tokens per forward pass, or None for all at once.
         sequences: Sequence of each row that starts here; rows not named continue.
         all_logits: Ask for the logits of every position.
     """
 
     tokens: Mapping[int, int]
-    padding: Literal["left", "right"] = "right"
+    padding: Literal["left", "right", "both"] = "right"
     chunk_size: int | None = None
     sequences: Mapping[int, int] | None = None
     all_logits: bool = False
@@ -159,6 +159,53 @@ def row_schedules(
         rewind = (start, fork, Decode(drop), again, Decode(steps))
         schedules.append(Schedule("fork, crop and rewind", rewind))
     return tuple(schedules)
+
+
+def padded_schedule(lengths: Sequence[int], decode_steps: int = 4) -> Schedule:
+    """Return a schedule whose rows are padded on both sides, in one step and in chunks."""
+    first, second, third = lengths
+    start = {0: max(1, third // 2), 1: max(1, second // 3), 2: max(1, third // 3)}
+    after = {0: max(1, first // 4), 1: 1, 2: 1}
+    left = min(n - start[row] - after[row] for row, n in enumerate(lengths))
+    return Schedule(
+        "padded on both sides",
+        (
+            Prefill(start, "both", sequences={0: 0, 1: 1, 2: 2}),
+            Prefill(after, "both", chunk_size=5),
+            Decode(min(decode_steps, left)),
+        ),
+    )
+
+
+def sharing_schedule(lengths: Sequence[int], prefix: int, decode_steps: int = 8) -> Schedule:
+    """Return a schedule in which rows of shared layers are forked, written, freed and used again.
+
+    Args:
+        lengths: As for `row_schedules`, likewise `prefix`.
+        prefix: Tokens that the first and the last sequence share.
+        decode_steps: Steps after the fork and after the reuse; fewer if sequences are short.
+    """
+    first, second, _, twin = lengths
+    steps = min(decode_steps, first - prefix, (twin - prefix) // 2)
+    rest = max(1, min(second // 2, second - steps))
+    return Schedule(
+        "shared layers",
+        (
+            Prefill({0: prefix}, sequences={0: 0}),
+            Reorder((0, 0), {1: 3}),
+            Decode(steps),
+            Free((0,)),
+            Prefill({0: rest}, sequences={0: 1}),
+            Decode(min(steps, second - rest)),
+        ),
+    )
+
+
+def long_schedule(sequence: int, length: int, decode_steps: int = 8) -> Schedule:
+    """Return a schedule that ends with decode steps at the last positions of a long sequence."""
+    start = max(1, length - decode_steps)
+    prefill = Prefill({0: start}, sequences={0: sequence}, chunk_size=256)
+    return Schedule("long positions", (prefill, Decode(length - start)))
 
 
 def wrap_schedule(sequence: int, length: int, window: int) -> Schedule:

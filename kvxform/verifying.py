@@ -1,0 +1,211 @@
+"""`verify_artifact`: every schedule of the cache-state checker on a finished model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from kvxform.capture import capture
+from kvxform.codecs.base import dtype_name
+from kvxform.codegen.onnx.capability import takes_padding
+from kvxform.errors import KvxformError
+from kvxform.ir.program import Program
+from kvxform.ir.rounding import rounding_dtype
+from kvxform.pass_lookup import find_pass
+from kvxform.progress import ProgressDisplay
+from kvxform.runtime.loading import load_model
+from kvxform.runtime.model import OptimizedModel
+from kvxform.verify.cache_state import is_lossy
+from kvxform.verify.checking import Checker, Talk, compare_with_source
+from kvxform.verify.following import Follower
+from kvxform.verify.probe import rewrite_probe, run_source
+from kvxform.verify.prober import first_encoded_length
+from kvxform.verify.results import Comparison, Verification
+from kvxform.verify.schedules import Free, Prefill, Schedule
+from kvxform.verify.suites import STEPS, Fit, Suite, check_keys, make_suites
+from kvxform.verify.tolerances import Tolerance, tolerance_for
+
+if TYPE_CHECKING:
+    from kvxform.runtime.onnx_rows import OnnxModel
+
+LOWERINGS = ("eager", "triton", "onnx")
+CALIBRATED = 1024  # tokens of the longest sequence that statistics are collected on
+SEEN = 256  # where nothing was calibrated, positions beyond these count as long
+INTERPRETED_STEPS = 8  # of the long decode, where kernels are interpreted
+Target = OptimizedModel | str | Path
+
+
+def verify_artifact(
+    target: Target,
+    *,
+    source: nn.Module | str | Path | None = None,
+    schedules: Collection[str] | None = None,
+    lowering: str | None = None,
+    progress: bool = True,
+) -> Verification:
+    """Run a finished model through every way in which tokens come into a cache and leave it.
+
+    Without a source, K, V and logits are compared with the same model run in one piece, and what
+    the cache holds and returns with the equations of its plan. Of an ONNX package, what it holds
+    and returns is compared with the eager lowering.
+
+    Args:
+        target: A folder that `OptimizedModel.save` wrote, or a model.
+        source: The model it was made from, as `model` for `optimize`.
+        schedules: Keys of `kvxform.verify.suites.SCHEDULES`; all by default.
+        lowering: `eager`, `triton` or `onnx`; by default that of the recipe.
+        progress: Show progress on stderr.
+
+    Raises:
+        KvxformError: KVX801 for an unknown schedule or lowering, KVX401 if the lowering cannot run
+            the plan or there is no cache, and those of `load` and of `optimize`.
+    """
+    check_keys(schedules or ())
+    if lowering is not None and lowering not in LOWERINGS:
+        rule = f"the lowering must be one of {', '.join(LOWERINGS)}"
+        raise KvxformError("KVX801", rule, where="verify", got=repr(lowering))
+    with ProgressDisplay(progress) as display:
+        run = _Run(_open(target, lowering), lowering, display.talk)
+        comparisons = run.check(target, schedules)
+        if source is not None:
+            display.talk("source")
+            name = str(source) if isinstance(source, Path) else source
+            comparisons += run.compare_with(capture(name, progress=display.talk).program)
+        return run.result(comparisons, has_source=source is not None)
+
+
+def _open(target: Target, lowering: str | None) -> OptimizedModel:
+    if isinstance(target, OptimizedModel):
+        model = target
+    else:
+        model = load_model(Path(target), target="eager" if lowering == "onnx" else lowering)
+    if model.plan is None:
+        raise KvxformError("KVX401", "only a program with a cache can be verified", where="verify")
+    return model
+
+
+class _Run:
+    """The verification of one model.
+
+    Args:
+        model: The model; for lowering `onnx`, its eager form.
+        lowering: What was asked for.
+        talk: Shows what runs.
+    """
+
+    def __init__(self, model: OptimizedModel, lowering: str | None, talk: Talk) -> None:
+        assert model.plan is not None, "checked"
+        own = "eager" if model.recipe is None else model.recipe.target.lowering
+        self.model, self.lowering, self._talk = model, lowering or own, talk
+        self._plan, program = model.plan, model.program
+        self._dtype = rounding_dtype(program)
+        self._tolerance: Tolerance = tolerance_for(self._dtype)
+        final = None if model.report is None else model.report.final
+        self._cost = 0.0 if final is None else final.kl
+        self._write = functools.partial(rewrite_probe, model, program.info.vocab_size)
+        self._left_out: dict[str, str] = {}
+
+    def check(self, target: Target, keys: Collection[str] | None) -> list[Comparison]:
+        """Run all schedules on the lowering."""
+        streams = [st for site in self._plan.owners for st in site.streams.values()]
+        fit = Fit(
+            self._plan,
+            self.model.program.sites,
+            first_encoded_length(self._plan),
+            self.model.program.info.context_length or 1 << 30,
+            steps=INTERPRETED_STEPS if self._is_interpreted else STEPS,
+            known=CALIBRATED if any(st.calibration for st in streams) else SEEN,
+            is_ragged=self.lowering != "onnx" or takes_padding(self._plan),
+        )
+        suites = make_suites(fit, self._write, keys)
+        for suite in suites:
+            self._left_out |= suite.left_out
+        if self.lowering == "onnx":
+            return self._check_package(target, suites)
+        checker = Checker(self.model, self._tolerance, self._cost, self._talk)
+        again = self.model if self.lowering == "triton" else None
+        found = [c for suite in suites for c in checker.check(suite, unwatched=again)]
+        return found + checker.conclude()
+
+    def compare_with(self, source: Program) -> list[Comparison]:
+        """Compare the model in one piece with its source."""
+        probe = self._write((min(65, source.info.context_length or 65),))
+        passes = [find_pass(name) for name in self.model.program.passes]
+        is_exact = all(p.numerics.is_exact for p in passes) and not is_lossy(
+            self._plan, source.dtype
+        )
+        return compare_with_source(
+            self.model, run_source(source, probe), probe, self._tolerance, is_exact=is_exact
+        )
+
+    def result(self, comparisons: list[Comparison], *, has_source: bool) -> Verification:
+        """Return everything that was found."""
+        reference = (
+            "the eager lowering"
+            if self.lowering == "onnx"
+            else ("the equations of the plan, and the model in one piece")
+        )
+        name, recipe = self.model.program.info.name, self.model.recipe
+        return Verification(
+            name=name if recipe is None else f"{name} after {recipe.name}",
+            lowering=self.lowering,
+            dtype=dtype_name(self._dtype),
+            reference=f"{reference}, and the source" if has_source else reference,
+            is_lossy=is_lossy(self._plan, self.model.program.dtype),
+            comparisons=tuple(comparisons),
+            left_out=self._left_out,
+        )
+
+    @property
+    def _is_interpreted(self) -> bool:
+        return self.lowering == "triton" and self.model.device.type == "cpu"
+
+    def _check_package(self, target: Target, suites: tuple[Suite, ...]) -> list[Comparison]:
+        with _package(self.model, target) as folder:
+            from kvxform.runtime.onnx_rows import OnnxModel
+            from kvxform.runtime.onnx_session import OnnxSession
+
+            package = OnnxModel(self.model.program, OnnxSession(folder))
+            follower = Follower(package, self.model, self._tolerance, self._cost, self._talk)
+            found = []
+            for suite in suites:
+                found += follower.check(self._without_rows(suite, package))
+            return found + follower.conclude()
+
+    def _without_rows(self, suite: Suite, package: OnnxModel) -> Suite:
+        """Leave out what rows of a package cannot do."""
+        kept = {}
+        for key, schedule in suite.schedules.items():
+            reason = _unfit(schedule, takes_padding=package.takes_padding)
+            if reason:
+                self._left_out[key] = reason
+            else:
+                kept[key] = schedule
+        return dataclasses.replace(suite, schedules=kept)
+
+
+@contextmanager
+def _package(model: OptimizedModel, target: Target) -> Iterator[Path]:
+    """Give the package beside the artifact, or one that is gone afterwards."""
+    if not isinstance(target, OptimizedModel) and (Path(target) / "onnx" / "model.onnx").is_file():
+        yield Path(target) / "onnx"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield model.export_onnx(Path(folder) / "onnx")
+
+
+def _unfit(schedule: Schedule, *, takes_padding: bool) -> str:
+    """Return why a package cannot run a schedule, or nothing."""
+    if any(isinstance(action, Free) for action in schedule.actions):
+        return "rows of a package are freed together"
+    counts = [set(a.tokens.values()) for a in schedule.actions if isinstance(a, Prefill)]
+    if not takes_padding and any(len(lengths) > 1 for lengths in counts):
+        return "rows of a package with exact regions or groups of tokens are equally long"
+    return ""
