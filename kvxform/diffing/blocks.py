@@ -1,94 +1,42 @@
-"""Changes that many layers share, shown once: blocks of layers, weights by cause, ports by kind."""
+"""Changes that many layers share, shown once: blocks of layers, and ports by kind."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
-from kvxform.diffing.records import NodeChange, PlanChange, PortChange, WeightChange
-
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a path that is a number
+from kvxform.diffing.folding import Change, FoldedChange, fold_changes
+from kvxform.diffing.records import PortChange
+from kvxform.ir.folding import fold_name
 
 
 @dataclass(frozen=True)
-class Block:
-    """Changes that the same layers have.
-
-    Attributes:
-        layers: The layers; empty for what is outside of layers.
-        lines: Each change once, in the order of the graph, and how often each layer has it.
-    """
+class Block(Generic[Change]):
+    """Changes that the same layers have, in the order of the graph; no layers: outside of them."""
 
     layers: tuple[int, ...]
-    lines: tuple[tuple[NodeChange | PlanChange, int], ...]
+    changes: tuple[FoldedChange[Change], ...]
 
 
-def blocks_of(changes: Sequence[NodeChange | PlanChange]) -> list[Block]:
+def blocks_of(changes: Iterable[Change]) -> list[Block[Change]]:
     """Return changes in blocks of layers that have the same ones; most layers first."""
-    found: dict[tuple[int, ...], list[tuple[NodeChange | PlanChange, int]]] = {}
-    for layers, change, count in _fold(changes):
-        found.setdefault(layers, []).append((change, count))
+    found: dict[tuple[int, ...], list[FoldedChange[Change]]] = {}
+    for folded in fold_changes(changes):
+        found.setdefault(folded.layers, []).append(folded)
     return [
-        Block(layers, tuple(lines))
-        for layers, lines in sorted(found.items(), key=lambda item: (-len(item[0]), item[0]))
+        Block(layers, tuple(folded))
+        for layers, folded in sorted(found.items(), key=lambda item: (-len(item[0]), item[0]))
     ]
 
 
-def _fold(
-    changes: Sequence[NodeChange | PlanChange],
-) -> list[tuple[tuple[int, ...], NodeChange | PlanChange, int]]:
-    """Return every kind of change with its layers and the number of times each layer has it."""
-    counts: dict[NodeChange | PlanChange, Counter[int | None]] = {}
-    for change in changes:
-        bare = dataclasses.replace(change, layer=None)
-        if isinstance(bare, NodeChange):
-            bare = dataclasses.replace(bare, module=_INDEX.sub("*", bare.module))
-        counts.setdefault(bare, Counter())[change.layer] += 1
-    folded: list[tuple[tuple[int, ...], NodeChange | PlanChange, int]] = []
-    for change, by_layer in counts.items():
-        for count in sorted(set(by_layer.values())):
-            at = [layer for layer, times in by_layer.items() if times == count]
-            inside = tuple(sorted(layer for layer in at if layer is not None))
-            if None in at:
-                folded.append(((), change, count))
-            if inside:
-                folded.append((inside, change, count))
-    return folded
-
-
-@dataclass(frozen=True)
-class WeightGroup:
-    """Weights with the same role in several layers that differ for the same reason.
-
-    Attributes:
-        layers: The layers; empty for weights outside of layers.
-        change: The first of them.
-        largest: Largest relative difference among them.
-    """
-
-    layers: tuple[int, ...]
-    change: WeightChange
-    smallest: float
-    largest: float
-
-
-def fold_weights(changes: Sequence[WeightChange]) -> list[WeightGroup]:
-    """Group weights that differ for the same reason in several layers."""
-    groups: dict[tuple[str, str, str, bool], list[WeightChange]] = {}
-    for c in changes:
-        groups.setdefault((c.role, c.cause, c.detail, c.layer is None), []).append(c)
-    return [
-        WeightGroup(
-            layers=tuple(sorted({c.layer for c in group if c.layer is not None})),
-            change=group[0],
-            smallest=min(c.relative for c in group),
-            largest=max(c.relative for c in group),
-        )
-        for group in groups.values()
-    ]
+def often(folded: FoldedChange[Change]) -> str:
+    """Return how often a change is there: nothing for once a layer, `x2`, or `31 in all`."""
+    places = max(1, len(folded.layers))
+    times, rest = divmod(folded.count, places)
+    if rest:
+        return f"{folded.count} in all"
+    return f"x{times}" if times > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +54,7 @@ def fold_ports(ports: Sequence[PortChange]) -> list[PortGroup]:
     """Group inputs, outputs and planes of many layers with the same change."""
     groups: dict[tuple[str, str, str, str], list[PortChange]] = {}
     for port in ports:
-        key = (port.kind, _INDEX.sub("*", port.name), port.before, port.after)
+        key = (port.kind, fold_name(port.name), port.before, port.after)
         groups.setdefault(key, []).append(port)
     return [
         PortGroup(kind, group[0].name if len(group) == 1 else name, before, after, len(group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvxform.diffing.blocks import Block, blocks_of, fold_ports, fold_weights
+from kvxform.diffing.blocks import Block, blocks_of, fold_ports, often
 from kvxform.diffing.digest import (
     LayerCell,
     figure_rows,
@@ -18,6 +18,7 @@ from kvxform.diffing.digest import (
     verdict,
 )
 from kvxform.diffing.error_plot import error_plot
+from kvxform.diffing.folding import fold_changes
 from kvxform.diffing.records import DiffResult, NodeChange, PlanChange, WeightChange
 from kvxform.formats import plain_line, plain_number, plain_percent
 from kvxform.page import render_page
@@ -31,7 +32,7 @@ class Tile:
 
     cell: LayerCell
     heat: int
-    blocks: list[Block]
+    blocks: list[Block[NodeChange]]
     plan: list[PlanChange]
     weights: list[WeightChange]
 
@@ -54,10 +55,11 @@ def render_html(result: DiffResult) -> str:
         graph=blocks_of(nodes),
         plan=blocks_of(result.plan),
         ports=fold_ports(result.structure.ports) if result.structure else [],
-        weights=fold_weights(result.weights),
+        weights=fold_changes(result.weights),
         where=lambda layers: layer_words(layers, count),
         sign=lambda change: sign_of([change]),
         line=plain_line,
+        often=often,
         plain=plain_number,
         share=plain_percent,
     )

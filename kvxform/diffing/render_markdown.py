@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kvxform.diffing.blocks import blocks_of, fold_ports, fold_weights
+from kvxform.diffing.blocks import blocks_of, fold_ports
 from kvxform.diffing.digest import (
     figure_rows,
     layer_count,
@@ -14,7 +14,8 @@ from kvxform.diffing.digest import (
     side_words,
     verdict,
 )
-from kvxform.diffing.records import DiffResult, NodeChange, PlanChange, SideSummary, TextDiff
+from kvxform.diffing.folding import Change, fold_changes
+from kvxform.diffing.records import DiffResult, SideSummary, TextDiff
 from kvxform.diffing.render_text import block_lines, map_lines
 from kvxform.formats import plain_line, plain_number, plain_percent
 
@@ -182,7 +183,7 @@ def _nodes(result: DiffResult) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _lines(changes: Sequence[NodeChange | PlanChange], result: DiffResult) -> list[str]:
+def _lines(changes: Sequence[Change], result: DiffResult) -> list[str]:
     count = layer_count(result)
     return [line for block in blocks_of(changes) for line in block_lines(block, count)]
 
@@ -196,9 +197,9 @@ def _weights(result: DiffResult) -> str:
             layer_words(g.layers, count),
             _text(g.change.role),
             g.change.cause,
-            plain_number(g.largest),
+            plain_number(g.change.relative),
             _text(g.change.detail),
         )
-        for g in fold_weights(result.weights)
+        for g in fold_changes(result.weights)
     ]
     return _table(("where", "weight", "cause", "relative", ""), rows, (3,))

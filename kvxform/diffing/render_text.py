@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from kvxform.diffing.blocks import Block, blocks_of, fold_ports, fold_weights
+from kvxform.diffing.blocks import Block, blocks_of, fold_ports, often
 from kvxform.diffing.digest import (
     figure_rows,
     layer_cells,
@@ -16,6 +16,7 @@ from kvxform.diffing.digest import (
     sign_of,
     verdict,
 )
+from kvxform.diffing.folding import Change
 from kvxform.diffing.records import (
     DiffResult,
     LayerDiff,
@@ -23,6 +24,7 @@ from kvxform.diffing.records import (
     NumericDiff,
     PlanChange,
     StructureDiff,
+    WeightChange,
 )
 from kvxform.formats import plain_line, plain_number, plain_percent
 
@@ -52,7 +54,7 @@ def render_text(result: DiffResult, *, colour: bool = False) -> str:
         *_numbers(result.numeric),
         *_structure(result.structure, layer_count(result)),
         _changes("plan of the cache", result.plan, layer_count(result)),
-        _weights(result),
+        _changes("weights", result.weights, layer_count(result)),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -214,19 +216,18 @@ def _structure(structure: StructureDiff | None, count: int) -> Iterator[list[str
         return
     yield _changes("graph", structure.nodes, count)
     if structure.ports:
-        yield [
-            "inputs, outputs and planes of the cache",
-            *(
-                f"  {p.kind:<6}  {plain_line(p.name)}  {_arrow(p.before, p.after)}{_often(p.count)}"
-                for p in fold_ports(structure.ports)
-            ),
-        ]
+        lines = ["inputs, outputs and planes of the cache"]
+        for port in fold_ports(structure.ports):
+            times = f"  x{port.count}" if port.count > 1 else ""
+            change = _arrow(port.before, port.after)
+            lines.append(f"  {port.kind:<6}  {plain_line(port.name)}  {change}{times}")
+        yield lines
     if structure.histogram:
         counts = (f"{plain_line(h.op)} {h.before} -> {h.after}" for h in structure.histogram)
         yield ["operations by kind", *(f"  {text}" for text in counts)]
 
 
-def _changes(title: str, changes: Sequence[NodeChange | PlanChange], count: int) -> list[str]:
+def _changes(title: str, changes: Sequence[Change], count: int) -> list[str]:
     if not changes:
         return []
     layers = {change.layer for change in changes} - {None}
@@ -237,25 +238,29 @@ def _changes(title: str, changes: Sequence[NodeChange | PlanChange], count: int)
     return lines
 
 
-def block_lines(block: Block, count: int) -> Iterator[str]:
+def block_lines(block: Block[Change], count: int) -> Iterator[str]:
     """Yield the changes of a block under the layers that have them; `count` is that of all."""
     yield f"  {layer_words(block.layers, count)}"
-    for change, times in block.lines[:_MOST_LINES]:
-        often = _often(times)
+    for folded in block.changes[:_MOST_LINES]:
+        change, times = folded.change, f"  {often(folded)}".rstrip()
         if isinstance(change, PlanChange):
             field = ".".join(filter(None, (change.stream, change.field)))
-            yield f"    {plain_line(field)}  {_arrow(change.before, change.after)}{often}"
+            yield f"    {plain_line(field)}  {_arrow(change.before, change.after)}{times}"
+        elif isinstance(change, WeightChange):
+            detail = f"  {plain_line(change.detail)}" if change.detail else ""
+            by = f"by {'up to ' if folded.count > 1 else ''}{plain_number(change.relative)}"
+            yield f"    {plain_line(change.role)}: {change.cause}, {by}{detail}{times}"
         else:
-            yield from _node(change, often)
-    if len(block.lines) > _MOST_LINES:
-        yield f"    ... and {len(block.lines) - _MOST_LINES} more"
+            yield from _node(change, times)
+    if len(block.changes) > _MOST_LINES:
+        yield f"    ... and {len(block.changes) - _MOST_LINES} more"
 
 
-def _node(change: NodeChange, often: str) -> Iterator[str]:
+def _node(change: NodeChange, times: str) -> Iterator[str]:
     via = f"  by {', '.join(map(plain_line, change.via))}" if change.via else ""
     what = f"  {plain_line(change.what)}" if change.what else ""
     line = change.after or change.before if change.kind in ("added", "removed") else change.op
-    yield f"    {sign_of([change])} {plain_line(line)}{what}{often}{via}"
+    yield f"    {sign_of([change])} {plain_line(line)}{what}{times}{via}"
     if change.kind not in ("added", "removed"):
         if change.before:
             yield f"        A {plain_line(change.before)}"
@@ -263,22 +268,5 @@ def _node(change: NodeChange, often: str) -> Iterator[str]:
             yield f"        B {plain_line(change.after)}"
 
 
-def _often(count: int) -> str:
-    return f"  x{count}" if count > 1 else ""
-
-
 def _arrow(before: str, after: str) -> str:
     return f"{plain_line(before) or 'none'} -> {plain_line(after) or 'none'}"
-
-
-def _weights(result: DiffResult) -> list[str]:
-    if not result.weights:
-        return []
-    lines = ["weights"]
-    for group in fold_weights(result.weights):
-        c, low, high = group.change, plain_number(group.smallest), plain_number(group.largest)
-        size = low if low == high else f"{low} to {high}"
-        detail = f"  {plain_line(c.detail)}" if c.detail else ""
-        where = layer_words(group.layers, layer_count(result))
-        lines.append(f"  {where}  {plain_line(c.role)}: {c.cause}, by {size}{detail}")
-    return lines
