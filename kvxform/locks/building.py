@@ -15,6 +15,7 @@ from kvxform.capture.factories import split_factory
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.locks.digests import fixed_tokens
 from kvxform.locks.records import Build
+from kvxform.pipeline import Verify
 from kvxform.progress import ProgressDisplay
 from kvxform.recipe import Recipe
 from kvxform.runtime.executables import check_place, default_device
@@ -29,7 +30,7 @@ def make_build(
     folder: Path,
     *,
     lowering: str | None = None,
-    verify: str = "probe",
+    verify: Verify = "probe",
     calibration: Path | None = None,
 ) -> Build:
     """Return how a model is built, with paths relative to the folder of its lock.

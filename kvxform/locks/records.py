@@ -16,6 +16,7 @@ from kvxform.ir.text import format_ranges
 from kvxform.locks.compact_json import compact_json
 from kvxform.locks.contracts import BoundContract, PassContract
 from kvxform.locks.digests import Digest
+from kvxform.pipeline import Verify
 
 LOCK_VERSION = 1
 LOCK_NAME = "kvxform.lock"
@@ -36,7 +37,7 @@ class Build:
     source: str
     recipe: str = ""
     lowering: str | None = None
-    verify: str = "none"
+    verify: Verify = "none"
     calibration: str | None = None
 
 
@@ -109,6 +110,9 @@ class Lock:
         hashes = data.pop("layers")
         if hashes != _folded_hashes(outline):
             _damaged(name, "hashes of layers that are not those of its graph")
+        fields = {field.name for field in dataclasses.fields(cls)} - {"outline"}
+        if data.keys() != fields:
+            _damaged(name, f"other fields: {' '.join(sorted(data.keys() ^ fields))}")
         lock: Lock = TypeAdapter(cls).validate_python({**data, "outline": outline})
         return lock
 
