@@ -3,6 +3,7 @@
 - `check_pass(P)` tries any pass on seeded programs and holds it to what passes promise
 - `assert_equivalent(a, b)`: two models give the same logits
 - `assert_graph_snapshot(program, path)`: a graph is the one that was committed
+- `assert_cache_state(model)`: a cache holds what it must, however tokens arrive
 - `llama_program`, `gpt2_program`, `latent_program`: small programs without a model
 
 The asserts are fixtures too, of the pytest plug-in (`kvxform.testing.plugin`). Importing
@@ -15,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvxform.testing.cache_states import assert_cache_state
     from kvxform.testing.checking import PassCheck, check_pass, fuzz_pass
     from kvxform.testing.equivalence import assert_equivalent
     from kvxform.testing.latent import latent_program
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PassCheck",
+    "assert_cache_state",
     "assert_equivalent",
     "assert_graph_snapshot",
     "check_pass",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 _HOMES = {
     "PassCheck": "checking",
+    "assert_cache_state": "cache_states",
     "assert_equivalent": "equivalence",
     "assert_graph_snapshot": "snapshots",
     "check_pass": "checking",

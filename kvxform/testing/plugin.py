@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvxform.differ.sides import SideLike
     from kvxform.ir.program import Program
     from kvxform.runtime.model import OptimizedModel
+    from kvxform.verify.results import Verification
 
 FOLDER = "snapshots"
 WRITTEN = pytest.StashKey[list[str]]()
@@ -66,6 +67,14 @@ def assert_graph_snapshot(request: pytest.FixtureRequest) -> Callable[[SideLike,
 def assert_equivalent() -> Callable[..., None]:
     """Return `kvxform.testing.assert_equivalent`."""
     from kvxform.testing.equivalence import assert_equivalent as check
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_cache_state() -> Callable[..., Verification]:
+    """Return `kvxform.testing.assert_cache_state`."""
+    from kvxform.testing.cache_states import assert_cache_state as check
 
     return check
 
