@@ -1,27 +1,19 @@
-"""`kvxform check`: build what locks name and compare."""
+"""`kvxform check`: build what locks name, and show how it differs from them."""
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvxform.cli.diff import Format, FormatOption, OutFiles, format_of
 from kvxform.cli.options import Json
 from kvxform.cli.output import print_data, talk
+from kvxform.errors import KvxformError
 
-
-class Form(enum.StrEnum):
-    """How checks are printed."""
-
-    text = "text"
-    json = "json"
-    markdown = "markdown"
-    junit = "junit"
-    sarif = "sarif"
-    html = "html"
-
+if TYPE_CHECKING:
+    from kvxform.locks.runs import Checked
 
 Locks = Annotated[
     list[str], typer.Argument(metavar="LOCK...", help="Files that `kvxform lock` wrote.")
@@ -33,33 +25,36 @@ Source = Annotated[
 Update = Annotated[
     bool, typer.Option("--update", help="Write locks anew whose builds differ; exit with 0.")
 ]
-Format = Annotated[Form, typer.Option("--format", help="How the answer is written.")]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="File for the answer, instead of stdout.")
-]
 
 
 def run(
     locks: Locks,
     source: Source = None,
     update: Update = False,
-    format_: Format = Form.text,
-    out: Out = None,
+    format_: FormatOption = Format.text,
+    out: OutFiles = None,
     json: Json = False,
 ) -> int:
-    """Build what locks name, and show how it differs; exits with 1 if it does."""
+    """Build what locks name and compare. Exit code 0: the same, 1: different, 2: no build."""
+    files = [(path, format_of(path)) for path in out or ()]
     from kvxform.locks.rendering import render_checks
     from kvxform.locks.runs import check_files
 
     checks = check_files(locks, source=source, update=update, talk=talk)
-    text = render_checks(checks, Form.json if json else format_)
-    if out is None:
-        print_data(text)
-    else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
-        talk(f"kvxform: wrote {out}")
-    for check in checks:
-        if check.error and out is not None:
-            talk(check.error)
+    print_data(render_checks(checks, Format.json if json else format_))
+    _write_files(checks, files)
     return max(check.exit_code for check in checks)
+
+
+def _write_files(checks: list[Checked], files: list[tuple[Path, Format]]) -> None:
+    from kvxform.locks.rendering import render_checks
+
+    for path, form in files:
+        text = render_checks(checks, form) + "\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            rule = "a file for a check must be writable"
+            raise KvxformError("KVX801", rule, got=f"'{path}' ({error.strerror})") from error
+        talk(f"wrote {path}")

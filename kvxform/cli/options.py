@@ -26,7 +26,10 @@ class ProtocolName(enum.StrEnum):
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="smollm2-135m, a Hugging Face folder or a .gguf file."),
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, a Hugging Face folder, a .gguf file or FILE.py:FUNCTION.",
+    ),
 ]
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="Artifact folder, ONNX package folder, or a MODEL.")
