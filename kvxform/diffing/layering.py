@@ -39,7 +39,7 @@ def assign_layers(
         labels[node.key] = own
         carries.append(opened.get(node.key, own))
     before = flow.ancestors(ends[0]) if ends[0] is not None else set()
-    _adopt(nodes, labels, before | set(opened))
+    _adopt(nodes, labels, {*before, *opened, *attention})
     count = len(attention)
     return [None if k is None or k >= count else layers[k] for k in labels]
 
@@ -145,11 +145,10 @@ class _Flow:
         for chain in reversed(others):
             if chain and [self.nodes[key].op for key in chain] == ops[: len(chain)]:
                 return last[len(chain) - 1]
-        sizes = Counter(len(chain) for chain in others if 0 < len(chain) <= len(last))
-        if sizes:
-            return last[sizes.most_common(1)[0][0] - 1]
-        adds = [key for key in last if self.nodes[key].op in _ADD]
-        return adds[-1] if adds else None
+        ends = Counter(self.nodes[chain[-1]].op for chain in others if chain)
+        op = max(sorted(ends), key=ends.__getitem__, default="")
+        alike = [key for key in last if self.nodes[key].op in ((op,) if op else _ADD)]
+        return alike[-1] if alike else None
 
     def ancestors(self, key: int) -> set[int]:
         """Return `key` and everything it depends on."""

@@ -34,6 +34,8 @@ _NO_DEFAULT = object()
 
 def outline_program(program: Program) -> Outline:
     """Return the outline of a program; values of weights are not read."""
+    # Weights that stay in a file are read when they are looked up, but not in a copy.
+    program = dataclasses.replace(program, weights=dict(program.weights))
     graph = _GraphReader(program)
     nodes = in_order(_in_layers(graph.nodes, program))
     ports = (*graph.ports, OutlinePort("output", "logits", nodes[-1].type))
@@ -56,6 +58,8 @@ def _in_layers(nodes: list[OutlineNode], program: Program) -> list[OutlineNode]:
     attention = [node.key for node in nodes if node.op in ATTENTION]
     named = [site.layer for site in program.sites]
     if len(named) != len(attention):  # a graph that no verifier has passed
+        named = [int(dict(nodes[key].attributes)["layer"]) for key in attention]
+    if sorted(set(named)) != named:
         named = list(range(len(attention)))
     layers = assign_layers(nodes, attention, named)
     return [

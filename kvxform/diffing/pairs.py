@@ -23,9 +23,27 @@ class PairComparer:
         self.a, self.b = a, b
         self.partner = dict(alignment.pairs)
         self.only_a, self.only_b = set(alignment.only_a), set(alignment.only_b)
+        self.layers = {x: y for x, y in alignment.layers if x is not None}
         names = {port.name: place for place, port in enumerate(b.ports) if port.kind == "input"}
         inputs = [port for port in a.ports if port.kind == "input"]
         self.ports = {place: names.get(port.name, place) for place, port in enumerate(inputs)}
+
+    def layer(self, x: OutlineNode, y: OutlineNode) -> int | None:
+        """Return the layer of a pair, counted as in B.
+
+        A change of the graph can change which layer an operation seems to belong to; A is asked.
+        """
+        if x.layer is None:
+            return None
+        layer = self.layers.get(x.layer)
+        return y.layer if layer is None else layer
+
+    def layer_of_added(self, node: OutlineNode) -> int | None:
+        """Return the layer of an operation that only B has: that of what is next to it."""
+        readers = [reader for reader, _ in self.b.users[node.key]]
+        partners = {y: x for x, y in self.partner.items() if y in (*readers, *node.sources)}
+        near = [self.layer(self.a.nodes[partners[y]], self.b.nodes[y]) for y in partners]
+        return near[0] if near and node.layer not in near else node.layer
 
     def compare(self, x: OutlineNode, y: OutlineNode) -> NodeChange | None:
         """Return what differs between `x` of A and `y` of B, or None."""
@@ -37,7 +55,7 @@ class PairComparer:
             return None
         return NodeChange(
             kind=found[0][0],
-            layer=y.layer,
+            layer=self.layer(x, y),
             op=y.op,
             what="; ".join(text for _, text in found),
             before=node_text(x, self.a),

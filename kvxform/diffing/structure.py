@@ -6,6 +6,7 @@ an inserted one is not rewired, and one whose type follows from another type is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
@@ -43,6 +44,7 @@ def _node_changes(a: Outline, b: Outline, alignment: Alignment) -> list[NodeChan
             found.append(((y, 0), change))
     for y in alignment.only_b:
         node = b.nodes[y]
+        node = dataclasses.replace(node, layer=comparer.layer_of_added(node))
         found.append(((y, 0), _one_sided(node, "added", after=node_text(node, b))))
     partner = dict(alignment.pairs)
     last = -1
