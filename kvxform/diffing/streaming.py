@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -63,13 +64,14 @@ class FileWeights(dict[str, Tensor]):
         return self._read(name, kept) if kept.is_meta else kept
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        tensor = torch.empty(like.shape, dtype=like.dtype)
-        if tensor.numel():
-            target = tensor.reshape(-1).view(torch.uint8).numpy()
-            with self._path.open("rb", buffering=0) as file:
-                file.seek(self._places[name])
-                _fill(file, target.data)
-        return tensor
+        if not like.numel():
+            return torch.empty(like.shape, dtype=like.dtype)
+        # Pages of their own go back to the system when the tensor does; the heap would keep them.
+        buffer = mmap.mmap(-1, like.nbytes)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._places[name])
+            _fill(file, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=like.dtype).view(like.shape)
 
 
 def open_streamed(folder: Path) -> Program:
