@@ -112,6 +112,26 @@ class StructureDiff:
 
 
 @dataclass(frozen=True)
+class RecipeChange:
+    """A pass that is not the same in both recipes.
+
+    Attributes:
+        kind: `moved` means at another place, `changed` another value of one option.
+        name: Recipe name of the pass.
+        option: Path of the option, for instance `key.bits`; empty unless changed.
+        before: Options of a pass that was removed, its place if it moved, or the value of the
+            option; empty if that is not given.
+        after: The same in B.
+    """
+
+    kind: Literal["added", "removed", "moved", "changed"]
+    name: str
+    option: str = ""
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
 class PlanChange:
     """A field of the cache plan or of a site that differs.
 
@@ -286,6 +306,7 @@ class DiffResult:
         weights: Values of weights.
         metrics: Figures of the whole model, equal ones too.
         numeric: Both run; None if not asked for or not possible.
+        recipe: Passes of the recipes; empty if a side has none.
         findings: What a reader must know, most important first.
         thresholds: Limits that were given, by name.
         violations: Limits that are exceeded.
@@ -301,6 +322,7 @@ class DiffResult:
     findings: tuple[Finding, ...] = ()
     thresholds: tuple[tuple[str, float], ...] = ()
     violations: tuple[Violation, ...] = ()
+    recipe: tuple[RecipeChange, ...] = ()
 
     @property
     def is_same(self) -> bool:
