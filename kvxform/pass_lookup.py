@@ -22,6 +22,7 @@ from kvxform.errors import KvxformError, RecipeError, nearest_hint
 from kvxform.pass_base import PASSES, GraphPass
 
 GROUP = "kvxform.passes"
+OURS = "kvxform"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ def list_passes() -> list[PassOrigin]:
     points = {point.name: point for point in installed_points()}
     found = []
     for name in known_names():
-        origin = origin_of(points[name]) if name in points else _own_origin(name)
+        origin, point = _own_origin(name), points.get(name)
+        if point is not None and origin == OURS:
+            clash = _ambiguous(name, [OURS, origin_of(point)])
+            found.append(PassOrigin(name, origin_of(point), str(clash)))
+        elif point is not None:
+            origin = origin_of(point)
         try:
             find_pass(name)
         except KvxformError as error:
@@ -93,8 +99,9 @@ def origin_of(point: EntryPoint) -> str:
 
 
 def _own_origin(name: str) -> str:
-    module = PASSES[name].__module__
-    return "kvxform" if module.startswith("kvxform.") else module
+    """Return where a pass that is loaded comes from: `kvxform`, or its module; or empty."""
+    module = PASSES[name].__module__ if name in PASSES else ""
+    return OURS if module.startswith("kvxform.") else module
 
 
 def _load(point: EntryPoint) -> type[GraphPass]:

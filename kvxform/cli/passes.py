@@ -14,7 +14,6 @@ from kvxform.cli.output import print_json, print_table, talk
 if TYPE_CHECKING:
     from kvxform.pass_base import GraphPass
 
-OWN = "kvxform"  # where our own passes come from
 Targets = Annotated[
     bool, typer.Option("--targets", help="List instead what each lowering can run.")
 ]
@@ -28,7 +27,7 @@ def run(targets: Targets = False, json: Json = False) -> None:
     if targets:
         print_lowerings(json)
         return
-    from kvxform.pass_lookup import find_pass, list_passes
+    from kvxform.pass_lookup import OURS, find_pass, list_passes
 
     origins = list_passes()
     found = [describe(find_pass(each.name)) for each in origins if not each.error]
@@ -41,7 +40,7 @@ def run(targets: Targets = False, json: Json = False) -> None:
         return
     heads = ["name", "contract", "options", "source"]
     rows = [_row(entry) for entry in found]
-    if any(entry["origin"] != OWN for entry in found):  # only then is the column worth its width
+    if any(entry["origin"] != OURS for entry in found):  # only then is the column worth its width
         heads.append("from")
         rows = [[*row, e["origin"]] for row, e in zip(rows, found, strict=True)]
     print_table(heads, rows)

@@ -187,7 +187,7 @@ class Reference:
         return Difference(
             max_abs=float((self.logits - measured.logits).abs().max()),
             scale=float(self.logits.abs().max()),
-            kl=max(0.0, float(kl)),
+            kl=max(float(kl), 0.0),  # in this order: what is not a number stays so
             top1=float(same.double().mean()),
         )
 

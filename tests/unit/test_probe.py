@@ -65,3 +65,10 @@ def test_written_probes_are_likelier_than_random_ones():
     written = write_probe(program, (30, 30))
     assert torch.equal(written.input_ids, write_probe(program, (30, 30)).input_ids)
     assert likelihood(written) > likelihood(random) + 0.5
+
+
+def test_what_is_not_a_number_is_not_equal():
+    good = torch.zeros(2, 3)
+    found = Reference(good).compare(Reference(torch.full((2, 3), float("nan"))))
+    assert math.isnan(found.kl)
+    assert math.isnan(found.max_abs)
