@@ -78,10 +78,12 @@ def plain_percent(value: float) -> str:
 def rounded(data: Any) -> Any:
     """Round every float to six significant digits, which is what measurements are good for.
 
-    Infinities and NaN become text, since JSON has no numbers for them.
+    Whole numbers are counts and stay. Infinities and NaN become text: JSON has no numbers for them.
     """
     if isinstance(data, float):
-        return float(f"{data:.6g}") if math.isfinite(data) else str(data)
+        if not math.isfinite(data):
+            return str(data)
+        return data if data.is_integer() else float(f"{data:.6g}")
     if isinstance(data, dict):
         return {str(key): rounded(value) for key, value in data.items()}
     if isinstance(data, list | tuple):

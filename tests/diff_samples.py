@@ -109,7 +109,7 @@ def recipe_change(**changes: object) -> DiffResult:
         dataclasses.replace(B, recipe="kv2", nodes=1264),
         structure=StructureDiff(
             _recipe_nodes(),
-            (PortChange("cache", "layers.0.key.codes", "u8[1, 3, s0, 32]", "u8[1, 3, s0, 16]"),),
+            (PortChange("cache", "layer 0 key.codes", "u8[1, 3, s0, 32]", "u8[1, 3, s0, 16]"),),
             (CountChange("aten.clone", 1, 0), CountChange("kvx.hadamard", 0, 60)),
         ),
         plan=(PlanChange(None, "", "layout", "contiguous", "paged(64)"), *bits),

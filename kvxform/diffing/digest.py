@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvxform.diffing.blocks import FindingGroup, group_findings
 from kvxform.diffing.records import (
     DiffResult,
     Finding,
@@ -25,11 +26,12 @@ FIGURES = {
     "kv_bytes_per_token": "cache, one token",
     "bits_per_value": "true bits per cached value",
     "read_bytes": "cache read by one decode step",
-    "flops_per_token": "operations per token",
+    "flops_per_token": "FLOPs per token",
     "parameters": "parameters",
     "parameter_bytes": "bytes of parameters",
 }
 _RANKS = ("error", "warning", "note")
+_GENERAL = ("operations",)  # rules that name what differs in the graph, but no cause
 _MANY_TIMES = 1.5  # above this a factor says more than a percentage
 
 
@@ -95,9 +97,11 @@ def verdict(result: DiffResult) -> Verdict:
     if result.is_same:
         return Verdict("same", _same(result), "good")
     top = [f for f in ranked(result.findings) if f.severity != "note"]
-    sentence = finding_sentence(top[0], layer_count(result))
-    if len(top) > 1:
-        sentence += f"; and {len(top) - 1} more"
+    groups = group_findings(top)
+    sentence = group_sentence(groups[0], layer_count(result))
+    more = sum(len(group.messages) for group in groups) - 1
+    if more:
+        sentence += f"; and {more} more"
     if result.numeric is not None and result.numeric.logits is not None:
         sentence += f"; {plain_percent(result.numeric.logits.top1)} of next tokens stay"
     if result.thresholds:
@@ -124,15 +128,15 @@ def _same(result: DiffResult) -> str:
     return f"{' and '.join(compared)} are equal but for rounding and names"
 
 
-def finding_sentence(finding: Finding, count: int) -> str:
-    """Return a finding with its layers: `layer 7: RoPE theta 1 -> 2`."""
-    where = f"{layer_words(finding.layers, count)}: " if finding.layers else ""
-    return f"{where}{finding.message}"
+def group_sentence(group: FindingGroup, count: int) -> str:
+    """Return the first of some findings with its layers: `layer 7: RoPE theta 1 -> 2`."""
+    where = f"{layer_words(group.layers, count)}: " if group.layers else ""
+    return f"{where}{group.messages[0]}"
 
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
-    """Return findings, errors first and notes last, otherwise as they stand."""
-    return sorted(findings, key=lambda finding: _RANKS.index(finding.severity))
+    """Return findings, errors first and notes last; what says little stands behind its equals."""
+    return sorted(findings, key=lambda f: (_RANKS.index(f.severity), f.rule in _GENERAL))
 
 
 def layer_words(layers: Iterable[int], count: int) -> str:
@@ -209,7 +213,8 @@ def format_metric(name: str, value: float | None) -> str:
         return "unknown"
     if "bytes" in name:
         return plain_bytes(value)
-    return plain_count(value) if float(value).is_integer() else f"{value:.2f}"
+    is_whole = float(value).is_integer() and "bits" not in name
+    return plain_count(value) if is_whole else f"{value:.2f}"
 
 
 def _metric_change(metric: MetricChange) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvxform.diffing.blocks import Block, blocks_of, fold_ports, often
+from kvxform.diffing.blocks import (
+    Block,
+    PlanLine,
+    blocks_of,
+    fold_ports,
+    group_findings,
+    often,
+    plan_lines,
+)
 from kvxform.diffing.digest import (
     LayerCell,
     figure_rows,
@@ -19,7 +27,7 @@ from kvxform.diffing.digest import (
 )
 from kvxform.diffing.error_plot import error_plot
 from kvxform.diffing.folding import fold_changes
-from kvxform.diffing.records import DiffResult, NodeChange, PlanChange, WeightChange
+from kvxform.diffing.records import DiffResult, NodeChange, WeightChange
 from kvxform.formats import plain_line, plain_number, plain_percent
 from kvxform.page import render_page
 
@@ -33,7 +41,7 @@ class Tile:
     cell: LayerCell
     heat: int
     blocks: list[Block[NodeChange]]
-    plan: list[PlanChange]
+    plan: list[PlanLine]
     weights: list[WeightChange]
 
 
@@ -47,13 +55,13 @@ def render_html(result: DiffResult) -> str:
         result=result,
         verdict=verdict(result),
         sides=[(name, s, side_words(s)) for name, s in (("A", result.a), ("B", result.b))],
-        findings=ranked(result.findings),
+        findings=group_findings(ranked(result.findings)),
         over={v.name: v.measured for v in result.violations},
         figures=figure_rows(result),
         tiles=[_tile(result, cell) for cell in layer_cells(result)],
         plot=error_plot(numeric.layers, numeric.tolerance) if numeric else None,
         graph=blocks_of(nodes),
-        plan=blocks_of(result.plan),
+        plan=[(block.layers, plan_lines(block)) for block in blocks_of(result.plan)],
         ports=fold_ports(result.structure.ports) if result.structure else [],
         weights=fold_changes(result.weights),
         where=lambda layers: layer_words(layers, count),
@@ -71,11 +79,12 @@ def _tile(result: DiffResult, cell: LayerCell) -> Tile:
         for node in (result.structure.nodes if result.structure else ())
         if node.layer == cell.layer
     ]
+    plan = [change for change in result.plan if change.layer == cell.layer]
     return Tile(
         cell=cell,
         heat=heat_of(cell.error, result.numeric.tolerance if result.numeric else 0.0),
         blocks=blocks_of(nodes),
-        plan=[change for change in result.plan if change.layer == cell.layer],
+        plan=[line for block in blocks_of(plan) for line in plan_lines(block)],
         weights=[change for change in result.weights if change.layer == cell.layer],
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kvxform.diffing.blocks import blocks_of, fold_ports
+from kvxform.diffing.blocks import blocks_of, fold_ports, group_findings
 from kvxform.diffing.digest import (
     figure_rows,
     layer_count,
@@ -99,7 +99,7 @@ def _findings(result: DiffResult) -> str:
         return ""
     count = layer_count(result)
     rows = []
-    for finding in ranked(result.findings):
+    for finding in group_findings(ranked(result.findings)):
         where = layer_words(finding.layers, count) if finding.layers else "model"
         origin = f"<br><sub>{_text(finding.origin)}</sub>" if finding.origin else ""
         rows.append((_SEVERITIES[finding.severity], where, _text(finding.message) + origin))
@@ -170,14 +170,15 @@ def _nodes(result: DiffResult) -> str:
     structure = result.structure
     if structure is None:
         return ""
+    count = layer_count(result)
     ports = [
-        (p.kind, _text(p.name), _text(p.before), _text(p.after), str(p.count))
+        (p.kind, layer_words(p.layers, count), _text(p.name), _text(p.before), _text(p.after))
         for p in fold_ports(structure.ports)
     ]
     counts = [(_text(h.op), str(h.before), str(h.after)) for h in structure.histogram]
     parts = [
         _code(_lines(structure.nodes, result)),
-        _table(("port", "name", "A", "B", "how many"), ports, (4,)) if ports else "",
+        _table(("port", "where", "name", "A", "B"), ports) if ports else "",
         _table(("operation", "A", "B"), counts, (1, 2)) if counts else "",
     ]
     return "\n\n".join(filter(None, parts))

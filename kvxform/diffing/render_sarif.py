@@ -8,7 +8,7 @@ import re
 from typing import Any
 from urllib.parse import quote
 
-from kvxform.diffing.digest import finding_sentence, layer_count, limit_sentence, ranked
+from kvxform.diffing.digest import layer_count, layer_words, limit_sentence, ranked
 from kvxform.diffing.records import DiffResult, Finding, Violation
 from kvxform.formats import plain_line, rounded
 
@@ -55,7 +55,8 @@ def _finding(result: DiffResult, finding: Finding, count: int) -> dict[str, Any]
             {"name": f"layer {layer}", "fullyQualifiedName": f"layers.{layer}", "kind": "module"}
             for layer in finding.layers
         ]
-    return _entry(finding.rule, finding.severity, finding_sentence(finding, count), place)
+    where = f"{layer_words(finding.layers, count)}: " if finding.layers else ""
+    return _entry(finding.rule, finding.severity, f"{where}{finding.message}", place)
 
 
 def _entry(rule: str, level: str, text: str, place: dict[str, Any]) -> dict[str, Any]:

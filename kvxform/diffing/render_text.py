@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from kvxform.diffing.blocks import Block, blocks_of, fold_ports, often
+from kvxform.diffing.blocks import Block, blocks_of, fold_ports, group_findings, often, plan_lines
 from kvxform.diffing.digest import (
     figure_rows,
     layer_cells,
@@ -22,7 +22,6 @@ from kvxform.diffing.records import (
     LayerDiff,
     NodeChange,
     NumericDiff,
-    PlanChange,
     StructureDiff,
     WeightChange,
 )
@@ -34,7 +33,7 @@ _SEVERITIES = {"error": ("ERROR", "bad"), "warning": ("WARN", "warn"), "note": (
 _STEPS = "▁▂▃▄▅▆▇█"  # errors from 1e-8 and less to 1 and more, one step a power of ten
 _SAME = "·"
 _PER_LINE = 64  # layers in one line of the map
-_MOST_LINES = 24  # of one block of changes
+_MOST_LINES = 40  # of one block of changes
 
 
 def render_text(result: DiffResult, *, colour: bool = False) -> str:
@@ -77,7 +76,7 @@ def _answer(result: DiffResult, mark: Mark) -> list[str]:
 def _findings(result: DiffResult, mark: Mark) -> list[str]:
     if not result.findings:
         return []
-    count, findings = layer_count(result), ranked(result.findings)
+    count, findings = layer_count(result), group_findings(ranked(result.findings))
     where = [layer_words(f.layers, count) if f.layers else "model" for f in findings]
     width = max(map(len, where))
     lines = ["what changed"]
@@ -218,9 +217,9 @@ def _structure(structure: StructureDiff | None, count: int) -> Iterator[list[str
     if structure.ports:
         lines = ["inputs, outputs and planes of the cache"]
         for port in fold_ports(structure.ports):
-            times = f"  x{port.count}" if port.count > 1 else ""
+            where = f"{layer_words(port.layers, count)}  " if port.layers else ""
             change = _arrow(port.before, port.after)
-            lines.append(f"  {port.kind:<6}  {plain_line(port.name)}  {change}{times}")
+            lines.append(f"  {port.kind:<6}  {where}{plain_line(port.name)}  {change}")
         yield lines
     if structure.histogram:
         counts = (f"{plain_line(h.op)} {h.before} -> {h.after}" for h in structure.histogram)
@@ -241,31 +240,37 @@ def _changes(title: str, changes: Sequence[Change], count: int) -> list[str]:
 def block_lines(block: Block[Change], count: int) -> Iterator[str]:
     """Yield the changes of a block under the layers that have them; `count` is that of all."""
     yield f"  {layer_words(block.layers, count)}"
-    for folded in block.changes[:_MOST_LINES]:
+    lines = list(_lines(block))
+    yield from lines[:_MOST_LINES]
+    if len(lines) > _MOST_LINES:
+        yield f"    ... and {len(lines) - _MOST_LINES} lines more"
+
+
+def _lines(block: Block[Change]) -> Iterator[str]:
+    for folded in block.changes:
         change, times = folded.change, f"  {often(folded)}".rstrip()
-        if isinstance(change, PlanChange):
-            field = ".".join(filter(None, (change.stream, change.field)))
-            yield f"    {plain_line(field)}  {_arrow(change.before, change.after)}{times}"
+        if isinstance(change, NodeChange):
+            yield from _node(change, times)
         elif isinstance(change, WeightChange):
             detail = f"  {plain_line(change.detail)}" if change.detail else ""
             by = f"by {'up to ' if folded.count > 1 else ''}{plain_number(change.relative)}"
             yield f"    {plain_line(change.role)}: {change.cause}, {by}{detail}{times}"
-        else:
-            yield from _node(change, times)
-    if len(block.changes) > _MOST_LINES:
-        yield f"    ... and {len(block.changes) - _MOST_LINES} more"
+    for line in plan_lines(block):
+        words = f"{plain_line(line.field)}  {_arrow(line.before, line.after)}  {line.times}"
+        yield f"    {words}".rstrip()
 
 
 def _node(change: NodeChange, times: str) -> Iterator[str]:
     via = f"  by {', '.join(map(plain_line, change.via))}" if change.via else ""
+    if change.kind in ("added", "removed"):
+        yield f"    {sign_of([change])} {plain_line(change.after or change.before)}{times}{via}"
+        return
     what = f"  {plain_line(change.what)}" if change.what else ""
-    line = change.after or change.before if change.kind in ("added", "removed") else change.op
-    yield f"    {sign_of([change])} {plain_line(line)}{what}{times}{via}"
-    if change.kind not in ("added", "removed"):
-        if change.before:
-            yield f"        A {plain_line(change.before)}"
-        if change.after:
-            yield f"        B {plain_line(change.after)}"
+    yield f"    ~ {plain_line(change.op)}{what}{times}{via}"
+    sides = [("A", change.before), ("B", change.after)]
+    for side, line in sides if change.before != change.after else [("A and B", change.before)]:
+        if line:
+            yield f"        {side} {plain_line(line)}"
 
 
 def _arrow(before: str, after: str) -> str:
