@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvxform.codegen.onnx.builder import TRANSPOSED, onnx_dtype
 from kvxform.codegen.onnx.capability import IR_VERSION, MINIMUM_RUNTIME, OPSET, takes_padding
 from kvxform.codegen.onnx.ports import PAST, PRESENT, is_plain
 from kvxform.codegen.onnx.weights import WeightStore
+from kvxform.ir.artifact import encode_program
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.tokenizer import tokenizer_files
@@ -51,7 +53,7 @@ def write_package(
     model.metadata_props.update(_metadata(program.plan, recipe))
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=EMBEDDED_BYTES)
     _write_json(folder / "genai_config.json", genai_config(program))
-    _write_json(folder / "kvxform.json", describe_package(program, recipe))
+    _write_json(folder / "kvxform.json", _describe(model, program, recipe))
     if report is not None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     for name, content in tokenizer_files(tokenizer_path).items():
@@ -126,16 +128,18 @@ def _metadata(plan: CachePlan, recipe: Any) -> dict[str, str]:
     }
 
 
-def describe_package(program: Program, recipe: Any = None) -> dict[str, Any]:
-    """Return `kvxform.json`: what a package was made from, but for its graph and its weights.
+def _describe(model: ir.Model, program: Program, recipe: Any) -> dict[str, Any]:
+    """Return `kvxform.json`: everything that a package was made from, but for values of weights.
 
-    `weights` says which initialiser holds each weight of the program; `.T` at its end means that it
-    is stored transposed.
+    `program` is as in the `program.json` of an artifact. There, `stored` of a weight names the
+    initialiser that holds it; `.T` at its end means that it is stored transposed. `folded` has the
+    values of weights that are in no initialiser, since other constants were made from them.
     """
     assert program.plan is not None, "checked"
     info = dataclasses.asdict(program.info)
     del info["tokenizer_path"]  # a place on this machine
     info["name"] = model_name(program)
+    table = _weight_table(program)
     return {
         "version": PACKAGE_VERSION,
         "model": info,
@@ -143,8 +147,9 @@ def describe_package(program: Program, recipe: Any = None) -> dict[str, Any]:
         "facts": program.facts.changed(),
         "recipe": None if recipe is None else recipe.to_data(),
         "plan": program.plan.to_json(),
-        "sites": [dataclasses.asdict(site) for site in program.sites],
-        "weights": _weight_table(program),
+        "sites": [{"layer": s.layer, "module": s.module} for s in program.sites],
+        "program": {**encode_program(program), "weights": table},
+        "folded": _folded(model, program, table),
         "rejected": [dataclasses.asdict(r) for r in program.rejected],
         "onnx": {
             "opset": OPSET,
@@ -165,6 +170,15 @@ def _weight_table(program: Program) -> dict[str, dict[str, Any]]:
         }
         for name, weight in program.weights.items()
     }
+
+
+def _folded(
+    model: ir.Model, program: Program, table: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[float]]:
+    stored = model.graph.initializers
+    read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    missing = sorted(name for name in read if table[name]["stored"] not in stored)
+    return {name: program.weights[name].double().flatten().tolist() for name in missing}
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from kvxform.differ.onnx_side import as_exported
+from kvxform.differ.exports import compare_exports, graphs_of
 from kvxform.differ.running import InputsLike, compare_texts, run_sides
 from kvxform.differ.sides import Side, SideLike, Talk, open_side
 from kvxform.diffing.align import align
 from kvxform.diffing.diagnose import diagnose
 from kvxform.diffing.metrics import compare_metrics
-from kvxform.diffing.outline_onnx import OnnxSide
 from kvxform.diffing.plans import compare_plans
 from kvxform.diffing.records import DiffResult
 from kvxform.diffing.structure import compare_outlines
@@ -72,13 +71,15 @@ def _compare(
     a: Side, b: Side, inputs: InputsLike, numeric: bool, generate: int, talk: Talk
 ) -> DiffResult:
     talk("comparing graphs")
-    x, y = _alike(a, b)
-    outlines = x.outline, y.outline
-    alignment = align(*outlines)
-    structure = compare_outlines(*outlines, alignment)
-    plan, metrics = compare_plans(*outlines), compare_metrics(*outlines)
+    x, y = graphs_of(a, b)
+    alignment = align(x.outline, y.outline)
+    structure = compare_outlines(x.outline, y.outline, alignment)
+    plan = compare_plans(x.outline, y.outline)
+    metrics = compare_metrics(x.outline, y.outline)
     talk("comparing weights")
-    weights = compare_weights(x.program, y.program, outlines, alignment)
+    weights = compare_weights(x.program, y.program, (x.outline, y.outline), alignment)
+    exports = compare_exports(a, b, is_same=not (structure.nodes or structure.ports or plan))
+    structure, weights = exports.join(structure, weights)
     numbers = None
     if numeric and a.model is not None and b.model is not None:
         talk("running both")
@@ -96,19 +97,6 @@ def _compare(
         metrics,
         numbers,
         diagnose(structure, plan, weights, metrics, numbers),
-    )
-
-
-def _alike(a: Side, b: Side) -> tuple[OnnxSide, OnnxSide]:
-    """Return the graphs of both sides in one form: as ONNX if one of them is that."""
-    assert a.program is not None, "only locks have none"
-    assert b.program is not None, "only locks have none"
-    sides = OnnxSide(a.outline, a.program), OnnxSide(b.outline, b.program)
-    if a.kind == b.kind or "onnx" not in (a.kind, b.kind):
-        return sides
-    return (
-        sides[0] if a.kind == "onnx" else as_exported(a.exportable()),
-        sides[1] if b.kind == "onnx" else as_exported(b.exportable()),
     )
 
 

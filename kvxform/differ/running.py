@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvxform.differ.row_caches import compare_rows
 from kvxform.differ.sides import Side
 from kvxform.diffing.caches import cache_lengths, compare_caches
 from kvxform.diffing.numeric import Pairs, compare_runs, default_probe
@@ -15,6 +16,7 @@ from kvxform.diffing.symptoms import CacheDiff
 from kvxform.errors import KvxformError
 from kvxform.ir.program import Program
 from kvxform.runtime.inputs import make_batch
+from kvxform.runtime.onnx_rows import OnnxModel
 from kvxform.texts import encode_text
 from kvxform.verify.probe import Probe, make_probe
 from kvxform.verify.protocols import ModelLike
@@ -106,6 +108,8 @@ def _compare_caches(a: ModelLike, b: ModelLike, probe: Probe, pairs: Pairs) -> C
     if len(probe.lengths) < FEWEST or min(probe.lengths) < SHORTEST:
         vocab = min(a.program.info.vocab_size, b.program.info.vocab_size)
         probe = make_probe(vocab, cache_lengths(a, b))
+    if isinstance(a, OnnxModel) or isinstance(b, OnnxModel):
+        return compare_rows(a, b, probe, pairs)
     return compare_caches(a, b, probe, pairs=pairs)
 
 

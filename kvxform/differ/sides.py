@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,11 @@ from torch.export import ExportedProgram
 
 from kvxform.api import optimize
 from kvxform.capture import capture
-from kvxform.differ.onnx_side import package_logits
+from kvxform.differ.onnx_runs import file_logits, package_model
 from kvxform.diffing.numeric import Runs
 from kvxform.diffing.outline import Outline
 from kvxform.diffing.outline_fx import outline_program
-from kvxform.diffing.outline_onnx import read_onnx
+from kvxform.diffing.outline_onnx import OnnxSide, read_onnx
 from kvxform.diffing.records import SideKind, SideSummary
 from kvxform.diffing.streaming import open_streamed
 from kvxform.diffing.walking import WalkingModel
@@ -28,6 +29,7 @@ from kvxform.locks.records import Lock, is_lock
 from kvxform.runtime.loading import saved_recipe
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_files import MODEL
+from kvxform.runtime.onnx_program import Initialisers
 from kvxform.tokenizer import load_tokenizer
 from kvxform.verify.protocols import ModelLike
 
@@ -43,10 +45,11 @@ class Side:
     Attributes:
         name: What the user called it.
         kind: What it is.
-        outline: Its graph.
-        program: Graph, sites, plan and weights; of an ONNX file without the graph; None for a lock.
+        outline: Its graph in the dialect; of an ONNX file that is no package, that of the file.
+        program: The program; None for a lock and for an ONNX file that is no package.
         whole: What runs all of it, with its cache, or None.
         logits: What gives its logits alone, where `whole` is None, or None.
+        onnx: The ONNX graph, if it is one.
         recipe: Name of its recipe, or empty.
         lock: What was read, if it is a lock.
         folder: Where its weights are read from as they are needed, or None.
@@ -59,6 +62,7 @@ class Side:
     program: Program | None = None
     whole: ModelLike | None = None
     logits: Runs | None = None
+    onnx: OnnxSide | None = None
     recipe: str = ""
     lock: Lock | None = None
     folder: Path | None = None
@@ -78,8 +82,12 @@ class Side:
 
     def exportable(self) -> Program:
         """Return its program with tied weights as one tensor, as an exporter wants it."""
-        assert self.program is not None, "only locks have none"
-        return self.program if self.folder is None else load_program(self.folder)
+        assert self.program is not None, "asked for by programs alone"
+        if self.folder is not None:
+            return load_program(self.folder)
+        weights = self.program.weights
+        loaded = weights.load() if isinstance(weights, Initialisers) else weights
+        return dataclasses.replace(self.program, weights=loaded)
 
     def load_tokenizer(self) -> Any:
         """Return its tokenizer, or None."""
@@ -126,18 +134,19 @@ def _named_side(text: str, talk: Talk) -> Side:
         return _lock_side(read_lock(path), name)
     model, mark, recipe = text.rpartition(RECIPE_MARK)
     if mark and model and not path.exists():
+        talk(f"optimising {name}")
         optimized = optimize(model, recipe, verify="none", progress=False)
-        return _model_side(optimized, name)
-    return _program_side(capture(text, progress=talk).program, "module", name)
+        return dataclasses.replace(_model_side(optimized, name), recipe=recipe)
+    kind: SideKind = "pt2" if path.suffix == ".pt2" else "module"
+    return _program_side(capture(text, progress=talk).program, kind, name)
 
 
 def _artifact_side(folder: Path, name: str) -> Side:
     program, recipe = open_streamed(folder), saved_recipe(folder)
-    outline = outline_program(program)
     return Side(
         name,
         "artifact",
-        outline,
+        _outline(program),
         program,
         WalkingModel(program),
         recipe="" if recipe is None else recipe.name,
@@ -147,9 +156,35 @@ def _artifact_side(folder: Path, name: str) -> Side:
 
 
 def _onnx_side(path: Path, name: str) -> Side:
-    side, folder = read_onnx(path), path if path.is_dir() else path.parent
-    logits = package_logits(folder) if side.program.plan is not None else None
-    return Side(name, "onnx", side.outline, side.program, logits=logits, tokenizer_path=str(folder))
+    onnx, folder = read_onnx(path), path if path.is_dir() else path.parent
+    if onnx.program is None:
+        return Side(name, "onnx", onnx.outline, logits=file_logits(path), onnx=onnx)
+    model, has_all = package_model(onnx.program, folder), _has_values(onnx.program)
+    return Side(
+        name,
+        "onnx",
+        _outline(onnx.program),
+        onnx.program,
+        model if has_all else None,
+        None if has_all else model.__call__,
+        onnx=onnx,
+        recipe=onnx.recipe,
+        tokenizer_path=str(folder),
+    )
+
+
+def _has_values(program: Program) -> bool:
+    """Whether the file of a package has every weight that its program reads.
+
+    Constants that were folded on the way to ONNX are not in it.
+    """
+    weights = program.weights
+    assert isinstance(weights, Initialisers), "the weights of a package"
+    used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for site in program.sites:
+        for basis in (site.k_basis, site.v_basis):
+            used |= {name for name in (basis.weight, basis.inverse) if name is not None}
+    return all(map(weights.holds, used))
 
 
 def _model_side(model: OptimizedModel, name: str) -> Side:
@@ -157,7 +192,7 @@ def _model_side(model: OptimizedModel, name: str) -> Side:
     return Side(
         name,
         "program",
-        outline_program(program),
+        _outline(program),
         program,
         model,
         recipe="" if model.recipe is None else model.recipe.name,
@@ -166,9 +201,14 @@ def _model_side(model: OptimizedModel, name: str) -> Side:
 
 
 def _program_side(program: Program, kind: SideKind, name: str) -> Side:
-    outline, path = outline_program(program), program.info.tokenizer_path
-    return Side(name, kind, outline, program, WalkingModel(program), tokenizer_path=path)
+    path, model = program.info.tokenizer_path, WalkingModel(program)
+    return Side(name, kind, _outline(program), program, model, tokenizer_path=path)
 
 
 def _lock_side(lock: Lock, name: str) -> Side:
     return Side(name, "lock", lock.outline, recipe=lock.recipe, lock=lock)
+
+
+def _outline(program: Program) -> Outline:
+    """Return the outline of a program; weights that are in files are not read for it."""
+    return outline_program(dataclasses.replace(program, weights=dict(program.weights)))

@@ -55,7 +55,7 @@ class OnnxSession:
     ) -> None:
         self.folder = Path(folder)
         self.description = check_package(self.folder)
-        self._runtime = _import_runtime()
+        self._runtime = import_runtime()
         self._session = self._load(list(providers), threads)
         self._device = "cuda" if providers[0] == "CUDAExecutionProvider" else "cpu"
         ports = [x for x in self._session.get_inputs() if x.name.startswith(PAST)]
@@ -259,7 +259,8 @@ class OnnxSession:
         return self._runtime.OrtValue.ortvalue_from_numpy(zeros, self._device)
 
 
-def _import_runtime() -> Any:
+def import_runtime() -> Any:
+    """Return the module onnxruntime; KVX704 if it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
