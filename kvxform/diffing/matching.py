@@ -38,6 +38,8 @@ class Matcher:
 
     def match_layer(self, left: Sequence[OutlineNode], right: Sequence[OutlineNode]) -> None:
         """Pair the operations of one layer."""
+        if not self._can_pair(left, right):
+            return
         is_new = not any(n.key in self.partner for n in left)
         if is_new and [self.near_a[n.key] for n in left] == [self.near_b[n.key] for n in right]:
             for x, y in zip(left, right, strict=True):
@@ -62,9 +64,16 @@ class Matcher:
 
     def match_rest(self) -> None:
         """Pair what is left over in whatever layers, next to what is paired."""
+        if not self._can_pair(self.a.nodes, self.b.nodes):
+            return
         self.layer_of = {}
         self._respread(self.a.nodes, _same_op)
         self._respread(self.a.nodes, _same_place)
+
+    def _can_pair(self, left: Sequence[OutlineNode], right: Sequence[OutlineNode]) -> bool:
+        """Return whether both sides have an operation without partner."""
+        is_left = any(node.key not in self.partner for node in left)
+        return is_left and any(node.key not in self.taken for node in right)
 
     def _pair(self, x: int, y: int) -> None:
         self.partner[x], self.taken[y] = y, x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,7 +105,8 @@ class _GraphReader:
 
     def _outline(self, node: fx.Node, kind: ValueType | None) -> OutlineNode:
         inputs, attributes, roles = [], [], []
-        for name, value, default in _arguments(node):
+        arguments = list(_arguments(node))
+        for name, value, default in arguments:
             found = self._operand(value)
             if found is not None:
                 inputs.append(found)
@@ -123,7 +125,7 @@ class _GraphReader:
             inputs=tuple(inputs),
             attributes=tuple(sorted(attributes)),
             roles=tuple(roles),
-            weights=tuple(_weight_names(node)),
+            weights=tuple(_weight_names([value for _, value, _ in arguments])),
         )
 
     def _operand(self, value: Any) -> Operand | None:
@@ -150,15 +152,14 @@ class _GraphReader:
         return format_value(value, {})
 
 
-def _weight_names(node: fx.Node) -> list[str]:
-    """Return the names of the weights among the operands of a node, as often as they are there."""
+def _weight_names(values: list[Any]) -> list[str]:
+    """Return the names of the weights among arguments, as often as they are there."""
     names: list[str] = []
 
     def visit(operand: fx.Node) -> None:
         if operand.op == "get_attr":
             names.append(str(operand.target))
 
-    values = [value for _, value, _ in _arguments(node)]
     fx.node.map_arg(values, visit)
     return names
 
@@ -169,12 +170,20 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, Any, Any]]:
         for place, value in enumerate(node.args):
             yield str(place), value, _NO_DEFAULT
         return
-    for place, argument in enumerate(node.target._schema.arguments):
-        default = argument.default_value if argument.has_default_value() else _NO_DEFAULT
+    for place, (name, default) in enumerate(_schema(node.target)):
         if place < len(node.args):
-            yield argument.name, node.args[place], default
-        elif argument.name in node.kwargs:
-            yield argument.name, node.kwargs[argument.name], default
+            yield name, node.args[place], default
+        elif name in node.kwargs:
+            yield name, node.kwargs[name], default
+
+
+@functools.cache
+def _schema(op: OpOverload) -> tuple[tuple[str, Any], ...]:
+    """Return name and default of every argument."""
+    return tuple(
+        (argument.name, argument.default_value if argument.has_default_value() else _NO_DEFAULT)
+        for argument in op._schema.arguments
+    )
 
 
 def _size(node: fx.Node, kind: SymType) -> str:

@@ -8,6 +8,7 @@ tensor a size was taken from. The last node is `output`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,12 +55,12 @@ class OutlineNode:
     roles: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def operands(self) -> tuple[Operand, ...]:
         """Operands with lists flattened."""
         return tuple(flat_operands(self.inputs))
 
-    @property
+    @functools.cached_property
     def sources(self) -> list[int]:
         """Keys of the operations it reads, one entry an operand."""
         return [value for kind, value in self.operands if kind == "node"]

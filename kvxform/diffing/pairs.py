@@ -22,6 +22,7 @@ class PairComparer:
     def __init__(self, a: Outline, b: Outline, alignment: Alignment) -> None:
         self.a, self.b = a, b
         self.partner = dict(alignment.pairs)
+        self.taken = {y: x for x, y in alignment.pairs}
         self.only_a, self.only_b = set(alignment.only_a), set(alignment.only_b)
         self.layers = {x: y for x, y in alignment.layers if x is not None}
         names = {port.name: place for place, port in enumerate(b.ports) if port.kind == "input"}
@@ -39,11 +40,17 @@ class PairComparer:
         return y.layer if layer is None else layer
 
     def layer_of_added(self, node: OutlineNode) -> int | None:
-        """Return the layer of an operation that only B has: that of what is next to it."""
-        readers = [reader for reader, _ in self.b.users[node.key]]
-        partners = {y: x for x, y in self.partner.items() if y in (*readers, *node.sources)}
-        near = [self.layer(self.a.nodes[partners[y]], self.b.nodes[y]) for y in partners]
-        return near[0] if near and node.layer not in near else node.layer
+        """Return the layer of an operation that only B has, or of its neighbours if theirs moved.
+
+        What seems to be in another layer than its partner in A has moved by a change of the graph.
+        """
+        near = {*node.sources, *(reader for reader, _ in self.b.users[node.key])}
+        layers = {
+            y: self.layer(self.a.nodes[self.taken[y]], self.b.nodes[y])
+            for y in near & self.taken.keys()
+        }
+        moved = [layer for y, layer in sorted(layers.items()) if layer != self.b.nodes[y].layer]
+        return moved[0] if moved and node.layer not in layers.values() else node.layer
 
     def compare(self, x: OutlineNode, y: OutlineNode) -> NodeChange | None:
         """Return what differs between `x` of A and `y` of B, or None."""
