@@ -1,6 +1,7 @@
 """kvxform: a compiler for the KV cache of decoder language models.
 
 - `optimize(model, recipe)` rewrites a model and returns an `OptimizedModel`
+- `bisect(model, recipe)` finds the pass that breaks a recipe, and a small program that shows it
 - `heal(path, source)` trains what lossy structure passes touched, against the source
 - `diff(a, b)` says what differs between two models or builds, in which layers, and why
 - `load(path)` opens what `OptimizedModel.save` wrote
@@ -29,6 +30,7 @@ from kvxform.errors import (
 
 if TYPE_CHECKING:
     from kvxform.api import heal, load, optimize
+    from kvxform.bisecting.bisecting import bisect
     from kvxform.differ.comparing import diff
     from kvxform.recipe import Recipe
     from kvxform.verifying import verify_artifact
@@ -46,6 +48,7 @@ __all__ = [
     "RecipeError",
     "VerifyError",
     "__version__",
+    "bisect",
     "diff",
     "heal",
     "load",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 _HOMES = {
     "Recipe": "kvxform.recipe",
+    "bisect": "kvxform.bisecting.bisecting",
     "diff": "kvxform.differ.comparing",
     "heal": "kvxform.api",
     "load": "kvxform.api",

@@ -6,6 +6,7 @@
 - `search`: which of many matches are at fault
 - `flow`, `cutting`: part of a program as a program of its own
 - `shrinking`: the smallest such part that still fails
+- `changes`: what the pass changes on it, in words
 - `culprits`: the matches at fault, on the whole model or on parts of it
 - `anchors`: the nodes that a pass changes
 - `writing`, `replaying`: a folder that shows the fault without the rest of the model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from torch import fx
 
@@ -38,6 +37,11 @@ def find_anchors(broken: Broken, wanted: frozenset[int], program: Program) -> li
     return _pick(program, {match.node for match in matches}, sites)
 
 
+def touched_layers(broken: Broken, wanted: frozenset[int]) -> set[int]:
+    """Return the layers whose site or plan a pass changes at some of its matches."""
+    return _changed_layers(broken.before, _rewritten(broken, wanted))
+
+
 def _rewritten(broken: Broken, wanted: frozenset[int]) -> Program:
     """Return what the pass leaves at some matches, be it valid or not."""
     clone = broken.before.clone()
@@ -60,18 +64,16 @@ def _pick(program: Program, names: set[str], layers: set[int]) -> list[fx.Node]:
 def _is_changed(node: fx.Node, before: Program, left: fx.Node | None, after: Program) -> bool:
     if left is None or left.target is not node.target:
         return True
-    return bool(_described(node, before) != _described(left, after))
+    return _described(node, before) != _described(left, after)
 
 
-def _described(node: fx.Node, program: Program) -> Any:
-    """Return the operands of a call: names of nodes, and the very tensors of weights."""
-
-    def describe(operand: fx.Node) -> object:
-        if operand.op == "get_attr":
-            return ("weight", id(program.weights[str(operand.target)]))
-        return operand.name
-
-    return fx.node.map_arg((node.args, dict(node.kwargs)), describe)
+def _described(node: fx.Node, program: Program) -> tuple[object, ...]:
+    """Return a call with names for its operands, and the very tensors of its weights."""
+    operands = [
+        id(program.weights[str(operand.target)]) if operand.op == "get_attr" else operand.name
+        for operand in node.all_input_nodes
+    ]
+    return (*operands, *fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: None))
 
 
 def _changed_layers(before: Program, after: Program) -> set[int]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from kvxform.atomic import check_replaceable
+from kvxform.bisecting.anchors import touched_layers
+from kvxform.bisecting.changes import describe_changes
 from kvxform.bisecting.culprits import BOUND, CulpritSearch, Group
 from kvxform.bisecting.cutting import inputs_of, operations
 from kvxform.bisecting.outcomes import LIMITS, Limits
@@ -114,18 +116,19 @@ class _Search:
     def _culprit(self, group: Group) -> Culprit:
         matches = [self.broken.matches[i] for i in group.matches]
         layers = sorted({match.layer for match in matches if match.layer is not None})
+        layers = layers or sorted(touched_layers(self.broken, frozenset(group.matches)))
         nodes = {node.name: node for node in self.broken.before.graph.nodes}
         modules = [nodes[m.node].meta["module"] for m in matches if m.node in nodes]
         modules += [self.broken.before.site(layer).module for layer in layers]
-        stage = None if group.found is None else group.found.stage
-        attempt = group.found or (None if group.case is None else group.case.found)
-        failure = None if attempt is None else attempt.failure
+        failure = None if group.trial is None else group.trial.failure
+        if group.case is not None:
+            failure = group.case.found.failure
         return Culprit(
             matches=group.matches,
             layers=tuple(layers),
             module=modules[0] if modules else "",
             failure="" if failure is None else failure.text,
-            cost=None if stage is None else stage.vs_source.kl,
+            cost=None if group.trial is None else group.trial.cost,
         )
 
     def _local_limits(self, worst: Group, healthy: int | None) -> Limits:
@@ -187,6 +190,7 @@ def _subgraph(case: Case, whole: Program) -> Subgraph:
         steps=tuple(steps),
         tokens=sum(case.probe.lengths),
         failure=case.found.failure.text,
+        changes=describe_changes(case),
     )
 
 

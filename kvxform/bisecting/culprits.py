@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvxform.bisecting.outcomes import Attempt, Limits
+from kvxform.bisecting.outcomes import Failure, Limits
 from kvxform.bisecting.search import Verdict, fewest_to_leave_out, isolate
 from kvxform.bisecting.shrinking import Case, Shrinker
 from kvxform.bisecting.stages import Broken
@@ -16,17 +16,25 @@ PARTS = 64  # matches that are tried as parts of their own at most
 
 
 @dataclass(frozen=True)
+class Trial:
+    """The pass tried at some matches: how it failed, and its mean KL from the source in nats."""
+
+    failure: Failure | None
+    cost: float | None
+
+
+@dataclass(frozen=True)
 class Group:
     """Matches that are at fault together.
 
     Attributes:
         matches: Their numbers.
-        found: The pass applied at them alone, or None if that cannot be done.
+        trial: The pass applied at them alone, or None if that cannot be done.
         case: A part of the model on which the pass fails, if one has been found already.
     """
 
     matches: tuple[int, ...]
-    found: Attempt | None = None
+    trial: Trial | None = None
     case: Case | None = None
 
 
@@ -38,14 +46,12 @@ class CulpritSearch:
         broken: The pass.
         limits: Bounds of the whole model.
         executor: Makes a runnable model of a program.
-        trials: How often the whole model ran.
     """
 
     broken: Broken
     limits: Limits
     executor: Executor
-    trials: int = 0
-    _tried: dict[frozenset[int], Attempt | None] = field(default_factory=dict)
+    _tried: dict[frozenset[int], Trial | None] = field(default_factory=dict)
 
     def find(self) -> list[Group]:
         """Return the groups at fault, those that cost most first; none if there is no match."""
@@ -59,7 +65,7 @@ class CulpritSearch:
         elif whole and not self._can_try_one_of(groups[0]):
             return self._as_parts(groups[0])
         found = [Group(group, self.attempt(frozenset(group))) for group in groups]
-        return sorted(found, key=lambda group: (-_cost(group.found), group.matches))
+        return sorted(found, key=lambda group: (-_cost(group.trial), group.matches))
 
     def judge(self, wanted: frozenset[int]) -> Verdict:
         """Say whether the pass fails at `wanted` as it does everywhere."""
@@ -71,14 +77,16 @@ class CulpritSearch:
         same = found.failure.is_like(self.broken.failure)
         return Verdict.FAILS if same else Verdict.UNKNOWN
 
-    def attempt(self, wanted: frozenset[int]) -> Attempt | None:
+    def attempt(self, wanted: frozenset[int]) -> Trial | None:
         """Return the pass tried at `wanted`, or None if it cannot be."""
         if wanted not in self._tried:
-            self.trials += 1
             try:
-                self._tried[wanted] = self.broken.attempt(wanted, self.limits)
+                found = self.broken.attempt(wanted, self.limits)
             except KvxformError:
                 self._tried[wanted] = None
+            else:
+                cost = None if found.stage is None else found.stage.vs_source.kl
+                self._tried[wanted] = Trial(found.failure, cost)
         return self._tried[wanted]
 
     def healthy(self, groups: list[Group]) -> int | None:
@@ -98,12 +106,12 @@ class CulpritSearch:
         """Try every match of a pass that must be applied everywhere on a part of its own."""
         found = []
         for match in group[:PARTS]:
-            case = Shrinker(self.broken, frozenset({match}), {}, self.executor).first()
+            case = Shrinker(self.broken, frozenset({match}), {}, self.executor).first(alone=True)
             if case is not None:
                 found.append(Group((match,), None, case))
         return found or [Group(group)]
 
 
-def _cost(found: Attempt | None) -> float:
-    """Return what a stage lies away from the source, in nats; nothing known counts as none."""
-    return 0.0 if found is None or found.stage is None else found.stage.vs_source.kl
+def _cost(trial: Trial | None) -> float:
+    """Return what a trial lies away from the source, in nats; nothing known counts as none."""
+    return trial.cost or 0.0 if trial is not None else 0.0

@@ -24,6 +24,7 @@ from kvxform.verify.prober import Prober, StageMeasure
 FAULTS = ("KVX212", "KVX215", "KVX501", "KVX502")  # what a pass, not a user, has done wrong
 WRONG_NUMBERS = ("KVX212", "KVX501", "KVX502")
 CALIBRATION_ROWS = (8, 64)  # windows and tokens that stand for a text
+LONGEST = 300  # characters of the text of an exception that is none of ours
 LIMITS = ("max_kl", "max_relative", "min_top1")
 
 Limits = Mapping[str, float]
@@ -77,6 +78,8 @@ def attempt(
     prober: Prober,
     limits: Limits,
     wanted: Collection[int] | None = None,
+    *,
+    state: bool = True,
 ) -> Attempt:
     """Apply a pass, measure it, and compare it with its contract and with `limits`.
 
@@ -86,6 +89,7 @@ def attempt(
         prober: Has measured `program`; it is not changed either.
         limits: See `require_limits`.
         wanted: Numbers of the matches to apply it at; all of them if None.
+        state: Check the cache too, not logits alone.
 
     Raises:
         KvxformError: Those that say something of the recipe or the model and not of the pass.
@@ -95,20 +99,19 @@ def attempt(
     try:
         after, found = apply_pass(program, planned, wanted=wanted)
         matches = tuple(match for match in found if isinstance(match, Match))
-        stage = prober.measure(after)
+        stage = prober.measure(after, state=state)
     except KvxformError as error:
         return Attempt(after, stage, _our_failure(error), prober, matches)
     except Exception as error:  # a pass that breaks down, or a graph that does not run
-        name, words = type(error).__name__, " ".join(str(error).split())[:300]
-        failure = Failure(name, words, f"{name}: {words}")
-        return Attempt(after, stage, failure, prober, matches)
-    failure = None
+        name, words = type(error).__name__, " ".join(str(error).split())[:LONGEST]
+        broken = Failure(name, words, f"{name}: {words}")
+        return Attempt(after, stage, broken, prober, matches)
     try:
         require_contract(planned, pass_record(planned, found, program, after), stage, prober)
         require_limits(stage, limits)
     except KvxformError as error:
-        failure = _our_failure(error)
-    return Attempt(after, stage, failure, prober, matches)
+        return Attempt(after, stage, _our_failure(error), prober, matches)
+    return Attempt(after, stage, None, prober, matches)
 
 
 def require_limits(stage: StageMeasure, limits: Limits) -> None:

@@ -78,20 +78,28 @@ def plan_data(steps: Sequence[Any]) -> list[PlannedPass]:
     return [PlannedPass(step, build_pass(step)) for step in recipe.passes]
 
 
-def load_passes(place: str, folder: Path) -> None:
-    """Import a module and register all passes that it defines, in the place of others.
+def load_passes(place: str, folder: Path, step: Any) -> None:
+    """Import a module, and let the pass of `step` be the one that it defines.
 
     Args:
         place: Name of an installed module, a .py file, or nothing if kvxform has the pass.
         folder: Where a relative file is looked for.
+        step: The pass at fault, as recipes write it; other passes of the module are left alone.
+
+    Raises:
+        KvxformError: KVX801 if there is no such file, or no such pass in it.
     """
     if not place:
         return
     module = _run_file(folder / place) if place.endswith(".py") else importlib.import_module(place)
+    name = step if isinstance(step, str) else next(iter(step))
     for value in list(vars(module).values()):
         is_own = isinstance(value, type) and value.__module__ == module.__name__
-        if is_own and issubclass(value, GraphPass):
-            PASSES[value.pass_name()] = value
+        if is_own and issubclass(value, GraphPass) and value.pass_name() == name:
+            PASSES[name] = value
+            return
+    rule = f"the file must define the pass {name}"
+    raise KvxformError("KVX801", rule, where="repro", got=place)
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -9,10 +9,8 @@ is asked anew whether the pass fails on it in the same way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from kvxform.bisecting.anchors import find_anchors
 from kvxform.bisecting.cutting import cut_program, operations, record, width_of
@@ -32,6 +30,8 @@ from kvxform.verify.probe import Probe
 from kvxform.verify.prober import Executor, Prober
 
 ENDS, ENTRIES = 8, 3  # places where a part is cut at first, tried from the nearest on
+NEAR_ENDS = 5  # where many sites are tried
+FAR_ENDS = 3  # for which larger parts are tried, if no near cut shows the fault
 CLOSER = 40  # further cuts that are tried
 SHORTER = (5, 9, 17, 33)  # tokens of smaller inputs
 
@@ -73,19 +73,48 @@ class Shrinker:
         self._flow = Flow(self._program)
         self._anchors = self._flow.known(find_anchors(broken, wanted, self._program))
 
-    def first(self) -> Case | None:
-        """Return a part around the anchors that fails, or None if there is none but the whole."""
+    def first(self, *, alone: bool = False) -> Case | None:
+        """Return a part around the anchors that fails, or None if there is none but the whole.
+
+        Args:
+            alone: Look only at a few parts, and at none with sites beside those of the anchors.
+        """
         if not self._anchors:
             return None
-        for end in [n for n in self._flow.ends(self._anchors) if width_of(n)][:ENDS]:
-            entries = [n for n in self._flow.entries(self._anchors, end) if width_of(n)][:ENTRIES]
-            values = record(self._program, [n.name for n in entries], self._probe)
-            for entry in entries:
-                part = cut_program(self._program, {entry.name: values[entry.name]}, end.name)
-                found = self._try(part, self._broken.steps)
-                if found is not None:
-                    return Case(part, self._broken.steps, found.prober.probe, end.name, found)
+        layers = {node.kwargs.get("layer") for node in self._anchors}
+        cuts = list(self._near_cuts() if alone else self._cuts())
+        values = record(self._program, {entry for _, entry in cuts}, self._probe)
+        for end, entry in cuts:
+            part = cut_program(self._program, {entry: values[entry]}, end)
+            if alone and not {site.layer for site in part.sites} <= layers:
+                continue
+            found = self._try(part, self._broken.steps)
+            if found is not None:
+                return Case(part, self._broken.steps, found.prober.probe, end, found)
         return None
+
+    def _near_cuts(self) -> Iterator[tuple[str, str]]:
+        """Yield names of values that end and begin parts: the nearest entry of each end."""
+        for end, entries in self._ends()[:NEAR_ENDS]:
+            yield from ((end, entry) for entry in entries[:1])
+
+    def _cuts(self) -> Iterator[tuple[str, str]]:
+        """Yield the same, with more entries, those far away last."""
+        ends = self._ends()
+        for end, entries in ends:
+            yield from ((end, entry) for entry in entries[:ENTRIES])
+        for end, entries in ends[:FAR_ENDS]:
+            doubling = [1 << power for power in range(2, len(entries).bit_length())]
+            far = {entries[i] for i in doubling if i < len(entries)} | set(entries[ENTRIES:][-1:])
+            yield from ((end, entry) for entry in entries if entry in far)
+
+    def _ends(self) -> list[tuple[str, list[str]]]:
+        """Return values that all anchors run through, nearest first, each with its entries."""
+        ends = [n for n in self._flow.ends(self._anchors) if width_of(n)][:ENDS]
+        return [
+            (end.name, [n.name for n in self._flow.entries(self._anchors, end) if width_of(n)])
+            for end in ends
+        ]
 
     def shrink(self, case: Case) -> Case:
         """Return a case that is as small as can be found."""
@@ -108,27 +137,15 @@ class Shrinker:
         names = [n.name for n in operations(case.program) if n.name in inside]
         values = record(self._program, [n for n in names if width_of(inside[n])], self._probe)
         for _ in range(CLOSER):
-            parts = self._smaller_parts(case, values)
-            if not parts:
+            sizes = _sizes_if_cut(case.program, values)
+            if not sizes:
                 break
-            _, name, part = min(parts, key=lambda found: found[:2])
-            del values[name]  # what hides the fault now hides it in smaller parts too
+            name = min(sizes, key=lambda name: (sizes[name], name))
+            part = cut_program(case.program, {name: values.pop(name)}, case.end)
             found = self._try(part, case.steps)
-            if found is not None:
+            if found is not None:  # if not, what hides the fault now hides it in smaller parts too
                 case = dataclasses.replace(case, program=part, found=found)
         return case
-
-    def _smaller_parts(
-        self, case: Case, values: dict[str, Tensor]
-    ) -> list[tuple[int, str, Program]]:
-        """Return parts with one more input, each with its size and the name of that input."""
-        size, found = len(operations(case.program)), []
-        present = {node.name for node in operations(case.program)}
-        for name in [n for n in values if n in present]:
-            part = cut_program(case.program, {name: values[name]}, case.end)
-            if len(operations(part)) < size:
-                found.append((len(operations(part)), name, part))
-        return found
 
     def _shorten(self, case: Case) -> Case:
         """Take one row of fewer tokens."""
@@ -149,6 +166,23 @@ class Shrinker:
         if found is None or found.failure is None:
             return None
         return found if found.failure.is_like(self._broken.failure) else None
+
+
+def _sizes_if_cut(program: Program, names: Collection[str]) -> dict[str, int]:
+    """Return how many operations are left if one node becomes an input, where that is fewer."""
+    calls = operations(program)
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    sizes = {}
+    for node in calls:
+        if node.name in names:
+            seen = {node, output}
+            waiting = [output]
+            while waiting:
+                new = [n for n in waiting.pop().all_input_nodes if n not in seen]
+                seen.update(new)
+                waiting += new
+            sizes[node.name] = sum(call in seen for call in calls) - 1
+    return {name: size for name, size in sizes.items() if size < len(calls)}
 
 
 def try_steps(

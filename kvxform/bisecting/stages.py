@@ -21,6 +21,7 @@ from kvxform.pipeline import calibrated, recalibrated
 from kvxform.recipe import Recipe
 from kvxform.verify.prober import Executor, Prober
 
+SEEN_IN_LOGITS = ("KVX212", "KVX501")
 Talk = Callable[[str], None]
 
 
@@ -47,8 +48,9 @@ class Broken:
     steps: tuple[PlannedPass, ...]
 
     def attempt(self, wanted: frozenset[int], limits: Limits) -> Attempt:
-        """Try the pass at some of its matches."""
-        return attempt(self.before, self.planned, self.prober, limits, wanted)
+        """Try the pass at some of its matches; the cache is checked if that is what failed."""
+        state = self.failure.code not in SEEN_IN_LOGITS
+        return attempt(self.before, self.planned, self.prober, limits, wanted, state=state)
 
 
 def find_broken(

@@ -13,15 +13,14 @@ from typing import Any
 import jinja2
 
 from kvxform.atomic import atomic_folder
+from kvxform.bisecting.changes import given_program
 from kvxform.bisecting.outcomes import Limits
 from kvxform.bisecting.records import BisectResult
 from kvxform.bisecting.replaying import read_case, replay, save_case
 from kvxform.bisecting.shrinking import Case
-from kvxform.ir.program import Program
 from kvxform.ir.schema import canonical_json
 from kvxform.ir.text import format_program
 from kvxform.pass_base import GraphPass
-from kvxform.pipeline import apply_pass
 
 COPY = "passes_at_fault.py"
 
@@ -47,7 +46,7 @@ def write_repro(folder: Path, result: BisectResult, case: Case, limits: Limits) 
         ArtifactError: KVX601 if `folder` holds something else.
     """
     place, source = pass_place(type(case.steps[-1].graph_pass))
-    files = {"before.txt": format_program(_given(case))}
+    files = {"before.txt": format_program(given_program(case))}
     if case.found.program is not None:
         files["after.txt"] = format_program(case.found.program)
     if source is not None:
@@ -81,14 +80,6 @@ def pass_place(cls: type[GraphPass]) -> tuple[str, str | None]:
     file = inspect.getsourcefile(cls)
     assert file is not None, "a class that is no built-in has a file"
     return COPY, Path(file).read_text(encoding="utf-8")
-
-
-def _given(case: Case) -> Program:
-    """Return the program that the failing pass is given."""
-    program = case.program
-    for planned in case.steps[:-1]:
-        program, _ = apply_pass(program, planned)
-    return program
 
 
 def _render(template: str, values: dict[str, Any]) -> str:

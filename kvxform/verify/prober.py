@@ -89,27 +89,31 @@ class Prober:
         """Lengths of the probe sequences."""
         return self.probe.lengths
 
-    def measure(self, program: Program) -> StageMeasure:
+    def measure(self, program: Program, *, state: bool = True) -> StageMeasure:
         """Run `program` on the probe; the next call compares with it.
 
         After a pass that changes the model itself, caches are held to the model it leaves.
+
+        Args:
+            program: The stage.
+            state: Check its cache too, if it has one; without, one prefill is all that runs.
         """
         if program.plan is None and _is_changed(program):
             self._source_program = program
             self._source = run_source(program, self.probe)
         model = self.executor(program)
-        state: StateCheck | None = None
-        if program.plan is None:
+        check: StateCheck | None = None
+        if program.plan is None or not state:
             logits = pick(model(self.probe.input_ids), self.probe)
         else:
             schedule = probe_schedule(self.lengths)
-            state = check_schedule(model, schedule, self.probe, self._source, self.dtype)
-            logits = self._arrange(state.logits)
+            check = check_schedule(model, schedule, self.probe, self._source, self.dtype)
+            logits = self._arrange(check.logits)
         lossy = program.plan is not None and is_lossy(program.plan, self.dtype)
         found = Reference(logits)
         before = self._before.compare(found)
         source = self._reference.compare(found)
-        measure = StageMeasure(before, source, self._cost, lossy, state)
+        measure = StageMeasure(before, source, self._cost, lossy, check)
         self._before, self._cost = found, source.kl
         return measure
 

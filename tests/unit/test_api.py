@@ -41,6 +41,7 @@ def test_public_names_are_frozen():
         "RecipeError",
         "VerifyError",
         "__version__",
+        "bisect",
         "diff",
         "heal",
         "load",
