@@ -32,16 +32,16 @@ def align_layers(a: Outline, b: Outline) -> LayerPairs:
             )
     pairs: list[tuple[int | None, int | None]] = []
     i, j = rows, columns
-    while i or j:
-        if i and j and best[i][j] == best[i - 1][j - 1] + likeness.of(i - 1, j - 1):
-            i, j = i - 1, j - 1
-            pairs.append((a.layers[i], b.layers[j]))
-        elif i and best[i][j] == best[i - 1][j] + _GAP:
+    while i or j:  # of equally good answers, the one whose last layers have no partner
+        if i and best[i][j] == best[i - 1][j] + _GAP:
             i -= 1
             pairs.append((a.layers[i], None))
-        else:
+        elif j and best[i][j] == best[i][j - 1] + _GAP:
             j -= 1
             pairs.append((None, b.layers[j]))
+        else:
+            i, j = i - 1, j - 1
+            pairs.append((a.layers[i], b.layers[j]))
     return tuple(reversed(pairs))
 
 

@@ -141,14 +141,16 @@ class _Flow:
     def _last(self, chains: list[list[int]]) -> int | None:
         """Return where the last layer ends and the head begins: as the layers before it end."""
         *others, last = chains
-        ops = [self.nodes[key].op for key in last]
-        for chain in reversed(others):
-            if chain and [self.nodes[key].op for key in chain] == ops[: len(chain)]:
-                return last[len(chain) - 1]
+        ops = tuple(self.nodes[key].op for key in last)
+        found = (tuple(self.nodes[key].op for key in chain) for chain in others)
+        alike = Counter(part for part in found if part and part == ops[: len(part)])
+        if alike:
+            part = max(alike, key=lambda part: (alike[part], len(part)))
+            return last[len(part) - 1]
         ends = Counter(self.nodes[chain[-1]].op for chain in others if chain)
         op = max(sorted(ends), key=ends.__getitem__, default="")
-        alike = [key for key in last if self.nodes[key].op in ((op,) if op else _ADD)]
-        return alike[-1] if alike else None
+        fitting = [key for key in last if self.nodes[key].op in ((op,) if op else _ADD)]
+        return fitting[-1] if fitting else None
 
     def ancestors(self, key: int) -> set[int]:
         """Return `key` and everything it depends on."""
