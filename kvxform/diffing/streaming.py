@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name
@@ -25,6 +28,7 @@ from kvxform.ir.schema import WeightEntry
 from kvxform.ir.weights import FORMAT_NAMES
 
 SMALL = 16 << 10  # bytes up to which a weight is kept: gains of norms, tables of frequencies
+KEPT = 32 << 20  # bytes of free buffers that are kept
 _DTYPES = {name: dtype for dtype, name in FORMAT_NAMES.items()}
 
 
@@ -45,6 +49,7 @@ class FileWeights(dict[str, Tensor]):
         super().__init__()
         self._path = path
         self._places: dict[str, int] = {}
+        self._buffers = _Buffers()
         offsets = _read_header(path)
         kept: dict[str, Tensor] = {}
         for name, entry in table.items():
@@ -63,15 +68,62 @@ class FileWeights(dict[str, Tensor]):
         kept = super().__getitem__(name)
         return self._read(name, kept) if kept.is_meta else kept
 
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Return rows of a matrix, `[*index.shape, columns]`; nothing else of it is read.
+
+        Args:
+            name: The weight.
+            index: int64 of any shape.
+        """
+        kept = super().__getitem__(name)
+        if not kept.is_meta:
+            return kept[index]
+        unique, places = index.unique(return_inverse=True)
+        found = torch.empty(len(unique), *kept.shape[1:], dtype=kept.dtype)
+        size = found[:1].nbytes
+        with self._path.open("rb", buffering=0) as file:
+            for target, row in zip(found, unique.tolist(), strict=True):
+                file.seek(self._places[name] + row * size)
+                _fill(file, target.view(torch.uint8).numpy().data)
+        return found[places]
+
     def _read(self, name: str, like: Tensor) -> Tensor:
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
-        # Pages of their own go back to the system when the tensor does; the heap would keep them.
-        buffer = mmap.mmap(-1, like.nbytes)
+        buffer = self._buffers.take(like.nbytes)
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._places[name])
-            _fill(file, memoryview(buffer))
-        return torch.frombuffer(buffer, dtype=like.dtype).view(like.shape)
+            _fill(file, buffer.data)
+        return torch.from_numpy(buffer).view(like.dtype).view(like.shape)
+
+
+class _Buffers:
+    """Memory for weights: of what is free again, a few megabytes are kept for the next ones.
+
+    It comes from the system in pages of its own and goes back to it; the heap would keep it.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = {}
+        self._free_bytes = 0
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """Return `size` bytes, free again when nothing refers to the array any more."""
+        free = self._free.get(size)
+        if free:
+            memory = free.pop()
+            self._free_bytes -= size
+        else:
+            memory = mmap.mmap(-1, size)
+        array = np.frombuffer(memory, dtype=np.uint8)
+        weakref.finalize(array, self._give, memory).atexit = False
+        return array
+
+    def _give(self, memory: mmap.mmap) -> None:
+        size = len(memory)
+        if self._free_bytes + size <= KEPT:
+            self._free.setdefault(size, []).append(memory)
+            self._free_bytes += size
 
 
 def open_streamed(folder: Path) -> Program:

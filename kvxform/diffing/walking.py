@@ -18,6 +18,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codegen.eager.cache import PagedCache
 from kvxform.codegen.eager.checkpoint import CheckpointExecutable
 from kvxform.codegen.eager.step import Step
+from kvxform.diffing.streaming import FileWeights
 from kvxform.ir.cache import CacheState, make_handle
 from kvxform.ir.execution import CacheSizes, Executable, LiveCache, StepInputs
 from kvxform.ir.plan import CachePlan
@@ -26,6 +27,7 @@ from kvxform.ir.types import TensorType
 from kvxform.runtime.session import Session
 
 CPU = torch.device("cpu")
+Operands = dict[int, tuple[Tensor, Tensor]]  # K and V `[B, Hk, S, D]` by layer
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def walk(
     positions: Tensor,
     cache: CacheState | None = None,
     *,
-    operands: dict[int, tuple[Tensor, Tensor]] | None = None,
+    operands: Operands | None = None,
 ) -> Iterator[Stop]:
     """Run a program and yield what each layer leaves, and at last the logits.
 
@@ -64,23 +66,11 @@ def walk(
     ends, dead = layer_ends(program), _last_uses(program.graph)
     values: dict[fx.Node, Any] = {}
 
-    def value(node: fx.Node) -> Any:
-        return program.weights[str(node.target)] if node.op == "get_attr" else values[node]
-
     for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = inputs[str(node.target)]
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-            if node.target is kvx.ATTENTION and operands is not None:
-                site = program.site(kwargs["layer"])
-                operands[site.layer] = (
-                    site.k_basis.unrotate(args[1], program.weights),
-                    site.v_basis.unrotate(args[2], program.weights),
-                )
-            with torch.inference_mode():
-                values[node] = node.target(*args, **kwargs)
-            del args, kwargs
+            values[node] = _compute(program, node, values, operands)
             if node in ends:
                 yield Stop(ends[node], values[node])
         elif node.op == "output":
@@ -88,6 +78,32 @@ def walk(
             yield Stop(None, values[found[0] if isinstance(found, tuple | list) else found])
         for gone in dead.get(node, ()):
             values.pop(gone, None)
+
+
+@torch.inference_mode()
+def _compute(
+    program: Program, node: fx.Node, values: dict[fx.Node, Any], operands: Operands | None
+) -> Any:
+    """Return the value of one operation; its weights are gone when it is done."""
+    weights = program.weights
+    if node.target is torch.ops.aten.embedding.default and isinstance(weights, FileWeights):
+        table, *nodes = node.all_input_nodes
+        if table.op == "get_attr" and len(nodes) == 1:
+            return weights.rows(str(table.target), values[nodes[0]])
+
+    def value(node: fx.Node) -> Any:
+        return weights[str(node.target)] if node.op == "get_attr" else values[node]
+
+    args: Any = fx.node.map_arg(node.args, value)
+    kwargs: Any = fx.node.map_arg(node.kwargs, value)
+    if node.target is kvx.ATTENTION and operands is not None:
+        site = program.site(kwargs["layer"])
+        operands[site.layer] = (
+            site.k_basis.unrotate(args[1], weights),
+            site.v_basis.unrotate(args[2], weights),
+        )
+    assert callable(node.target), "the graph holds calls alone"
+    return node.target(*args, **kwargs)
 
 
 def layer_ends(program: Program) -> dict[fx.Node, int]:
