@@ -180,7 +180,7 @@ def layer_cells(result: DiffResult) -> list[LayerCell]:
             weights=sum(change.layer == layer for change in result.weights),
             numbers=numbers.get(layer),
             findings=tuple(
-                f for f in result.findings if layer in f.layers and f.severity != "note"
+                f for f in ranked(result.findings) if layer in f.layers and f.severity != "note"
             ),
         )
         for layer in range(count)

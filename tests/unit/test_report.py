@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from pages import Page
 from reports import EXACT, LOSSY, make_pass, make_report
 
 from kvxform.errors import ArtifactError
@@ -61,37 +61,6 @@ def test_bounds_know_their_side():
     assert BoundRecord("max_kl", 0.1, 0.1).is_kept is True
     assert BoundRecord("min_top1", 0.9, 0.8).is_kept is False
     assert BoundRecord("min_top1", 0.9, None).is_kept is None
-
-
-class Page(HTMLParser):
-    """Collects tags, links and text; complains about tags that do not close."""
-
-    VOID = ("meta", "line", "rect", "link", "br")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 def test_page_is_well_formed_and_needs_nothing_else():
