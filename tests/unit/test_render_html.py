@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_plot_has_a_dot_for_each_error_on_a_scale_of_powers_of_ten():
     layers = [LayerDiff(i, hidden=10.0 ** (-i), key=None, value=0.0) for i in range(4)]
     chart = error_plot(layers, 1e-5)
     hidden = dots(chart, "hidden")
-    steps = [b - a for a, b in zip(hidden, hidden[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(hidden)]
     assert max(steps) - min(steps) < 0.2
     assert min(steps) > 10
     assert dots(chart, "key") == []
