@@ -137,8 +137,7 @@ def _describe(model: ir.Model, program: Program, recipe: Any) -> dict[str, Any]:
     """
     assert program.plan is not None, "checked"
     info = dataclasses.asdict(program.info)
-    del info["tokenizer_path"]  # a place on this machine
-    info["name"] = model_name(program)
+    info |= {"name": model_name(program), "tokenizer_path": None}  # no places on this machine
     table = _weight_table(program)
     return {
         "version": PACKAGE_VERSION,
@@ -148,7 +147,7 @@ def _describe(model: ir.Model, program: Program, recipe: Any) -> dict[str, Any]:
         "recipe": None if recipe is None else recipe.to_data(),
         "plan": program.plan.to_json(),
         "sites": [{"layer": s.layer, "module": s.module} for s in program.sites],
-        "program": {**encode_program(program), "weights": table},
+        "program": {**encode_program(program), "info": info, "weights": table},
         "folded": _folded(model, program, table),
         "rejected": [dataclasses.asdict(r) for r in program.rejected],
         "onnx": {

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from kvxform.capture.checkpoints import find_snapshot, load_checkpoint, open_store
 from kvxform.capture.factories import call_factory, split_factory
 from kvxform.capture.gguf_files import load_gguf
+from kvxform.capture.pt2_files import open_pt2
 from kvxform.capture.smollm2 import SMOLLM2, smollm2_folder
 from kvxform.errors import CaptureError
 from kvxform.ir.program import ModelInfo
@@ -57,6 +58,8 @@ def open_source(
         return _from_factory(*factory, name)
     path = smollm2_folder() if text == SMOLLM2 else Path(text).expanduser()
     label = name or (text if text == SMOLLM2 else path.name or text)
+    if path.suffix == ".pt2":
+        return Source(open_pt2(path), ModelInfo(label, "ExportedProgram", 0))
     model, tokenizer, store = _load(path, text, dtype)
     return Source(model, _info_of(model, label, tokenizer), store)
 
@@ -90,8 +93,6 @@ def _load(
     is_gguf = path.suffix == ".gguf"
     if is_gguf and not path.is_file():
         raise _unknown(text, "no such GGUF file")
-    if path.suffix == ".pt2":
-        raise _unknown(text, "reading .pt2 can run code; open it yourself and pass the program")
     if path.is_dir() and not (path / "config.json").is_file():
         raise _unknown(text, "the folder has no config.json")
     try:
@@ -109,7 +110,7 @@ def _unknown(text: str, why: str = "") -> CaptureError:
     return CaptureError(
         "KVX301",
         "a model source must be a module, an exported program, a Hugging Face folder or cached id, "
-        f"a .gguf file, FILE.py:FUNCTION or {SMOLLM2!r}",
+        f"a .gguf or .pt2 file, FILE.py:FUNCTION or {SMOLLM2!r}",
         where="capture",
         got=f"{text!r}: {why}" if why else repr(text),
         hint="nothing is downloaded; give the path of a local model",

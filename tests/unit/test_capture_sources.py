@@ -107,7 +107,7 @@ def test_a_gguf_file_gives_the_model_it_holds(tmp_path: Path) -> None:
         ("no-such-model", "no-such-model"),
         ("nobody/no-such-model", "nobody/no-such-model"),
         ("missing.gguf", "no such GGUF file"),
-        ("model.pt2", "reading .pt2 can run code"),
+        ("model.pt2", "it cannot be read"),
         (".", "no config.json"),
         (7, "int"),
     ],
