@@ -17,7 +17,7 @@ from typing import Literal
 
 from kvxform.calibrate import CalibrationLike, collect, make_calibration
 from kvxform.contracts import bound_records, require_bounds, require_contract, require_lowering
-from kvxform.errors import PassError
+from kvxform.errors import KvxformError, PassError
 from kvxform.ir.program import Program
 from kvxform.ir.verify import verify_program
 from kvxform.order import PlannedPass, check_order, facts_after, plan_passes
@@ -233,26 +233,36 @@ def apply_pass(
         PassError: KVX210 if it applies nowhere, KVX215 if the result is invalid.
     """
     check_order([planned], program.facts)
-    found = planned.graph_pass.match(program)
+    with _blamed(planned):
+        found = planned.graph_pass.match(program)
     matches = [f for f in found if isinstance(f, Match)]
     _require_matches(planned, found)
     if not matches:
         return program, found
     clone = program.clone()
     rewriter = Rewriter(clone, planned.name, planned.graph_pass.numerics)
-    for index, match in enumerate(matches):
-        if wanted is None or index in wanted:
-            planned.graph_pass.rewrite(clone, match, rewriter)
-    rewriter.finish()
-    clone.facts = facts_after(planned.graph_pass, clone.facts)
-    clone.passes = (*clone.passes, planned.name)
-    try:
+    with _blamed(planned):
+        for index, match in enumerate(matches):
+            if wanted is None or index in wanted:
+                planned.graph_pass.rewrite(clone, match, rewriter)
+        rewriter.finish()
+        clone.facts = facts_after(planned.graph_pass, clone.facts)
+        clone.passes = (*clone.passes, planned.name)
         verify_program(clone)
-    except PassError as error:
-        raise PassError(
+    return clone, found
+
+
+@contextlib.contextmanager
+def _blamed(planned: PlannedPass) -> Iterator[None]:
+    """Let errors say which pass it was, where they do not yet."""
+    try:
+        yield
+    except KvxformError as error:
+        if error.where not in ("", "verifier"):
+            raise
+        raise type(error)(
             error.code, error.rule, where=planned.name, got=error.got, at=error.at, hint=error.hint
         ) from error
-    return clone, found
 
 
 def _require_matches(planned: PlannedPass, found: Sequence[Match | NoMatch]) -> None:

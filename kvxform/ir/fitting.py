@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvxform.codecs.base import CodecSamples
+from kvxform.codecs.base import Codec, CodecSamples
 from kvxform.errors import PassError
 from kvxform.ir.calibration import StreamStatistics
 from kvxform.ir.program import Program
@@ -67,3 +67,23 @@ def stream_statistics(program: Program, layer: int, name: str, rope: str) -> Str
         at = program.site(layer).module
         raise PassError("KVX205", rule, at=at, hint="cache keys after RoPE")
     return statistics.k_pre
+
+
+def check_codec(codec: Codec, head_dim: int, where: str, at: str) -> None:
+    """Refuse a codec that cannot take `head_dim`.
+
+    Args:
+        codec: The codec.
+        head_dim: Channels of what it will encode.
+        where: Pass that asks, for the error text.
+        at: Where in the model, likewise.
+
+    Raises:
+        PassError: KVX203.
+    """
+    try:
+        codec.check(head_dim)
+    except PassError as error:
+        raise PassError(
+            error.code, error.rule, where=where, got=error.got, at=at, hint=error.hint
+        ) from error

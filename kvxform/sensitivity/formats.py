@@ -9,7 +9,7 @@ from typing import Any
 
 from kvxform.codecs.base import Codec, make_codec
 from kvxform.errors import PassError
-from kvxform.ir.fitting import codec_samples
+from kvxform.ir.fitting import check_codec, codec_samples
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import ReadForm, StreamPlan
@@ -54,7 +54,7 @@ def stream_formats(
     formats = []
     for changes in options:
         codec = _make(present, changes, where)
-        codec.check(present.head_dim)
+        check_codec(codec, present.head_dim, where, program.site(site.layer).module)
         if codec.tokens_per_group != present.tokens_per_group:
             raise PassError(
                 "KVX205",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -28,6 +28,7 @@ from kvxform.ir.facts import DEFAULTS
 from kvxform.ir.parse import parse_graph
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
+from kvxform.ir.stream_plan import StreamPlan
 from kvxform.ir.text import format_graph
 from kvxform.pass_base import GraphPass, Match, NoMatch, Rewriter
 from kvxform.pipeline import apply_pass
@@ -131,7 +132,9 @@ def check_shapes(graph_pass: GraphPass, program: Program, after: Program) -> Ite
         yield f"the dry run gives weights of other names or shapes: {', '.join(names[:3])}"
     if dry.sites != after.sites:
         yield "the dry run gives other sites"
-    if without_constants(dry.plan) != without_constants(after.plan):
+    # what calibration decides, a dry run cannot know
+    decided = without_codecs if graph_pass.needs_calibration else without_constants
+    if decided(dry.plan) != decided(after.plan):
         yield "the dry run gives another plan"
 
 
@@ -155,6 +158,8 @@ def check_refusal(graph_pass: GraphPass, program: Program, error: KvxformError) 
     """Look at what the pass said where it refused, and let it refuse shapes alone too."""
     if not error.rule.strip():
         yield f"{error.code} does not say what must hold"
+    if not error.where:
+        yield f"{error.code} does not say which pass it is about"
     with contextlib.suppress(KvxformError):
         apply_pass(on_meta(program), planned(graph_pass))
 
@@ -197,16 +202,28 @@ def check_contract(
 
 
 def without_constants(plan: CachePlan | None) -> CachePlan | None:
-    """Return a plan without what codecs were fitted to, which a dry run cannot know."""
+    """Return a plan without what codecs were fitted to."""
+
+    def options(codec: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in codec.items() if not isinstance(value, list)}
+
+    return _with_streams(
+        plan, lambda s: dataclasses.replace(s, codec=options(s.codec), calibration=None)
+    )
+
+
+def without_codecs(plan: CachePlan | None) -> CachePlan | None:
+    """Return a plan without codecs and the planes that they store."""
+    return _with_streams(
+        plan, lambda s: dataclasses.replace(s, codec={}, planes=(), calibration=None)
+    )
+
+
+def _with_streams(
+    plan: CachePlan | None, change: Callable[[StreamPlan], StreamPlan]
+) -> CachePlan | None:
     for site in plan.sites if plan else ():
-        streams = {
-            name: dataclasses.replace(
-                stream,
-                codec={key: x for key, x in stream.codec.items() if not isinstance(x, list)},
-                calibration=None,
-            )
-            for name, stream in site.streams.items()
-        }
+        streams = {name: change(stream) for name, stream in site.streams.items()}
         assert plan is not None, "it has sites"
         plan = plan.replace_site(site.layer, **streams)
     return plan

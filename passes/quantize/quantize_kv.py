@@ -15,7 +15,7 @@ from kvxform.codecs.base import Codec, make_codec
 from kvxform.codecs.saliency import SaliencyCodec
 from kvxform.errors import PassError
 from kvxform.ir.facts import FactValue, Requirement
-from kvxform.ir.fitting import codec_samples
+from kvxform.ir.fitting import check_codec, codec_samples
 from kvxform.ir.layers import named_layers
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
@@ -132,7 +132,7 @@ class QuantizeKv(GraphPass):
             if present != "none":
                 reason = f"{name}s are already stored by codec {present}"
                 return NoMatch(reason, site.layer, hint="keep one quantize-kv in the recipe")
-            _check_codec(make_codec(stream.codec), stream.head_dim, at)
+            check_codec(make_codec(stream.codec), stream.head_dim, WHERE, at)
             _check_pages(program.plan.layout.page_size, stream, at)
         _check_ranking({**site.streams, **streams}, at)
         return Match(site.layer, data=streams)
@@ -215,15 +215,6 @@ def _check_ranking(streams: Mapping[str, StreamPlan], at: str) -> None:
         rule = "tokens are ranked by attention to keys after RoPE"
         hint = "cache keys after RoPE, or use score: spread"
         raise PassError("KVX205", rule, where=WHERE, got="pre", at=at, hint=hint)
-
-
-def _check_codec(codec: Codec, head_dim: int, at: str) -> None:
-    try:
-        codec.check(head_dim)
-    except PassError as error:
-        raise PassError(
-            error.code, error.rule, where=WHERE, got=error.got, at=at, hint=error.hint
-        ) from error
 
 
 def _check_pages(page_size: int, stream: StreamPlan, at: str) -> None:
