@@ -119,7 +119,7 @@ def round_weight(program: Program) -> None:
 
 def rename_all(program: Program) -> None:
     """Give every node, weight and module another name, and every origin another line."""
-    names = {name: f"w{i}" for i, name in enumerate(reversed(sorted(program.weights)))}
+    names = {name: f"w{i}" for i, name in enumerate(sorted(program.weights, reverse=True))}
     program.weights = {names[name]: weight for name, weight in program.weights.items()}
     for i, node in enumerate(program.graph.nodes):
         if node.op == "get_attr":
