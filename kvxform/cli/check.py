@@ -25,12 +25,19 @@ Source = Annotated[
 Update = Annotated[
     bool, typer.Option("--update", help="Write locks anew whose builds differ; exit with 0.")
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base", help="Revision of git: show what changed since its locks, updated or not."
+    ),
+]
 
 
 def run(
     locks: Locks,
     source: Source = None,
     update: Update = False,
+    base: Base = None,
     format_: FormatOption = Format.text,
     out: OutFiles = None,
     json: Json = False,
@@ -40,7 +47,7 @@ def run(
     from kvxform.locks.rendering import render_checks
     from kvxform.locks.runs import check_files
 
-    checks = check_files(locks, source=source, update=update, talk=talk)
+    checks = check_files(locks, source=source, update=update, base=base, talk=talk)
     print_data(render_checks(checks, Format.json if json else format_))
     _write_files(checks, files)
     return max(check.exit_code for check in checks)

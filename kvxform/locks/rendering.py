@@ -23,12 +23,22 @@ _MOST_CHARACTERS = 60_000  # GitHub refuses comments above 65536
 _SHOWN = ("kv_bytes_per_token", "bits_per_value")
 _WORDS = {  # of one lock, of several
     "error": ("cannot be built", "cannot be built"),
-    "different": ("differs", "differ"),
+    "out of date": ("is out of date", "are out of date"),
+    "changed": ("changed", "changed"),
+    "new": ("is new", "are new"),
     "updated": ("was updated", "were updated"),
     "same": ("is the same", "are the same"),
 }
+_ICONS = {"error": "❌", "out of date": "❌", "same": "✅"}  # every other answer: look at it
 _RULER = "=" * 80
-_ADVICE = "If this is what you wanted, run `kvxform check --update` on these locks and commit them."
+_ABOUT = (
+    "A lock says what a build was when it was committed: its graph, cache and outputs. "
+    "This is what is built now."
+)
+_ADVICE = (
+    "If the changes are wanted: run `kvxform check --update` on the locks that are out of date, "
+    "and commit them."
+)
 
 
 def render_checks(checks: Sequence[Checked], form: str) -> str:
@@ -47,14 +57,13 @@ def render_checks(checks: Sequence[Checked], form: str) -> str:
 def _text(checks: Sequence[Checked]) -> str:
     blocks = []
     for check in checks:
-        word = answer(check)
-        if check.result is None:
-            blocks.append(f"{word:11}{check.path}\n  {check.error}")
-        elif check.result.is_same:
-            blocks.append(f"{word:11}{check.path}")
+        line, shown = f"{answer(check):13}{check.path}", check.shown
+        if shown is None:
+            blocks.append(f"{line}\n  {check.error}")
+        elif shown.is_same:
+            blocks.append(line)
         else:
-            head = f"{_RULER}\n{word:11}{check.path}\n{_RULER}" if len(checks) > 1 else ""
-            blocks += [part for part in (head, render_text(check.result)) if part]
+            blocks.append(f"{_RULER}\n{line}\n{_RULER}\n{render_text(shown)}\n")
     if len(checks) > 1:
         blocks.append(_count(checks))
     return "\n".join(blocks)
@@ -67,7 +76,7 @@ def _json(checks: Sequence[Checked]) -> str:
             "answer": answer(check),
             "exit_code": check.exit_code,
             "error": check.error,
-            "diff": None if check.result is None else json.loads(render_json(check.result)),
+            "diff": None if check.shown is None else json.loads(render_json(check.shown)),
         }
         for check in checks
     ]
@@ -76,19 +85,17 @@ def _json(checks: Sequence[Checked]) -> str:
 
 def _markdown(checks: Sequence[Checked]) -> str:
     other = [check for check in checks if answer(check) != "same"]
-    if len(checks) == 1 and checks[0].result is not None:
-        return render_markdown(checks[0].result)
-    icon = "❌" if any(check.result is None for check in other) else "⚠️" if other else "✅"
-    blocks = [f"### {icon} kvxform check: {_count(checks)}"]
+    worst = next(key for key in _WORDS if any(answer(check) == key for check in checks))
+    blocks = [f"### {_ICONS.get(worst, '⚠️')} kvxform: {_count(checks)}", _ABOUT]
     if other:
-        heads = ["lock", "answer", *(FIGURES[name] for name in _SHOWN), "what changed"]
+        heads = ["lock", "", *(FIGURES[name] for name in _SHOWN), "what changed"]
         rows = [heads, ["---", "---", "---:", "---:", "---"], *map(_row, other)]
         blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    if any(answer(check) == "different" for check in other):
+    if worst == "out of date":
         blocks.append(_ADVICE)
     for check in other:
-        if check.result is not None:
-            body = _folded(check.path, check.result)
+        if check.shown is not None and not check.shown.is_same:
+            body = _folded(check.path, check.shown, is_open=len(other) == 1)
             fits = sum(map(len, [*blocks, body])) < _MOST_CHARACTERS
             blocks.append(body if fits else f"`{check.path}`: too long for a comment.")
     return "\n\n".join(blocks)
@@ -96,10 +103,11 @@ def _markdown(checks: Sequence[Checked]) -> str:
 
 def _row(check: Checked) -> list[str]:
     """Return the cells of one lock; what only a build tells is empty without one."""
-    cells = [f"`{check.path}`", answer(check)]
-    if check.result is None:
+    word = answer(check)
+    cells = [f"`{check.path}`", f"{_ICONS.get(word, '⚠️')} {word}"]
+    if check.shown is None:
         return [*cells, "", "", _cell(check.error)]
-    found = {metric.name: metric for metric in check.result.metrics}
+    found = {metric.name: metric for metric in check.shown.metrics}
     for name in _SHOWN:
         metric = found.get(name)
         if metric is None or (metric.before is None and metric.after is None):
@@ -107,16 +115,16 @@ def _row(check: Checked) -> list[str]:
             continue
         before, after = (format_metric(name, x) for x in (metric.before, metric.after))
         cells.append(before if before == after else f"{before} → **{after}**")
-    return [*cells, _cell(verdict(check.result).sentence)]
+    return [*cells, "" if word == "new" else _cell(verdict(check.shown).sentence)]
 
 
 def _cell(text: str) -> str:
     return re.sub(r"([|<>*_`@\[\]])", r"\\\1", " ".join(text.split()))
 
 
-def _folded(path: str, result: DiffResult) -> str:
-    body = render_markdown(result)
-    return f"<details><summary><code>{path}</code></summary>\n\n{body}\n\n</details>"
+def _folded(path: str, result: DiffResult, *, is_open: bool) -> str:
+    head = f"<details{' open' if is_open else ''}><summary><code>{path}</code></summary>"
+    return f"{head}\n\n{render_markdown(result)}\n\n</details>"
 
 
 def _junit(checks: Sequence[Checked]) -> str:
@@ -151,19 +159,23 @@ def _sarif(checks: Sequence[Checked]) -> str:
 
 
 def _html(checks: Sequence[Checked]) -> str:
-    if len(checks) == 1 and checks[0].result is not None:
-        return render_html(checks[0].result)
+    if len(checks) == 1 and checks[0].shown is not None:
+        return render_html(checks[0].shown)
     rule = "an HTML page is of one lock that can be built"
     raise KvxformError("KVX801", rule, where="check", got=_count(checks))
 
 
 def answer(check: Checked) -> str:
-    """Return `same`, `different`, `updated` or `error`."""
+    """Return a key of `_WORDS`: `out of date` asks for an update, `changed` was updated."""
     if check.result is None:
         return "error"
     if check.updated:
         return "updated"
-    return "same" if check.result.is_same else "different"
+    if not check.result.is_same:
+        return "out of date"
+    if check.since is not None and not check.since.is_same:
+        return "changed"
+    return "new" if check.is_new else "same"
 
 
 def _count(checks: Sequence[Checked]) -> str:

@@ -10,7 +10,7 @@ from kvxform.diffing.records import DiffResult
 from kvxform.errors import KvxformError
 from kvxform.locks.building import Builder, resolve_path, resolve_source
 from kvxform.locks.checking import compare_locks
-from kvxform.locks.files import read_lock, write_lock
+from kvxform.locks.files import read_lock, read_lock_at, write_lock
 from kvxform.locks.making import make_lock
 from kvxform.locks.records import Lock
 
@@ -24,12 +24,21 @@ class Checked:
         result: How the build differs from it; None if there is no build.
         error: Why there is none, as one line, or empty.
         updated: Whether the file was written anew.
+        since: How the build differs from the lock in the base revision; None if none was given.
+        is_new: Whether the base revision has no such lock.
     """
 
     path: str
     result: DiffResult | None
     error: str = ""
     updated: bool = False
+    since: DiffResult | None = None
+    is_new: bool = False
+
+    @property
+    def shown(self) -> DiffResult | None:
+        """What a reader wants to see: what changed since the base if that is known."""
+        return self.result if self.since is None else self.since
 
     @property
     def exit_code(self) -> int:
@@ -44,6 +53,7 @@ def check_files(
     *,
     source: str | None = None,
     update: bool = False,
+    base: str | None = None,
     progress: bool = True,
     talk: Callable[[str], None] = lambda _: None,
 ) -> list[Checked]:
@@ -53,6 +63,7 @@ def check_files(
         paths: Lock files.
         source: Model or artifact instead of the one that a lock names.
         update: Write a lock anew if its build differs; one that agrees stays as it is, to the byte.
+        base: Revision of git; compare with its locks too, to show what a branch changes.
         progress: Show progress on stderr.
         talk: Called with a line before each.
     """
@@ -61,24 +72,33 @@ def check_files(
     for path in paths:
         talk(f"checking {path}")
         try:
-            checks.append(_check(builder, path, source, update))
+            checks.append(_check(builder, path, source, update, base))
         except KvxformError as error:
             checks.append(Checked(path, None, str(error)))
     return checks
 
 
-def _check(builder: Builder, path: str, source: str | None, update: bool) -> Checked:
-    lock = read_lock(path)
-    folder = Path(path).parent
+def _check(
+    builder: Builder, path: str, source: str | None, update: bool, base: str | None
+) -> Checked:
+    folder, lock = Path(path).parent, read_lock(path)
+    before = None if base is None else read_lock_at(path, base)
     model = builder.build(lock.build, folder, source=source)
-    lengths = None if lock.digest is None else lock.digest.lengths
-    found = make_lock(model, build=lock.build, digest=lengths is not None, lengths=lengths)
     words = _build_words(lock, folder, source)
-    result = compare_locks(lock, found, name=path, other_name=words, other_kind="program")
-    if update and not result.is_same:
-        write_lock(make_lock(model, build=lock.build, digest=lengths is not None), path)
-        return Checked(path, result, updated=True)
-    return Checked(path, result)
+
+    def compare(old: Lock, name: str) -> DiffResult:
+        lengths = None if old.digest is None else old.digest.lengths
+        found = make_lock(model, build=old.build, digest=lengths is not None, lengths=lengths)
+        return compare_locks(old, found, name=name, other_name=words, other_kind="program")
+
+    result = compare(lock, path)
+    since = None if before is None else compare(before, f"{path} at {base}")
+    must_write = update and not result.is_same
+    if must_write:
+        digest = lock.digest is not None
+        write_lock(make_lock(model, build=lock.build, digest=digest), path)
+    is_new = base is not None and before is None
+    return Checked(path, result, updated=must_write, since=since, is_new=is_new)
 
 
 def _build_words(lock: Lock, folder: Path, source: str | None) -> str:
