@@ -123,7 +123,8 @@ class PairComparer:
             elif left[0] == right[0] == "node":
                 types = self.a.nodes[left[1]].type, self.b.nodes[right[1]].type
                 reasons |= _type_changes(*types)
-        if not is_explained and not _type_changes(x.type, y.type) <= reasons:
+        is_known = bool(x.type and y.type)  # an ONNX file need not say the types of its values
+        if is_known and not is_explained and not _type_changes(x.type, y.type) <= reasons:
             yield f"{x.type} -> {y.type}"
 
 
