@@ -263,7 +263,7 @@ class NumericDiff:
         found = self.logits
         if found is None or found.relative <= self.tolerance:
             return True
-        return found.kl <= self.kl_tolerance
+        return self.kl_tolerance > 0.0 and found.kl <= self.kl_tolerance
 
 
 @dataclass(frozen=True)
