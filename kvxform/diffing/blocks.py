@@ -13,7 +13,7 @@ from kvxform.diffing.records import Finding, PlanChange, PortChange, Severity
 _LAYER = re.compile(r"^layer (\d+) ")
 _NUMBER = re.compile(r"\b(layer |layers\.)(\d+)")
 _STREAM = re.compile(r"^(keys|values): (.+)$", re.DOTALL)
-_TELLING = ("codec.codec", "codec.bits", "basis.kind")  # fields that say most of a plan
+_TELLING = ("codec.codec", "codec.bits", "basis.kind", "owner layer")  # what says most of a plan
 _MOST_MESSAGES = 3
 
 
@@ -113,11 +113,11 @@ class FindingGroup:
     origin: str
 
     @property
-    def message(self) -> str:
-        """The first few messages as one sentence."""
-        shown = self.messages[:_MOST_MESSAGES]
-        more = len(self.messages) - len(shown)
-        return "; ".join(shown) + (f"; and {more} more" if more else "")
+    def shown(self) -> list[str]:
+        """The first few messages, and how many more there are."""
+        more = len(self.messages) - _MOST_MESSAGES
+        rest = [f"and {more} more"] if more > 0 else []
+        return [*self.messages[:_MOST_MESSAGES], *rest]
 
 
 def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:

@@ -64,8 +64,9 @@ def structure_causes(structure: StructureDiff) -> Iterator[Cause]:
 
 
 def _node_cause(change: NodeChange) -> Cause:
-    by = f" by {change.via[-1]}" if change.via else ""
     if change.kind in ("added", "removed"):
+        words = " by" if change.kind == "added" else ", in A from"
+        by = f"{words} {change.via[-1]}" if change.via else ""
         return Cause("operations", "warning", f"{change.op} {change.kind}{by}")
     if change.kind == "retyped":
         rule = "dtype" if _is_dtype(change.what) else "operations"

@@ -102,7 +102,8 @@ def _findings(result: DiffResult) -> str:
     for finding in group_findings(ranked(result.findings)):
         where = layer_words(finding.layers, count) if finding.layers else "model"
         origin = f"<br><sub>{_text(finding.origin)}</sub>" if finding.origin else ""
-        rows.append((_SEVERITIES[finding.severity], where, _text(finding.message) + origin))
+        messages = "<br>".join(map(_text, finding.shown))
+        rows.append((_SEVERITIES[finding.severity], where, messages + origin))
     return _table(("", "where", "what"), rows)
 
 
@@ -141,7 +142,7 @@ def _numbers(result: DiffResult) -> str:
             f" **{plain_number(got.kl)}** nats, the same next token at"
             f" **{plain_percent(got.top1)}** of positions."
         )
-    if numeric.first_layer is not None:
+    if numeric.first_layer is not None and not result.is_same:
         lines.append(f"They part first in **layer {numeric.first_layer}**.")
     if numeric.schedules:
         ran = ", ".join(map(_text, numeric.schedules))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 from kvxform.diffing.blocks import Block, blocks_of, fold_ports, group_findings, often, plan_lines
@@ -21,7 +22,6 @@ from kvxform.diffing.records import (
     DiffResult,
     LayerDiff,
     NodeChange,
-    NumericDiff,
     StructureDiff,
     WeightChange,
 )
@@ -32,6 +32,7 @@ _COLOURS = {"good": "32", "warn": "33", "bad": "31", "bold": "1"}
 _SEVERITIES = {"error": ("ERROR", "bad"), "warning": ("WARN", "warn"), "note": ("note", "good")}
 _STEPS = "▁▂▃▄▅▆▇█"  # errors from 1e-8 and less to 1 and more, one step a power of ten
 _SAME = "·"
+_WIDTH = 100  # of findings
 _PER_LINE = 64  # layers in one line of the map
 _MOST_LINES = 40  # of one block of changes
 
@@ -50,7 +51,7 @@ def render_text(result: DiffResult, *, colour: bool = False) -> str:
         _limits(result, mark),
         _figures(result),
         map_lines(result),
-        *_numbers(result.numeric),
+        *_numbers(result),
         *_structure(result.structure, layer_count(result)),
         _changes("plan of the cache", result.plan, layer_count(result)),
         _changes("weights", result.weights, layer_count(result)),
@@ -82,9 +83,11 @@ def _findings(result: DiffResult, mark: Mark) -> list[str]:
     lines = ["what changed"]
     for finding, place in zip(findings, where, strict=True):
         word, tone = _SEVERITIES[finding.severity]
-        origin = f"  at {plain_line(finding.origin)}" if finding.origin else ""
-        text = f"{plain_line(finding.message)}  [{finding.rule}]{origin}"
-        lines.append(f"  {mark(f'{word:<5}', tone)}  {place:<{width}}  {text}")
+        origin = f" at {plain_line(finding.origin)}" if finding.origin else ""
+        text = f"{plain_line('; '.join(finding.shown))} [{finding.rule}]{origin}"
+        first, *rest = textwrap.wrap(text, max(_WIDTH - width - 11, 40), break_on_hyphens=False)
+        lines.append(f"  {mark(f'{word:<5}', tone)}  {place:<{width}}  {first}")
+        lines += [f"{'':{width + 11}}{line}" for line in rest]
     return lines
 
 
@@ -180,7 +183,8 @@ def _tips(errors: Sequence[LayerDiff]) -> dict[str, str]:
     return tips
 
 
-def _numbers(numeric: NumericDiff | None) -> Iterator[list[str]]:
+def _numbers(result: DiffResult) -> Iterator[list[str]]:
+    numeric = result.numeric
     if numeric is None:
         return
     lines = [f"both run on {plain_line(numeric.inputs)}"]
@@ -195,7 +199,7 @@ def _numbers(numeric: NumericDiff | None) -> Iterator[list[str]]:
             f"  tokens   KL {plain_number(got.kl)} nats,"
             f" same next token at {plain_percent(got.top1)} of positions"
         )
-    if numeric.first_layer is not None:
+    if numeric.first_layer is not None and not result.is_same:
         lines.append(f"  parting  first in layer {numeric.first_layer}")
     if numeric.schedules:
         lines.append(f"  caches   {', '.join(map(plain_line, numeric.schedules))}")
@@ -261,7 +265,8 @@ def _lines(block: Block[Change]) -> Iterator[str]:
 
 
 def _node(change: NodeChange, times: str) -> Iterator[str]:
-    via = f"  by {', '.join(map(plain_line, change.via))}" if change.via else ""
+    by = "in A from" if change.kind == "removed" else "by"
+    via = f"  {by} {', '.join(map(plain_line, change.via))}" if change.via else ""
     if change.kind in ("added", "removed"):
         yield f"    {sign_of([change])} {plain_line(change.after or change.before)}{times}{via}"
         return

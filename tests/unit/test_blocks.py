@@ -48,7 +48,7 @@ def test_findings_that_say_the_same_of_their_own_layer_are_one():
     ]
     (group,) = group_findings(findings)
     assert group.layers == (1, 3, 5)
-    assert group.message == "owner layer 1 -> layer 0, and likewise in the others"
+    assert group.shown == ["owner layer 1 -> layer 0, and likewise in the others"]
     assert group.origin == "x.py:1"
 
 
@@ -72,4 +72,4 @@ def test_findings_with_one_rule_and_the_same_layers_are_one_and_what_tells_most_
     (group,) = group_findings(findings)
     assert group.messages[0] == "keys and values: codec.bits 4 -> 2"
     assert len(group.messages) == 5
-    assert group.message.endswith("; and 2 more")
+    assert group.shown[3:] == ["and 2 more"]
