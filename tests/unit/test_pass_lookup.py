@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from programs import llama_program
@@ -183,6 +185,13 @@ def test_two_packages_with_one_name_are_refused(install):
         find_pass("same-name")
     errors = [entry.error for entry in list_passes() if entry.name == "same-name"]
     assert errors[0].startswith("KVX222")
+
+
+def test_the_pass_of_the_documentation_keeps_its_promises(install):
+    text = (Path(__file__).parents[2] / "docs" / "testing.md").read_text(encoding="utf-8")
+    (code,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "GraphPass)" in b]
+    install("documented", code, {"rebind-outputs": "documented:RebindOutputs"})
+    assert check_pass("rebind-outputs", examples=2, new_process=False).applied == 2
 
 
 def test_importing_kvxform_looks_for_no_package():
