@@ -89,9 +89,13 @@ def inputs_of(part: Program) -> list[str]:
 
 
 def operations(program: Program) -> list[fx.Node]:
-    """Return the calls of a program that do not stand for recorded inputs."""
+    """Return the calls of a program that neither stand for recorded inputs nor make sizes."""
     calls = (node for node in program.graph.nodes if node.op == "call_function")
-    return [node for node in calls if node.meta["origin"] != ORIGIN]
+    return [
+        node
+        for node in calls
+        if node.meta["origin"] != ORIGIN and not isinstance(node.meta["type"], SymType)
+    ]
 
 
 def _add_table(part: Program, node: fx.Node, name: str, rows: Tensor, vocab: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -108,6 +109,6 @@ def _run_file(path: Path) -> ModuleType:
         rule = "passes must come from a Python file"
         raise KvxformError("KVX801", rule, where="repro", got=str(path))
     module = importlib.util.module_from_spec(spec)
-    importlib.import_module("sys").modules[path.stem] = module
+    sys.modules[path.stem] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

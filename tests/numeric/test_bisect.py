@@ -80,7 +80,7 @@ PLANTS = [
         faulty_passes.FuseNorms,
         "kv4",
         "KVX212",
-        "weight layers.*.mlp.gate of layer 1",
+        "weight layers.*.mlp",
         operations=6,
         good="passes/rotation/fuse_norms.py",
         module=MLP,
@@ -114,7 +114,9 @@ PLANTS = [
     Plant(faulty_passes.BreakDown, ["break-down"], "ZeroDivisionError", "", operations=2),
     Plant(faulty_passes.MistypeHeads, ["mistype-heads"], "KVX215", "", operations=2),
 ]
-QUICK = ("rotate-v", "rotate-qk", "break-down")
+QUICK = ("rotate-qk", "break-down")
+CODEC = {"codec": "int", "bits": 4}
+INT4 = ["insert-cache", {"quantize-kv": {"key": CODEC, "value": CODEC}}]
 
 
 def small(layers: int = 3, **options: Any) -> Program:
@@ -194,15 +196,20 @@ def test_faults_at_two_sites_are_both_found_the_costlier_first(monkeypatch):
     assert "layers 0, 2" in found.where
 
 
-def test_a_bound_is_traced_to_the_layer_that_breaks_it(monkeypatch, tmp_path):
-    plain = kvxform.bisect(small(), "kv4", bound={"max_kl": 1.0}, progress=False)
+@pytest.fixture(scope="module")
+def usual_kl() -> float:
+    """KL of int4 without a fault, which any wider bound allows."""
+    plain = kvxform.bisect(small(), recipe_of(INT4), bound={"max_kl": 1.0}, progress=False)
     assert plain.is_clean
-    usual = plain.stages[-1].kl
-    assert usual is not None
+    kl = plain.stages[-1].kl
+    assert kl is not None
+    return kl
+
+
+def test_a_bound_is_traced_to_the_layer_that_breaks_it(usual_kl, monkeypatch, tmp_path):
     monkeypatch.setitem(PASSES, "quantize-kv", faulty_passes.QuantizeKv)
-    limits = {"max_kl": 1.5 * usual}
-    out = tmp_path / "repro"
-    found = kvxform.bisect(small(), "kv4", bound=limits, out=out, progress=False)
+    limits, out = {"max_kl": 1.5 * usual_kl}, tmp_path / "repro"
+    found = kvxform.bisect(small(), recipe_of(INT4), bound=limits, out=out, progress=False)
     assert found.pass_name == "quantize-kv"
     assert found.failure.startswith("KVX501")
     assert [culprit.layers for culprit in found.culprits] == [(1,)]
@@ -213,11 +220,9 @@ def test_a_bound_is_traced_to_the_layer_that_breaks_it(monkeypatch, tmp_path):
     assert exit_code(out / "repro.py", monkeypatch, str(good)) == 0
 
 
-def test_layers_that_break_a_bound_together_are_ranked_by_cost():
-    plain = kvxform.bisect(small(), "kv4", bound={"max_kl": 1.0}, progress=False)
-    usual = plain.stages[-1].kl
-    assert usual is not None
-    found = kvxform.bisect(small(), "kv4", bound={"max_kl": usual / 2}, progress=False)
+def test_layers_that_break_a_bound_together_are_ranked_by_cost(usual_kl):
+    limits = {"max_kl": usual_kl / 2}
+    found = kvxform.bisect(small(), recipe_of(INT4), bound=limits, progress=False)
     costs = [culprit.cost or 0.0 for culprit in found.culprits]
     assert found.pass_name == "quantize-kv"
     assert costs == sorted(costs, reverse=True)
