@@ -15,11 +15,12 @@ from torch import nn
 from kvxform.capture import capture
 from kvxform.codecs.base import dtype_name
 from kvxform.codegen.onnx.capability import takes_padding
-from kvxform.errors import KvxformError
+from kvxform.errors import ArtifactError, KvxformError
 from kvxform.ir.program import Program
 from kvxform.ir.rounding import rounding_dtype
 from kvxform.pass_lookup import find_pass
 from kvxform.progress import ProgressDisplay
+from kvxform.recipe import retarget
 from kvxform.runtime.loading import load_model
 from kvxform.runtime.model import OptimizedModel
 from kvxform.verify.cache_state import is_lossy
@@ -29,7 +30,16 @@ from kvxform.verify.probe import rewrite_probe, run_source
 from kvxform.verify.prober import first_encoded_length
 from kvxform.verify.results import Comparison, Verification
 from kvxform.verify.schedules import Free, Prefill, Schedule
-from kvxform.verify.suites import STEPS, Fit, Suite, check_keys, make_suites
+from kvxform.verify.suites import (
+    LONG,
+    SCHEDULES,
+    SHORTEST,
+    STEPS,
+    Fit,
+    Suite,
+    check_keys,
+    make_suites,
+)
 from kvxform.verify.tolerances import Tolerance, tolerance_for
 
 if TYPE_CHECKING:
@@ -82,13 +92,27 @@ def verify_artifact(
 
 
 def _open(target: Target, lowering: str | None) -> OptimizedModel:
+    wanted = "eager" if lowering == "onnx" else lowering  # a package is made from that
     if isinstance(target, OptimizedModel):
-        model = target
+        model = target if wanted in (None, _lowering_of(target)) else _retargeted(target, wanted)
     else:
-        model = load_model(Path(target), target="eager" if lowering == "onnx" else lowering)
+        model = load_model(Path(target), target=wanted)
     if model.plan is None:
         raise KvxformError("KVX401", "only a program with a cache can be verified", where="verify")
     return model
+
+
+def _lowering_of(model: OptimizedModel) -> str:
+    return "eager" if model.recipe is None else model.recipe.target.lowering
+
+
+def _retargeted(model: OptimizedModel, lowering: str) -> OptimizedModel:
+    """Return the same program under another lowering."""
+    if model.recipe is None:
+        rule = "a model without a recipe runs eagerly"
+        raise KvxformError("KVX801", rule, where="verify", got=repr(lowering))
+    recipe = retarget(model.recipe, lowering)
+    return OptimizedModel(model.program, report=model.report, recipe=recipe)
 
 
 class _Run:
@@ -102,8 +126,7 @@ class _Run:
 
     def __init__(self, model: OptimizedModel, lowering: str | None, talk: Talk) -> None:
         assert model.plan is not None, "checked"
-        own = "eager" if model.recipe is None else model.recipe.target.lowering
-        self.model, self.lowering, self._talk = model, lowering or own, talk
+        self.model, self.lowering, self._talk = model, lowering or _lowering_of(model), talk
         self._plan, program = model.plan, model.program
         self._dtype = rounding_dtype(program)
         self._tolerance: Tolerance = tolerance_for(self._dtype)
@@ -124,6 +147,9 @@ class _Run:
             known=CALIBRATED if any(st.calibration for st in streams) else SEEN,
             is_ragged=self.lowering != "onnx" or takes_padding(self._plan),
         )
+        if keys is None and self._is_interpreted:
+            keys = [key for key in SCHEDULES if key != LONG]
+            self._left_out[LONG] = "kernels are interpreted here; it runs if it is named"
         suites = make_suites(fit, self._write, keys)
         for suite in suites:
             self._left_out |= suite.left_out
@@ -136,7 +162,10 @@ class _Run:
 
     def compare_with(self, source: Program) -> list[Comparison]:
         """Compare the model in one piece with its source."""
-        probe = self._write((min(65, source.info.context_length or 65),))
+        self._check_source(source)
+        needed = first_encoded_length(self._plan)
+        longest = max(SHORTEST, needed + needed // 4 + 8)
+        probe = self._write((min(longest, source.info.context_length or longest),))
         passes = [find_pass(name) for name in self.model.program.passes]
         is_exact = all(p.numerics.is_exact for p in passes) and not is_lossy(
             self._plan, source.dtype
@@ -150,7 +179,7 @@ class _Run:
         reference = (
             "the eager lowering"
             if self.lowering == "onnx"
-            else ("the equations of the plan, and the model in one piece")
+            else "the equations of the plan, and the model in one piece"
         )
         name, recipe = self.model.program.info.name, self.model.recipe
         return Verification(
@@ -162,6 +191,15 @@ class _Run:
             comparisons=tuple(comparisons),
             left_out=self._left_out,
         )
+
+    def _check_source(self, source: Program) -> None:
+        own, other = self.model.program, source
+        mine = (own.info.family, own.info.vocab_size, len(own.sites))
+        theirs = (other.info.family, other.info.vocab_size, len(other.sites))
+        if mine != theirs:
+            rule = "the source must be the model that the artifact was made from"
+            got = f"{source.info.name}, {theirs[1]} tokens, {theirs[2]} layers"
+            raise ArtifactError("KVX606", rule, where="verify", got=got)
 
     @property
     def _is_interpreted(self) -> bool:

@@ -98,7 +98,10 @@ class OnnxRows:
         self._session.replace_rows(kept, mask[index])
 
     def crop(self, length: int | Sequence[int], rows: Sequence[int] | None = None) -> None:
-        """Drop the newest tokens, the same number of every row."""
+        """Drop the newest tokens, the same number of every row.
+
+        None of them may be encoded where tokens wait before they are.
+        """
         before = self.sequence_lengths()
         wanted = [length] * len(before) if isinstance(length, int) else list(length)
         drops = {n - keep for n, keep in zip(before, wanted, strict=True)}
@@ -167,13 +170,14 @@ class OnnxRows:
         return found
 
     def _rows_of(self, port: str, columns: int) -> int:
-        """Return the rows of a plane after `columns` tokens, where all tokens are encoded."""
+        """Return the rows of a plane with `columns` tokens in the cache."""
         layer, stream, name = _parts(port)
-        if name in BUFFERS:
-            _refuse("a package with exact regions cannot be cropped", port)
         plan = self._model.plan.site(layer).streams[stream]
+        sink, body = min(columns, plan.regions.sink), plan.body_tokens(columns)
+        if name in BUFFERS:
+            return sink if name == "sink" else columns - sink - body
         spec = next(p for p in plan.planes if p.name == name)
-        return -(-columns // spec.tokens_per_row)
+        return -(-body // spec.tokens_per_row)
 
 
 def _parts(port: str) -> tuple[int, str, str]:

@@ -36,6 +36,7 @@ class Checker:
         assert model.plan is not None, "the model has a cache"
         self._model, self._tolerance, self._cost, self._talk = model, tolerance, cost, talk
         self._dtype = model.program.dtype
+        self._is_recomputed = model.plan.layout.kind == "checkpoint"  # no cache to be watched
         self.is_lossy = is_lossy(model.plan, self._dtype)
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -72,26 +73,23 @@ class Checker:
         return [Comparison(ALL, "logits, against one piece (KL)", kl, bound)]
 
     def _state(self, check: StateCheck) -> list[Comparison]:
-        bounds = self._tolerance
-        rows = (
-            (
-                "K and V handed in, against one piece",
-                check.input_error,
-                bounds.inputs,
-                check.input_at,
-            ),
-            ("attention, against the equations", check.read_error, bounds.reads, check.read_at),
+        bounds, found = self._tolerance, check
+        own = ("K and V, against one piece", found.input_error, bounds.inputs, found.input_at)
+        watched = (
+            ("attention, against the equations", found.read_error, bounds.reads, found.read_at),
             (
                 "cached tokens, against the equations",
-                check.state_error,
+                found.state_error,
                 bounds.state,
-                check.state_at,
+                found.state_at,
             ),
         )
-        found = [Comparison(check.schedule, *row) for row in rows]
+        rows = (own,) if self._is_recomputed else (own, *watched)
         wrong = "; ".join(dict.fromkeys(check.complaints))
-        found.append(Comparison(check.schedule, "lengths and bytes", at=wrong, is_equal=not wrong))
-        return found
+        return [
+            *(Comparison(check.schedule, *row) for row in rows),
+            Comparison(check.schedule, "lengths and bytes", at=wrong, is_equal=not wrong),
+        ]
 
     def _logits(self, schedule: str, compared: str, pairs: Logits) -> list[Comparison]:
         """Compare logits of one schedule; those of a lossy cache are judged together, later."""

@@ -163,9 +163,8 @@ def row_schedules(
 
 def padded_schedule(lengths: Sequence[int], decode_steps: int = 4) -> Schedule:
     """Return a schedule whose rows are padded on both sides, in one step and in chunks."""
-    first, second, third = lengths
-    start = {0: max(1, third // 2), 1: max(1, second // 3), 2: max(1, third // 3)}
-    after = {0: max(1, first // 4), 1: 1, 2: 1}
+    start = {row: max(1, n // (2 + row)) for row, n in enumerate(lengths)}
+    after = {0: max(1, lengths[0] // 4), 1: 1, 2: 1}
     left = min(n - start[row] - after[row] for row, n in enumerate(lengths))
     return Schedule(
         "padded on both sides",

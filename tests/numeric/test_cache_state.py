@@ -105,6 +105,7 @@ def test_sound_caches_pass_every_schedule(options, page_size, folded):
         "prefill",
         "chunked prefill",
         "decode",
+        "padded on both sides",
         "ragged batch",
         "page reuse after free",
         "batch reorder",

@@ -46,6 +46,7 @@ def test_public_names_are_frozen():
         "heal",
         "load",
         "optimize",
+        "verify_artifact",
     ]
     for name in kvxform.__all__:
         assert getattr(kvxform, name) is not None
@@ -77,6 +78,13 @@ def test_signatures_are_frozen():
         ("device", only, None),
         ("checkpoint", only, None),
         ("resume", only, False),
+        ("progress", only, True),
+    ]
+    assert shape(kvxform.verify_artifact) == [
+        ("target", word, inspect.Parameter.empty),
+        ("source", only, None),
+        ("schedules", only, None),
+        ("lowering", only, None),
         ("progress", only, True),
     ]
     assert shape(kvxform.load) == [
