@@ -21,7 +21,7 @@ from kvxform.formats import plain_line, plain_number, plain_percent
 
 _ICONS = {"good": "✅", "warn": "⚠️", "bad": "❌"}
 _SEVERITIES = {"error": "❌ error", "warning": "⚠️ changed", "note": "note"}
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~#@&])")
+_SPECIAL = re.compile(r"[\\`*<&|~#@]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|^>")  # no more than must be
 _MOST_CHANGES = 200  # lines of one folded section
 _MOST_CHARACTERS = 60_000  # GitHub refuses comments above 65536
 _HINT = (
@@ -59,10 +59,10 @@ def render_markdown(result: DiffResult) -> str:
 
 def _text(text: str) -> str:
     """Escape text for Markdown and tables; `@` is broken so that it calls nobody."""
-    return _SPECIAL.sub(lambda found: _ESCAPES.get(found[1], f"\\{found[1]}"), plain_line(text))
+    return _SPECIAL.sub(lambda found: _ESCAPES.get(found[0], f"\\{found[0]}"), plain_line(text))
 
 
-_ESCAPES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "@\N{ZERO WIDTH NON-JOINER}"}
+_ESCAPES = {"<": "&lt;", "&": "&amp;", "@": "@\N{ZERO WIDTH NON-JOINER}"}
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -9,7 +9,7 @@ import pytest
 from diff_samples import ALL, bare, recipe_change, rope_fault, same
 from markdown_it import MarkdownIt
 
-from kvxform.diffing.records import CountChange, NodeChange
+from kvxform.diffing.records import CountChange, Finding, NodeChange
 from kvxform.diffing.render_markdown import render_markdown
 
 
@@ -59,6 +59,32 @@ def test_nothing_breaks_out_of_tables_code_or_text():
     assert "\x1b" not in html
     assert html.count("<h3>") == 1
     assert "<h1>" not in html
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[x](https://a.b)",
+        "![x](y)",
+        "[x][y]",
+        "> quoted",
+        "_em_ and *em* and ~~gone~~",
+        "a_b_c stays [2, 3] -> [4]",
+        "`code` &lt; <i>",
+        "# heading",
+        "\\*",
+    ],
+)
+def test_text_is_shown_as_it_is(text):
+    finding = Finding("rule", "error", text)
+    html = page(render_markdown(dataclasses.replace(same(), findings=(finding,))))
+    row = re.findall(r"<td>(.*?)</td>", html)
+    assert html_of(text) in row
+    assert f"<p>{html_of(text)}; ".lower() in html.lower()  # a sentence begins large
+
+
+def html_of(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def test_a_fence_in_a_name_does_not_end_the_block():
