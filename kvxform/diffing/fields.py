@@ -97,7 +97,8 @@ def _sequence(path: str, value: list[Any] | tuple[Any, ...]) -> Iterator[tuple[s
 
 def _basis(data: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
     types = {name: _weight_type(data[name], weights) for name in ("weight", "inverse")}
-    return {**data, **types}
+    unused = {"block": 0, "heads": 1}  # as other kinds have them
+    return {k: v for k, v in {**data, **types}.items() if k not in unused or v != unused[k]}
 
 
 def _weight_type(name: str | None, weights: Mapping[str, Tensor]) -> str | None:

@@ -13,6 +13,7 @@ from kvxform.diffing.records import NodeChange, PlanChange, WeightChange
 from kvxform.ir.folding import fold_name, fold_sentence
 
 Change = TypeVar("Change", NodeChange, PlanChange, WeightChange)
+_ATTRIBUTE = re.compile(r"\w+=(?:\[[^\]]*\]|[^,)]*)")
 _LAYER = re.compile(r"\blayer (\d+)")
 
 
@@ -51,7 +52,15 @@ def _key(change: NodeChange | PlanChange | WeightChange) -> Hashable:
     data = dataclasses.asdict(change)
     for name in ("layer", "relative"):
         data.pop(name, None)
+    if isinstance(change, NodeChange):  # what makes the operands of layer 0 is another operation
+        data |= {name: _without_operands(data[name]) for name in ("before", "after")}
     return tuple((name, _folded(name, value, change.layer)) for name, value in data.items())
+
+
+def _without_operands(line: str) -> tuple[str, ...]:
+    """Return the type and the attributes of a line of a graph."""
+    type_, _, call = line.partition(" = ")
+    return type_, *_ATTRIBUTE.findall(call)
 
 
 def _folded(name: str, value: Any, layer: int | None) -> Any:

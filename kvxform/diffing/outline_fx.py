@@ -180,10 +180,14 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, Any, Any]]:
 @functools.cache
 def _schema(op: OpOverload) -> tuple[tuple[str, Any], ...]:
     """Return name and default of every argument."""
-    return tuple(
-        (argument.name, argument.default_value if argument.has_default_value() else _NO_DEFAULT)
-        for argument in op._schema.arguments
-    )
+
+    def default(argument: torch.Argument) -> Any:
+        if argument.has_default_value():
+            return argument.default_value
+        # an operand that may be left out: None says that it is
+        return None if isinstance(argument.type, torch.OptionalType) else _NO_DEFAULT
+
+    return tuple((argument.name, default(argument)) for argument in op._schema.arguments)
 
 
 def _size(node: fx.Node, kind: SymType) -> str:

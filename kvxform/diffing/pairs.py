@@ -85,7 +85,7 @@ class PairComparer:
                 texts = place_text(left, self.a, x.layer), place_text(right, self.b, y.layer)
                 if texts[0] == texts[1]:
                     texts = (texts[0], f"another {texts[1]}")
-                yield f"{role} {texts[0]} -> {texts[1]}"
+                yield f"{role} {texts[0].removeprefix(f'{role} ')} -> {texts[1]}"
 
     def _is_same(self, left: Operand | None, right: Operand | None) -> bool:
         """Return whether two operands belong together, or differ by a change reported elsewhere."""

@@ -12,6 +12,8 @@ from kvxform.diffing.records import PlanChange
 _STREAMS = ("key", "value")
 _BASES = ("k_basis", "v_basis")
 _RELATIVE = frozenset({"owner", "shared_with"})  # layers, counted from the layer itself
+_KINDS = ("codec", "kind")  # fields that say what kind of thing the others are options of
+_OPTIONAL = ("rope", "latent", "residual")
 _NOTHING = ""
 
 
@@ -46,7 +48,7 @@ def _whole_changes(a: Outline, b: Outline) -> Iterator[tuple[str, str, str]]:
     for side in (before, after):
         side["cache"] = side.get("layout.kind", "none")
     for path, left, right in _differing(before, after):
-        if not path.startswith("layout."):
+        if not path.startswith("layout"):
             yield path, left, right
 
 
@@ -76,18 +78,45 @@ def _layer_changes(
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield path and both values of what differs.
+    """Yield path and both values of what differs; another codec, basis or layout as one change.
 
     Where one side has no digest of a constant, or its shape differs as well, digests say nothing.
     """
-    for path in sorted({*a, *b}):
+    parts = _other_parts(a, b)
+    found = [(part, _describe(a, part), _describe(b, part)) for part in parts]
+    for path in {*a, *b}:
         before, after = a.get(path), b.get(path)
-        if before == after:
+        if before == after or any(path.startswith(f"{part}.") for part in parts):
             continue
         base = path.removesuffix(".digest")
         if base != path and (None in (before, after) or a.get(base) != b.get(base)):
             continue
-        yield path, _text(before), _text(after)
+        found.append((path, _text(before), _text(after)))
+    yield from sorted(found)
+
+
+def _other_parts(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Return paths of parts that are of another kind, or that one side has not."""
+    found: list[str] = []
+    for path in sorted({*a, *b}):
+        part, _, name = path.rpartition(".")
+        is_other = name in _KINDS and a.get(path) != b.get(path)
+        is_new = part in _OPTIONAL and not (_has(a, part) and _has(b, part))
+        if (is_other or is_new) and not any(f"{part}.".startswith(f"{p}.") for p in found):
+            found.append(part)
+    return found
+
+
+def _has(fields: Mapping[str, Any], part: str) -> bool:
+    return any(path.startswith(f"{part}.") for path in fields)
+
+
+def _describe(fields: Mapping[str, Any], part: str) -> str:
+    """Return a part in words: `int(axis=token, bits=4)`; what is off or zero is left out."""
+    inner = {p.removeprefix(f"{part}."): v for p, v in fields.items() if p.startswith(f"{part}.")}
+    kind = next((str(inner.pop(name)) for name in _KINDS if name in inner), "")
+    options = [f"{n}={v}" for n, v in sorted(inner.items()) if v and not n.endswith(".digest")]
+    return f"{kind}({', '.join(options)})" if kind and options else kind or ", ".join(options)
 
 
 def _text(value: Any) -> str:

@@ -27,11 +27,16 @@ def compare_outlines(a: Outline, b: Outline, alignment: Alignment) -> StructureD
         nodes=tuple(_node_changes(a, b, alignment)),
         ports=tuple(_port_changes(a, b, alignment)),
         histogram=tuple(_count_changes(a, b)),
-        renamed=sum((x.module, x.weights) != (y.module, y.weights) for x, y in pairs),
+        renamed=sum(_is_renamed(x, y) for x, y in pairs),
         moved=sum((x.origin, x.via) != (y.origin, y.via) for x, y in pairs),
         layers_added=tuple(y for x, y in alignment.layers if x is None and y is not None),
         layers_removed=tuple(x for x, y in alignment.layers if y is None and x is not None),
     )
+
+
+def _is_renamed(x: OutlineNode, y: OutlineNode) -> bool:
+    is_weight = len(x.weights) == len(y.weights) and x.weights != y.weights
+    return is_weight or x.module != y.module
 
 
 def _node_changes(a: Outline, b: Outline, alignment: Alignment) -> list[NodeChange]:

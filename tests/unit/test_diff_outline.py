@@ -165,6 +165,7 @@ def test_ranges_and_back(numbers: list[int]) -> None:
     assert parse_ranges(format_ranges(numbers)) == numbers
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_outline() -> None:
     code = (
         "import json;from cached import cached_program;"

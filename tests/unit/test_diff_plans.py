@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cached import cached_program
-from programs import gpt2_program, llama_program
+from programs import apply, gpt2_program, llama_program
 from random_edits import renamed
 
 from kvxform.diffing.align import align
@@ -22,8 +22,11 @@ from kvxform.diffing.structure import compare_outlines
 from kvxform.ir.plan import Layout
 from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import Regions
+from kvxform.passes.rotation.fuse_norms import FuseNorms
+from kvxform.passes.rotation.rotate_qk import RotateQk
 
 INT4 = {"codec": "int", "bits": 4}
+INT4_TEXT = "int(axis=token, bits=4, clip=1.0, zero=int)"
 
 
 def int4(**model: Any) -> Program:
@@ -53,6 +56,31 @@ def test_fields_of_a_stream_are_told_by_path() -> None:
         (1, "key", "regions.recent", "0", "16"),
         (1, "key", "regions.sink", "0", "4"),
     ]
+
+
+def test_another_codec_basis_or_layout_is_one_change() -> None:
+    a = cached_program(page_size=None)
+    b, _ = apply(RotateQk(), int4())
+    assert plans(a, b) == [
+        (None, "", "layout", "contiguous", "paged(page_size=16)"),
+        *(
+            change
+            for layer in range(2)
+            for change in (
+                (layer, "key", "basis", "identity", "hadamard(block=16)"),
+                (layer, "key", "codec", "none(dtype=float64)", INT4_TEXT),
+                (layer, "key", "regions.dtype", "float64", "float16"),
+                (layer, "value", "codec", "none(dtype=float64)", INT4_TEXT),
+                (layer, "value", "regions.dtype", "float64", "float16"),
+            )
+        ),
+    ]
+
+
+def test_a_model_without_rope_is_one_change_a_layer() -> None:
+    changes = plans(llama_program(layers=1), llama_program(layers=1, rotary_dim=0))
+    words = "attention_scaling=1.0, inv_freq=f64[8], rotary_dim=16"
+    assert changes == [(0, "", "rope", words, "")]
 
 
 def test_an_owner_is_told_as_a_layer() -> None:
@@ -169,6 +197,18 @@ def test_equal_changes_of_many_layers_are_one() -> None:
     assert [(f.layers, f.change.what) for f in folded] == [
         ((0, 1, 4), "window default -> 5"),
         ((3,), "window default -> 9"),
+    ]
+
+
+def test_the_first_layer_folds_with_the_others() -> None:
+    base = cached_program(layers=3)
+    rotated, _ = apply(FuseNorms(), base)
+    left, right = outline_program(base), outline_program(rotated)
+    folded = fold_changes(compare_outlines(left, right, align(left, right)).nodes)
+    assert [(f.layers, f.change.kind, f.change.what) for f in folded] == [
+        ((0, 1, 2), "rewired", "weight f64[32] -> nothing"),
+        ((0, 1, 2), "rewired", "weight f64[32] -> nothing"),
+        ((), "rewired", "weight f64[32] -> nothing"),
     ]
 
 
