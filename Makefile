@@ -1,4 +1,4 @@
-# make test | demo | lint | nightly | coverage-table | clean. The first of them sets up .venv; later calls are quick.
+# make test | locks | demo | lint | nightly | coverage-table | clean. The first of them sets up .venv; later calls are quick.
 #
 # Variables: PYTHON (default python3, 3.11 or newer), TORCH_INDEX_URL (package index for torch, for
 # instance that of the CPU builds; default: pip's own settings), ARGS (more arguments for pytest).
@@ -17,10 +17,11 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint nightly coverage-table clean
+.PHONY: help setup test locks demo lint nightly coverage-table clean
 
 help:
 	@echo "make test     unit, golden and numeric tests (no GPU, at most 12 minutes on 2 cores)"
+	@echo "make locks    build all recipes on the models of the examples, compare with .ci/locks"
 	@echo "make demo     SmolLM2-135M through the whole compiler; files go to demo-out/"
 	@echo "make lint     formatting, types, import arrows, spelling, file sizes"
 	@echo "make nightly  every test, slow ones and those for a GPU included; needs lm_eval, 500 MB"
@@ -47,6 +48,10 @@ setup: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+
+# To accept changes after looking at them: make locks ARGS=--update
+locks: $(STAMP)
+	$(BIN)/kvxform check .ci/locks/*.lock --jobs 2 $(ARGS)
 
 nightly: $(STAMP)
 	@$(PIP) -c constraints.txt -e '.[lm-eval]'

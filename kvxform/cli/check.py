@@ -31,6 +31,7 @@ Base = Annotated[
         "--base", help="Revision of git: show what changed since its locks, updated or not."
     ),
 ]
+Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Processes that work on several locks.")]
 
 
 def run(
@@ -38,6 +39,7 @@ def run(
     source: Source = None,
     update: Update = False,
     base: Base = None,
+    jobs: Jobs = 1,
     format_: FormatOption = Format.text,
     out: OutFiles = None,
     json: Json = False,
@@ -47,7 +49,7 @@ def run(
     from kvxform.locks.rendering import render_checks
     from kvxform.locks.runs import check_files
 
-    checks = check_files(locks, source=source, update=update, base=base, talk=talk)
+    checks = check_files(locks, source=source, update=update, base=base, jobs=jobs, talk=talk)
     print_data(render_checks(checks, Format.json if json else format_))
     _write_files(checks, files)
     return max(check.exit_code for check in checks)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import multiprocessing
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvxform.diffing.records import DiffResult
 from kvxform.errors import KvxformError
@@ -49,11 +54,12 @@ class Checked:
 
 
 def check_files(
-    paths: Iterable[str],
+    paths: Sequence[str],
     *,
     source: str | None = None,
     update: bool = False,
     base: str | None = None,
+    jobs: int = 1,
     progress: bool = True,
     talk: Callable[[str], None] = lambda _: None,
 ) -> list[Checked]:
@@ -64,9 +70,12 @@ def check_files(
         source: Model or artifact instead of the one that a lock names.
         update: Write a lock anew if its build differs; one that agrees stays as it is, to the byte.
         base: Revision of git; compare with its locks too, to show what a branch changes.
+        jobs: Processes to work in; with more than one there is no progress and no talk.
         progress: Show progress on stderr.
         talk: Called with a line before each.
     """
+    if jobs > 1 and len(paths) > 1:
+        return _check_in_processes(paths, jobs, source=source, update=update, base=base)
     builder = Builder(progress)
     checks = []
     for path in paths:
@@ -76,6 +85,17 @@ def check_files(
         except KvxformError as error:
             checks.append(Checked(path, None, str(error)))
     return checks
+
+
+def _check_in_processes(paths: Sequence[str], jobs: int, **options: Any) -> list[Checked]:
+    """Deal the files out to processes, which capture the sources they need once each."""
+    shares = [list(paths[i::jobs]) for i in range(min(jobs, len(paths)))]
+    run = functools.partial(check_files, progress=False, **options)
+    quiet: dict[str, Any] = {"initializer": warnings.simplefilter, "initargs": ("ignore",)}
+    spawn = multiprocessing.get_context("spawn")  # threads of torch do not live through a fork
+    with ProcessPoolExecutor(len(shares), spawn, **quiet) as pool:
+        found = {check.path: check for share in pool.map(run, shares) for check in share}
+    return [found[path] for path in paths]
 
 
 def _check(

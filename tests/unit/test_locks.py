@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from kvxform.locks.making import make_lock
 from kvxform.locks.records import Build, Lock, is_lock
 from kvxform.locks.sketches import make_sketch
 from kvxform.locks.widening import widen
+from kvxform.recipe import bundled_recipes
 from kvxform.runtime.model import OptimizedModel
 
+ROOT = Path(__file__).resolve().parents[2]
 INT4 = {"codec": "int", "bits": 4, "axis": "token"}
 INT4_CACHE = {"key": INT4, "value": INT4}
 F32 = torch.float32
@@ -268,3 +271,11 @@ def test_measures_that_may_be_the_same():
     assert not is_same_measure("0", "1e-02")
     assert not is_same_measure("rounding", "1e-02")
     assert is_same_measure("not measured", "1e-02")
+
+
+# Our own locks
+
+
+def test_every_bundled_recipe_is_locked():
+    locked = {path.stem.partition("-")[2] for path in (ROOT / ".ci" / "locks").glob("*.lock")}
+    assert locked == set(bundled_recipes())
