@@ -57,9 +57,9 @@ def diff(
     limits = load_thresholds(thresholds)
     with ProgressDisplay(progress) as display:
         display.talk("opening A")
-        first = open_side(a, talk=display.talk)
+        first = open_side(a, runs=numeric, talk=display.talk)
         display.talk("opening B")
-        second = open_side(b, talk=display.talk)
+        second = open_side(b, runs=numeric, talk=display.talk)
         if "lock" in (first.kind, second.kind):
             result = _compare_with_lock(first, second, numeric)
         else:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvxform.diffing.numeric import Runs
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import Program
 from kvxform.runtime.onnx_rows import OnnxModel
@@ -31,7 +30,7 @@ def package_model(program: Program, folder: Path) -> OnnxModel:
     return OnnxModel(program, OnnxSession(folder))
 
 
-def file_logits(path: Path) -> Runs | None:
+def file_logits(path: Path) -> FileRun | None:
     """Return what computes logits of an .onnx file that is no package of ours.
 
     Returns:
@@ -50,17 +49,23 @@ def file_logits(path: Path) -> Runs | None:
         reason = str(error).splitlines()[0]
         rule = "ONNX Runtime must be able to load the file"
         raise ArtifactError("KVX602", rule, where=path.name, got=reason) from error
-    run = _FileRun(session)
+    run = FileRun(session)
     return run if run.is_feedable else None
 
 
-class _FileRun:
-    """Runs a decoder on token ids, with an empty cache if it takes one."""
+class FileRun:
+    """Runs a decoder on token ids, with an empty cache if it takes one.
+
+    Attributes:
+        vocab_size: Width of the logits, or None if the file does not say.
+    """
 
     def __init__(self, session: Any) -> None:
         self._session = session
         self._inputs = session.get_inputs()
-        self._output = session.get_outputs()[0].name
+        output = session.get_outputs()[0]
+        self._output = output.name
+        self.vocab_size = output.shape[-1] if isinstance(output.shape[-1], int) else None
 
     @property
     def is_feedable(self) -> bool:

@@ -14,7 +14,6 @@ from kvxform.diffing.numeric import Pairs, compare_runs, default_probe
 from kvxform.diffing.records import NumericDiff, TextDiff
 from kvxform.diffing.symptoms import CacheDiff
 from kvxform.errors import KvxformError
-from kvxform.ir.program import Program
 from kvxform.runtime.inputs import make_batch
 from kvxform.runtime.onnx_rows import OnnxModel
 from kvxform.texts import encode_text
@@ -129,8 +128,7 @@ def _words(kind: str, probe: Probe) -> str:
 
 def _vocab_size(a: Side, b: Side) -> int:
     """Return the number of tokens that both sides know."""
-    programs = [side.program for side in (a, b) if isinstance(side.program, Program)]
-    sizes = [program.info.vocab_size for program in programs if program.info.vocab_size]
+    sizes = [side.vocab_size for side in (a, b) if side.vocab_size is not None]
     if not sizes:
         rule = "the vocabulary of one side must be known"
         raise _refuse(rule, "none", "run the diff without numbers")

@@ -74,6 +74,13 @@ class Side:
         return self.logits if self.whole is None else self.whole
 
     @property
+    def vocab_size(self) -> int | None:
+        """Number of tokens it knows, or None if it does not say."""
+        if self.program is not None:
+            return self.program.info.vocab_size
+        return getattr(self.logits, "vocab_size", None)
+
+    @property
     def summary(self) -> SideSummary:
         """What a result says of it."""
         outline = self.outline
@@ -94,13 +101,14 @@ class Side:
         return load_tokenizer(self.tokenizer_path)
 
 
-def open_side(source: SideLike, *, talk: Talk) -> Side:
+def open_side(source: SideLike, *, runs: bool, talk: Talk) -> Side:
     """Open one side.
 
     Args:
         source: An `OptimizedModel`, a `Program`, a `Lock`, an `nn.Module`, an `ExportedProgram`; or
             the path of an artifact, of an ONNX package or file, of a .pt2 file or of a lock; or a
             model as `optimize` takes it, alone or as `MODEL@RECIPE`.
+        runs: Whether it is to be run; ONNX files need ONNX Runtime for that.
         talk: Called with a sentence before each step.
 
     Raises:
@@ -117,28 +125,33 @@ def open_side(source: SideLike, *, talk: Talk) -> Side:
         program = capture(source, progress=talk).program
         return _program_side(program, kind, type(source).__name__)
     if isinstance(source, str | Path):
-        return _named_side(str(source), talk)
+        return _named_side(str(source), runs, talk)
     rule = "a side of a diff must be a model, a program, a lock, or the path of one"
     raise KvxformError("KVX820", rule, where="diff", got=type(source).__name__)
 
 
-def _named_side(text: str, talk: Talk) -> Side:
+def _named_side(text: str, runs: bool, talk: Talk) -> Side:
     """Open what the user named: a folder, a file, or a model."""
     path = Path(text)
-    name = path.name if path.is_absolute() else text
+    name = _shown(text)
     if any((path / file).is_file() for file in (PROGRAM, CHECKSUMS)):
         return _artifact_side(path, name)
     if (path / MODEL).is_file() or path.suffix == ".onnx":
-        return _onnx_side(path, name)
+        return _onnx_side(path, name, runs)
     if is_lock(path) or path.suffix == ".lock":
         return _lock_side(read_lock(path), name)
     model, mark, recipe = text.rpartition(RECIPE_MARK)
     if mark and model and not path.exists():
         talk(f"optimising {name}")
-        optimized = optimize(model, recipe, verify="none", progress=False)
-        return dataclasses.replace(_model_side(optimized, name), recipe=recipe)
+        return _model_side(optimize(model, recipe, verify="none", progress=False), name)
     kind: SideKind = "pt2" if path.suffix == ".pt2" else "module"
     return _program_side(capture(text, progress=talk).program, kind, name)
+
+
+def _shown(text: str) -> str:
+    """Return what the user typed, without the folders of absolute paths."""
+    parts = text.split(RECIPE_MARK)
+    return RECIPE_MARK.join(Path(p).name if Path(p).is_absolute() else p for p in parts)
 
 
 def _artifact_side(folder: Path, name: str) -> Side:
@@ -155,22 +168,26 @@ def _artifact_side(folder: Path, name: str) -> Side:
     )
 
 
-def _onnx_side(path: Path, name: str) -> Side:
+def _onnx_side(path: Path, name: str, runs: bool) -> Side:
     onnx, folder = read_onnx(path), path if path.is_dir() else path.parent
     if onnx.program is None:
-        return Side(name, "onnx", onnx.outline, logits=file_logits(path), onnx=onnx)
-    model, has_all = package_model(onnx.program, folder), _has_values(onnx.program)
-    return Side(
+        logits = file_logits(path) if runs else None
+        return Side(name, "onnx", onnx.outline, logits=logits, onnx=onnx)
+    side = Side(
         name,
         "onnx",
         _outline(onnx.program),
         onnx.program,
-        model if has_all else None,
-        None if has_all else model.__call__,
         onnx=onnx,
         recipe=onnx.recipe,
         tokenizer_path=str(folder),
     )
+    if not runs:
+        return side
+    model = package_model(onnx.program, folder)
+    if _has_values(onnx.program):
+        return dataclasses.replace(side, whole=model)
+    return dataclasses.replace(side, logits=model.__call__)
 
 
 def _has_values(program: Program) -> bool:

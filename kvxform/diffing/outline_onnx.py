@@ -20,6 +20,7 @@ from kvxform.diffing.layering import assign_layers
 from kvxform.diffing.metrics import measure
 from kvxform.diffing.onnx_nodes import constants_of, outline_nodes, type_text
 from kvxform.diffing.outline import Outline
+from kvxform.diffing.outline_nodes import ATTENTION as KVX_ATTENTION
 from kvxform.diffing.outline_nodes import OutlineNode, OutlinePort, in_order
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import ModelInfo, Program
@@ -110,7 +111,12 @@ def _with_layers(nodes: Sequence[OutlineNode]) -> Sequence[OutlineNode]:
     if any(node.layer is not None for node in nodes):
         return nodes
     attention = [node.key for node in nodes if node.op in ATTENTION]
-    layers = assign_layers(nodes, attention, range(len(attention)))
+    last = nodes[-1]  # only the logits count: caches leave the graph in the middle of layers
+    flow = [
+        dataclasses.replace(node, op=KVX_ATTENTION[0]) if node.op in ATTENTION else node
+        for node in (*nodes[:-1], dataclasses.replace(last, inputs=last.inputs[:1]))
+    ]
+    layers = assign_layers(flow, attention, range(len(attention)))
     return [
         dataclasses.replace(node, layer=layer) for node, layer in zip(nodes, layers, strict=True)
     ]
