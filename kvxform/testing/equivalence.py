@@ -72,7 +72,7 @@ class _Runner:
             self.vocab = getattr(config, "vocab_size", None)
             self._call = source
             return
-        side = open_side(source, talk=lambda _: None)
+        side = open_side(source, runs=True, talk=lambda _: None)
         if side.model is None or side.program is None:
             rule = "both sides must be able to run"
             raise KvxformError("KVX820", rule, where="assert_equivalent", got=side.kind)
