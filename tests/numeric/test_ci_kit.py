@@ -58,7 +58,7 @@ def test_a_branch_that_changes_a_recipe_gets_a_comment(project, request):
     code, comment = check(BASE="main")
     assert code == 1
     assert "❌ out of date" in comment
-    assert "values: codec.bits 4 -&gt; 2" in comment
+    assert "values: codec.bits 4 -> 2" in comment
     assert "kvxform check --update" in comment
 
     assert main(["check", "kvxform.lock", "--update"]) == 0
