@@ -138,7 +138,7 @@ def test_a_lock_names_its_build_by_relative_paths(tmp_path, monkeypatch, capsys,
     assert "out of date  ../locks/a.lock" in said
     assert "codec.bits 4 -> 8" in said
     assert "KVX610" in said
-    assert "codec.bits 4 -&gt; 8" in Path("a.md").read_text()
+    assert "codec.bits 4 -> 8" in Path("a.md").read_text()
     assert 'errors="1"' in Path("a.xml").read_text()
 
     assert main(["check", "../locks/a.lock", "--update"]) == 0
