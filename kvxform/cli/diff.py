@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -85,7 +86,13 @@ def run(
         numeric=not no_numeric,
         generate=generate,
     )
-    print_data(render(result, Format.json if json else format_).rstrip("\n"))
+    wanted = Format.json if json else format_
+    if wanted is Format.text:
+        from kvxform.diffing.render_text import render_text
+
+        print_data(render_text(result, colour=sys.stdout.isatty()).rstrip("\n"))
+    else:
+        print_data(render(result, wanted).rstrip("\n"))
     write_files(result, files)
     return result.exit_code
 

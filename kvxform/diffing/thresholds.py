@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvxform.diffing.metrics import NAMES
 from kvxform.diffing.records import DiffResult, Violation
 from kvxform.errors import KvxformError, RecipeError, nearest_hint
 from kvxform.recipe_text import SourceMap, read_recipe_file
@@ -24,17 +25,10 @@ Limits = Mapping[str, float]
 ThresholdsLike = Limits | str | Path | None
 Measure = Callable[[DiffResult], float | None]
 
-METRICS = (
-    "kv_bytes_per_token",
-    "bits_per_value",
-    "read_bytes",
-    "flops_per_token",
-    "parameters",
-    "parameter_bytes",
-)
 _HINTS = {
     "numeric": "run the diff with numbers, on two sides that run",
     "structure": "compare two sides that have a graph",
+    "weights": "compare two sides that have weights, not a lock",
     "metric": "compare two sides that have a cache plan",
 }
 
@@ -136,8 +130,13 @@ def _of_nodes(kind: str | None) -> Measure:
     return measure
 
 
-def _count(part: str) -> Measure:
-    return lambda result: float(len(getattr(result, part)))
+def _plan_changes(result: DiffResult) -> float:
+    return float(len(result.plan))
+
+
+def _weights_changed(result: DiffResult) -> float | None:
+    has_weights = "lock" not in (result.a.kind, result.b.kind)
+    return float(len(result.weights)) if has_weights else None
 
 
 def _errors(result: DiffResult) -> float:
@@ -172,11 +171,11 @@ MEASURES: dict[str, Measure] = {
     "max_nodes_changed": _of_nodes(None),
     "max_nodes_added": _of_nodes("added"),
     "max_nodes_removed": _of_nodes("removed"),
-    "max_plan_changes": _count("plan"),
-    "max_weights_changed": _count("weights"),
+    "max_plan_changes": _plan_changes,
+    "max_weights_changed": _weights_changed,
     "max_errors": _errors,
-    **{f"max_{name}": _metric(name) for name in METRICS},
-    **{f"max_{name}_growth": _growth(name) for name in METRICS},
+    **{f"max_{name}": _metric(name) for name in NAMES},
+    **{f"max_{name}_growth": _growth(name) for name in NAMES},
 }
 
 
@@ -184,4 +183,6 @@ def _kind_of(name: str) -> str:
     """Return the part of a diff that measures a threshold."""
     if name.startswith("max_nodes"):
         return "structure"
-    return "metric" if any(metric in name for metric in METRICS) else "numeric"
+    if name == "max_weights_changed":
+        return "weights"
+    return "metric" if any(metric in name for metric in NAMES) else "numeric"

@@ -95,6 +95,12 @@ def test_every_threshold_says_what_it_needs_when_there_is_nothing():
     assert not check_thresholds(DiffResult(SIDE, SIDE), dict.fromkeys(always, 0)).violations
 
 
+def test_a_lock_has_no_weights_that_could_be_equal():
+    lock = DiffResult(SideSummary("a", "lock"), SIDE)
+    with pytest.raises(KvxformError, match="KVX113"):
+        check_thresholds(lock, {"max_weights_changed": 0})
+
+
 def test_a_measurement_that_is_no_number_breaks_every_limit():
     logits = LogitsDiff(*[float("nan")] * 4)
     result = DiffResult(SIDE, SIDE, numeric=NumericDiff("x", logits, 1e-5))
