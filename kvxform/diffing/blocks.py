@@ -13,7 +13,7 @@ from kvxform.diffing.records import Finding, PlanChange, PortChange, Severity
 _LAYER = re.compile(r"^layer (\d+) ")
 _NUMBER = re.compile(r"\b(layer |layers\.)(\d+)")
 _STREAM = re.compile(r"^(keys|values): (.+)$", re.DOTALL)
-_TELLING = ("codec.codec", "codec.bits", "basis.kind", "owner layer")  # what says most of a plan
+_TELLING = ("codec ", "codec.bits", "basis ", "owner layer")  # what says most of a plan
 _MOST_MESSAGES = 3
 
 

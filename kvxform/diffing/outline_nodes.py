@@ -155,7 +155,10 @@ def in_order(nodes: Sequence[OutlineNode]) -> tuple[OutlineNode, ...]:
     Whatever is outside of layers comes as early as it can. Within a layer the order stays.
 
     Args:
-        nodes: Operations, operands first, with keys 0, 1, ...
+        nodes: Operations with keys 0, 1, ...
+
+    Raises:
+        ValueError: If operations read each other in a circle.
     """
     users = list_users(nodes)
     missing = [len(set(node.sources)) for node in nodes]
@@ -169,6 +172,8 @@ def in_order(nodes: Sequence[OutlineNode]) -> tuple[OutlineNode, ...]:
             missing[reader] -= 1
             if not missing[reader]:
                 heapq.heappush(ready, _rank(nodes[reader]))
+    if len(order) != len(nodes):
+        raise ValueError("operations read each other in a circle")
     keys = {old: new for new, old in enumerate(order)}
     return tuple(
         dataclasses.replace(

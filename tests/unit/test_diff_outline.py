@@ -160,6 +160,17 @@ def test_digests_of_constants_can_be_left_out() -> None:
     assert kept.plan == outline.plan[:1]
 
 
+def test_data_of_no_graph_is_refused() -> None:
+    data = outline_program(llama_program(layers=1)).to_data()
+    rows = data["graph"]["patterns"][1]
+    rows[0]["inputs"][0] = str(len(rows) - 1)  # the first operation reads the last one
+    with pytest.raises(ValueError, match="circle"):
+        Outline.from_data(data)
+    del rows[0]["op"]
+    with pytest.raises(KeyError):
+        Outline.from_data(data)
+
+
 @pytest.mark.parametrize("numbers", [[], [3], [0, 1, 2], [0, 2, 3, 9]])
 def test_ranges_and_back(numbers: list[int]) -> None:
     assert parse_ranges(format_ranges(numbers)) == numbers
