@@ -100,7 +100,7 @@ def _measured(known: Known, what: str, how: str, records: Sequence[PassRecord]) 
         what,
         how,
         format_number(max(values)),
-        "nothing limits it" if limit is None else format_number(limit),
+        "no bound of its own" if limit is None else format_number(limit),
         _UNITS[metric],
     )
 

@@ -129,7 +129,7 @@ def _limits(report: Report) -> Point:
     if unknown:
         return Point("Limits", "warn", f"Not measured: {', '.join(unknown)}.")
     count = len(report.bounds)
-    limits = "The limit" if count == 1 else f"All {count} limits"
+    limits = {1: "The limit", 2: "Both limits"}.get(count, f"All {count} limits")
     return Point("Limits", "good", f"{limits} of the recipe {'is' if count == 1 else 'are'} kept.")
 
 

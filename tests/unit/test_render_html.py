@@ -11,7 +11,7 @@ from diff_samples import ALL, LAYERS, bare, recipe_change, rope_fault
 from pages import Page
 
 from kvxform.diffing.error_plot import HEIGHT, error_plot
-from kvxform.diffing.records import LayerDiff
+from kvxform.diffing.records import LayerDiff, NodeChange
 from kvxform.diffing.render_html import heat_of, render_html
 
 
@@ -65,6 +65,14 @@ def test_a_page_says_what_the_diff_says():
         "77 % of next tokens the same",
     ):
         assert words in text, words
+
+
+def test_a_tile_of_a_layer_with_many_changes_is_cut_and_the_graph_is_not():
+    nodes = tuple(NodeChange("added", 0, f"op{i}", "", after=f"op{i}()") for i in range(20))
+    structure = dataclasses.replace(recipe_change().structure, nodes=nodes)
+    text = Page(render_html(recipe_change(structure=structure))).text
+    assert "8 more operations differ here" in text
+    assert (text.count("op3()"), text.count("op19()")) == (2, 1)
 
 
 def test_a_page_without_layers_has_no_map():

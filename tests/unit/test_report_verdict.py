@@ -77,7 +77,7 @@ def test_claims_say_how_each_is_known():
     assert found["insert-cache changes nothing"].known == "proved"
     assert found["insert-cache changes nothing"].found == format_number(EXACT.relative)
     assert found["what quantize-kv costs"].known == "measured"
-    assert found["what quantize-kv costs"].allowed == "nothing limits it"
+    assert found["what quantize-kv costs"].allowed == "no bound of its own"
     assert found["bytes, bits and reads of the cache"].known == "computed"
     assert found["quality on text of people"].known == "not checked"
     order = [claim.known for claim in claims(make_report())]
