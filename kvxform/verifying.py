@@ -83,11 +83,11 @@ def verify_artifact(
         raise KvxformError("KVX801", rule, where="verify", got=repr(lowering))
     with ProgressDisplay(progress) as display:
         run = _Run(_open(target, lowering), lowering, display.talk)
-        comparisons = run.check(target, schedules)
-        if source is not None:
-            display.talk("source")
+        comparisons = []
+        if source is not None:  # first, for a wrong one is to be found before the work
             name = str(source) if isinstance(source, Path) else source
             comparisons += run.compare_with(capture(name, progress=display.talk).program)
+        comparisons += run.check(target, schedules)
         return run.result(comparisons, has_source=source is not None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cached import cached_program
+from lowered import lowered_program, recipe_for
 from models import tiny_hf
 from programs import apply, llama_program
 from session_faults import leave_rows, physical_positions, requantise, see_the_future
@@ -35,6 +36,11 @@ LOSSY = {"key": INT4, "value": INT4}
 RECENT = {**LOSSY, "regions": {"sink": 2, "recent": 6}}
 WINDOW = {"attention": {"window": 9}}
 FLOAT32 = {"dtype": torch.float32}
+EXACT_PAGES = {
+    "version": 1,
+    "name": "exact-pages",
+    "passes": ["insert-cache", {"page-cache": {"page_size": 16}}],
+}
 
 
 def check(target: Any, *schedules: str, **options: Any) -> Any:
@@ -254,3 +260,13 @@ def test_rows_of_a_package_go_together(artifact, tmp_path):
             call()
     rows.free()
     assert rows.sequence_lengths() == ()
+
+
+@pytest.mark.slow
+def test_kernels_are_checked_watched_and_as_they_are():
+    model = OptimizedModel(lowered_program(EXACT_PAGES), recipe=recipe_for(EXACT_PAGES))
+    found = check(model, "ragged")
+    assert found.is_fine
+    assert found.lowering == "triton"
+    assert [c.compared for c in found.comparisons][-1] == "logits of replayed steps"
+    assert check(model, "ragged", lowering="eager").lowering == "eager"
