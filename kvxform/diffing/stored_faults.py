@@ -15,6 +15,7 @@ from kvxform.verify.replay import Replay
 
 Planes = Mapping[str, Mapping[str, Tensor]]
 STREAMS = ("key", "value")
+MOST_PAGES = 4  # that are named
 CONSTANT = 0.05  # spread of a shift or a factor, as a share of it, that still counts as constant
 
 
@@ -169,7 +170,8 @@ class _Stream:
                 places.append(
                     f"page {place[1]} of row {place[0]} holds page {source[1]} of row {source[0]}"
                 )
-        return "; ".join(places)
+        more = [f"{len(places) - MOST_PAGES} more"] if len(places) > MOST_PAGES else []
+        return "; ".join(places[:MOST_PAGES] + more)
 
     def _order(self) -> str:
         """Say by how many places tokens have moved, if that explains all that are wrong."""
