@@ -144,8 +144,8 @@ class _Search:
         return {"max_relative": between if 0 < usual < error else error / 2}
 
     def _error_alone(self, wanted: frozenset[int]) -> float:
-        everything = {"max_relative": 0.0}
-        case = Shrinker(self.broken, wanted, everything, OptimizedModel).first()
+        rounding = {"max_relative": self.broken.prober.tolerance.logits}
+        case = Shrinker(self.broken, wanted, rounding, OptimizedModel).first()
         stage = None if case is None else case.found.stage
         return 0.0 if stage is None else stage.vs_source.relative
 

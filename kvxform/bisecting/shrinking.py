@@ -201,6 +201,8 @@ def try_steps(
         executor: Makes a runnable model of a program.
         probe: Inputs; text that the program writes by default.
     """
+    if not program.sites and any(planned.graph_pass.needs_calibration for planned in steps):
+        return None  # there is nothing to collect statistics of
     try:
         program = with_calibration(program, steps)
         plan = final_plan(program, steps)

@@ -35,7 +35,7 @@ class Broken:
         prober: Has measured `before`.
         failure: How it failed.
         matches: Places where it applies; empty if it did not say.
-        uncached: The last program before it that had no cache.
+        uncached: The last program before it that caches can be compared with: it has none itself.
         steps: Passes from there up to it; it is the last one.
     """
 
@@ -86,7 +86,7 @@ def find_broken(
     prober = Prober(program, executor, final_plan(program, passes))
     uncached, first, rows = program, 0, list[StageRow]()
     for index, planned in enumerate(passes):
-        if not program.is_cached:
+        if _can_be_source(program):
             uncached, first = program, index
         talk(planned.name)
         found = attempt(program, planned, prober, limits)
@@ -101,6 +101,11 @@ def find_broken(
         program = recalibrated(found.program, recipe, rest) if is_changed else found.program
         prober = found.prober
     return rows, None
+
+
+def _can_be_source(program: Program) -> bool:
+    """Whether K and V can be recorded from a program; latents can be before they are cached."""
+    return not program.is_cached and all(site.payload != "latent" for site in program.sites)
 
 
 def _row(planned: PlannedPass, found: Attempt) -> StageRow:

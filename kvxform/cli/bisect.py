@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EXIT_FOUND = 1
 SHOWN = 5  # sites at fault that are listed
+SHOWN_CHANGES = 10  # things that the pass changes
 
 MaxKl = Annotated[
     float | None,
@@ -87,7 +88,9 @@ def report_lines(found: BisectResult) -> list[str]:
     if part is not None:
         words = "operation shows" if part.nodes == 1 else "operations show"
         lines.append(f"{part.nodes} of {part.nodes_before} {words} it, at {part.output}.")
-        lines += [f"  {change}" for change in part.changes]
+        lines += [f"  {change}" for change in part.changes[:SHOWN_CHANGES]]
+        if len(part.changes) > SHOWN_CHANGES:
+            lines.append(f"  and {len(part.changes) - SHOWN_CHANGES} more")
     if found.note:
         lines.append(f"Note: {found.note}.")
     if found.repro is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import faulty_passes
 import pytest
 import torch
-from programs import assert_untouched, llama_program, snapshot
+from programs import assert_untouched, latent_program, llama_program, snapshot, token_ids
 
 import kvxform
 from kvxform.bisecting.records import BisectResult
@@ -227,6 +227,32 @@ def test_layers_that_break_a_bound_together_are_ranked_by_cost(usual_kl):
     assert found.pass_name == "quantize-kv"
     assert costs == sorted(costs, reverse=True)
     assert all(cost > 0 for cost in costs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "last"),
+    [
+        ("kv4", "quantize-kv"),
+        ("gqa-svd-half-kv4", "merge-kv-heads"),
+        ("cla2-kv4", "share-kv-layers"),
+        ("kvx-2", "klt"),
+        ("minicache", "merge-layer-pairs"),
+    ],
+)
+def test_every_kind_of_method_can_be_shown_alone(recipe, last, monkeypatch, tmp_path):
+    program = latent_program(layers=3) if recipe == "kv4" else small(4)
+    program.info = dataclasses.replace(program.info, context_length=None)
+    text = token_ids(program, 8, 64)
+    out = tmp_path / "repro"
+    found = kvxform.bisect(
+        program, recipe, bound={"max_kl": 1e-9}, calibration=text, out=out, progress=False
+    )
+    assert found.pass_name == last
+    assert found.culprits
+    assert found.subgraph is not None
+    assert found.subgraph.nodes < found.subgraph.nodes_before / 4
+    assert exit_code(out / "repro.py", monkeypatch) == 1
 
 
 def test_a_recipe_without_a_fault_is_clean_and_writes_nothing(tmp_path):
