@@ -27,6 +27,7 @@ _ATTENTION_RULES = {
     "softcap": "attention-scale",
 }
 _DTYPES = ("f16", "bf16", "f32", "f64", "float16", "bfloat16", "float32", "float64")
+_EXPLAINED = {"regions.dtype": "codec", "shared_with": "owner"}  # fields that follow from another
 _FIGURES = {
     "kv_bytes_per_token": "bytes of cache a token",
     "bits_per_value": "true bits a cached value",
@@ -84,13 +85,25 @@ def _node_cause(change: NodeChange) -> Cause:
 
 
 def plan_causes(changes: Iterable[PlanChange]) -> Iterator[Cause]:
-    """Yield causes that the plans show."""
-    for change in changes:
-        words = STREAMS.get(change.stream, "")
-        field = change.field.removeprefix(f"{change.stream}.")
-        moved = f"{field} {change.before or 'none'} -> {change.after or 'none'}"
-        message = f"{words}: {moved}" if words else moved
-        yield Cause(_plan_rule(field, change), "warning", message, change.layer)
+    """Yield causes that the plans show, one for all fields of a stream with the same rule.
+
+    Another codec explains the dtype of what it leaves exact, another owner whom a site shares with.
+    """
+    found = list(changes)
+    known = {(c.layer, c.stream, _field(c)) for c in found}
+    joined: dict[tuple[int | None, str, str], list[str]] = {}
+    for change in found:
+        place, field = (change.layer, change.stream), _field(change)
+        if (*place, _EXPLAINED.get(field)) not in known:
+            moved = f"{field} {change.before or 'none'} -> {change.after or 'none'}"
+            joined.setdefault((*place, _plan_rule(field, change)), []).append(moved)
+    for (layer, stream, rule), moves in joined.items():
+        words = f"{STREAMS[stream]}: " if stream in STREAMS else ""
+        yield Cause(rule, "warning", words + ", ".join(moves), layer)
+
+
+def _field(change: PlanChange) -> str:
+    return change.field.removeprefix(f"{change.stream}.")
 
 
 def _plan_rule(field: str, change: PlanChange) -> str:

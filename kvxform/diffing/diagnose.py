@@ -28,6 +28,9 @@ from kvxform.diffing.records import (
 )
 
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
+# Rules that say least come after those that name a cause, and effects after both.
+GENERAL = ("plan", "layout", "operations", "operands", "signature")
+EFFECTS = ("results", "cost")
 
 
 def diagnose(
@@ -46,11 +49,14 @@ def diagnose(
         metrics: Figures of the whole model.
         numeric: Both sides on the same inputs, or None.
     """
+    planned = list(plan_causes(plan))
+    owners = {cause.layer for cause in planned if cause.rule == "layer-owner"}
     causes = [
-        *(structure_causes(structure) if structure is not None else ()),
-        *plan_causes(plan),
-        *weight_causes(weights),
+        cause
+        for cause in (structure_causes(structure) if structure is not None else ())
+        if cause.rule != "layer-owner" or cause.layer not in owners
     ]
+    causes += [*planned, *weight_causes(weights)]
     explained = frozenset((cause.rule, cause.layer) for cause in causes)
     if numeric is not None:
         causes += cache_causes(numeric.symptoms, explained)
@@ -89,7 +95,7 @@ def _names(structure: StructureDiff) -> Iterator[Cause]:
 
 
 def _findings(causes: Iterable[Cause]) -> tuple[Finding, ...]:
-    """Join causes that differ in their layer alone; the sort is stable."""
+    """Join causes that differ in their layer alone, and put them in order; the sort is stable."""
     layers: dict[tuple[Severity, str, str], list[int]] = {}
     origins: dict[tuple[Severity, str, str], str] = {}
     for cause in causes:
@@ -98,9 +104,13 @@ def _findings(causes: Iterable[Cause]) -> tuple[Finding, ...]:
         origins.setdefault(key, cause.origin)
         if cause.layer is not None and cause.layer not in found:
             found.append(cause.layer)
-    ordered = sorted(layers, key=lambda key: ORDER.index(key[0]))
+    ordered = sorted(layers, key=lambda key: (ORDER.index(key[0]), _rank(key[1])))
     return tuple(
         Finding(rule, severity, message, tuple(sorted(layers[key])), origins[key])
         for key in ordered
         for severity, rule, message in [key]
     )
+
+
+def _rank(rule: str) -> int:
+    return 2 if rule in EFFECTS else int(rule in GENERAL)

@@ -80,15 +80,45 @@ def test_causes_of_plans_and_weights_have_rules_of_their_own():
         "recent",
         "dtype",
         "codec",
-        "layout",
-        "plan",
         "rope-frequencies",
         "dtype",
         "weight-scaled",
         "weight-values",
+        "layout",
+        "plan",
     ]
     assert found[1].message == "keys: regions.sink 2 -> 0"
-    assert found[7].message == "other frequencies of RoPE: theta 10000 -> 500000"
+    assert found[5].message == "other frequencies of RoPE: theta 10000 -> 500000"
+
+
+def test_another_codec_explains_the_dtype_of_what_it_leaves():
+    dtype = PlanChange(1, "key", "regions.dtype", "float32", "float16")
+    codec = PlanChange(1, "key", "codec", "none(dtype=float32)", "int(bits=4)")
+    assert rules(diagnose(None, [codec, dtype], (), (), None)) == ["codec"]
+    other = dataclasses.replace(dtype, stream="value")
+    assert rules(diagnose(None, [codec, other], (), (), None)) == ["codec", "dtype"]
+
+
+def test_fields_of_a_stream_with_one_rule_are_one_cause():
+    plan = [
+        PlanChange(1, "key", "codec.bits", "4", "2"),
+        PlanChange(1, "key", "codec.group", "", "32"),
+        PlanChange(1, "value", "codec.bits", "4", "2"),
+    ]
+    found = diagnose(None, plan, (), (), None)
+    assert [f.message for f in found] == [
+        "keys: codec.bits 4 -> 2, codec.group none -> 32",
+        "values: codec.bits 4 -> 2",
+    ]
+
+
+def test_another_owner_is_told_once():
+    read = NodeChange("rewired", 1, "kvx.cached_attention", "cache cache_append -> cache_append")
+    owner = PlanChange(1, "", "owner", "layer 1", "layer 0")
+    shared = PlanChange(1, "", "shared_with", "", "layer 0")
+    found = diagnose(StructureDiff((read,)), [shared, owner], (), (), None)
+    assert [(f.rule, f.message) for f in found] == [("layer-owner", "owner layer 1 -> layer 0")]
+    assert rules(diagnose(StructureDiff((read,)), (), (), (), None)) == ["layer-owner"]
 
 
 def test_structure_has_causes_for_each_kind_of_change():
@@ -102,14 +132,14 @@ def test_structure_has_causes_for_each_kind_of_change():
     ]
     found = diagnose(StructureDiff(tuple(nodes)), (), (), (), None)
     assert rules(found) == [
-        "operations",
         "dtype",
-        "operations",
-        "operands",
         "attention-scale",
         "rope",
+        "operations",
+        "operations",
+        "operands",
     ]
-    assert found[0].message == "kvx.hadamard added by rotate-qk"
+    assert found[3].message == "kvx.hadamard added by rotate-qk"
 
 
 def test_symptoms_of_caches_are_faults():
