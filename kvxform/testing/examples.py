@@ -1,7 +1,7 @@
 """Examples to try a pass on: small programs of many forms, drawn from a seed.
 
-An example is a recipe for a program, not the program: it prints as Python that makes it again, and
-travels to another process.
+An example is a recipe for a program, not the program: it prints as the call that makes it (where
+options of attention are tensors, as the seeds of their values), and travels to another process.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class Example:
         return program
 
     def __str__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options)
+        shown = {name: repr(value) for name, value in self.options}
+        if "dtype" in shown:
+            shown["dtype"] = f"torch.{dict(self.options)['dtype']}"
+        options = ", ".join(f"{name}={text}" for name, text in shown.items())
         parts = [f"{self.kind}_program({options})"]
         if self.program is not None:
             parts = [f"the given program {self.program.info.name}"]

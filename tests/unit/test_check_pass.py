@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import promise_breakers as breakers
 import pytest
+import torch
 from promise_breakers import DoubleValues
 
 from kvxform.errors import PassError, RecipeError
 from kvxform.pass_base import PASSES, NoMatch
 from kvxform.testing import check_pass, fuzz_pass, llama_program
+from kvxform.testing import programs as testing
 from kvxform.testing.examples import draw_examples, prerequisites
+from kvxform.testing.fingerprint import digest
 
 BREAKERS = {
     breakers.ImpureMatch(): ("purity", "`match` changed the touched"),
@@ -128,3 +131,12 @@ def test_examples_are_the_same_for_the_same_seed_and_say_how_they_are_made():
     assert first == again != other
     assert first[0] == "llama_program(layers=1)"
     assert len(set(first)) == 6
+
+
+def test_an_example_prints_as_the_call_that_makes_it():
+    drawn = draw_examples(DoubleValues(), 8, before=(), seed=0)
+    plain = [e for e in drawn if not e.opaque and "attention" not in dict(e.options)]
+    assert any("dtype" in dict(e.options) for e in plain)
+    for example in plain:
+        program = eval(str(example), {"torch": torch, **vars(testing)})
+        assert digest(program) == digest(example.source())
