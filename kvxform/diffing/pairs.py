@@ -10,6 +10,7 @@ from kvxform.diffing.describe import node_text, place_text
 from kvxform.diffing.hashing import is_commutative
 from kvxform.diffing.outline import Outline, OutlineNode
 from kvxform.diffing.outline_nodes import Operand
+from kvxform.diffing.places import Places
 from kvxform.diffing.records import NodeChange, NodeChangeKind
 
 _DEFAULT = "default"
@@ -22,35 +23,11 @@ class PairComparer:
     def __init__(self, a: Outline, b: Outline, alignment: Alignment) -> None:
         self.a, self.b = a, b
         self.partner = dict(alignment.pairs)
-        self.taken = {y: x for x, y in alignment.pairs}
         self.only_a, self.only_b = set(alignment.only_a), set(alignment.only_b)
-        self.layers = {x: y for x, y in alignment.layers if x is not None}
+        self.places = Places(a, b, alignment)
         names = {port.name: place for place, port in enumerate(b.ports) if port.kind == "input"}
         inputs = [port for port in a.ports if port.kind == "input"]
         self.ports = {place: names.get(port.name, place) for place, port in enumerate(inputs)}
-
-    def layer(self, x: OutlineNode, y: OutlineNode) -> int | None:
-        """Return the layer of a pair, counted as in B.
-
-        A change of the graph can change which layer an operation seems to belong to; A is asked.
-        """
-        if x.layer is None:
-            return None
-        layer = self.layers.get(x.layer)
-        return y.layer if layer is None else layer
-
-    def layer_of_added(self, node: OutlineNode) -> int | None:
-        """Return the layer of an operation that only B has, or of its neighbours if theirs moved.
-
-        What seems to be in another layer than its partner in A has moved by a change of the graph.
-        """
-        near = {*node.sources, *(reader for reader, _ in self.b.users[node.key])}
-        layers = {
-            y: self.layer(self.a.nodes[self.taken[y]], self.b.nodes[y])
-            for y in near & self.taken.keys()
-        }
-        moved = [layer for y, layer in sorted(layers.items()) if layer != self.b.nodes[y].layer]
-        return moved[0] if moved and node.layer not in layers.values() else node.layer
 
     def compare(self, x: OutlineNode, y: OutlineNode) -> NodeChange | None:
         """Return what differs between `x` of A and `y` of B, or None."""
@@ -62,7 +39,7 @@ class PairComparer:
             return None
         return NodeChange(
             kind=found[0][0],
-            layer=self.layer(x, y),
+            layer=self.places.of_pair(x, y),
             op=y.op,
             what="; ".join(text for _, text in found),
             before=node_text(x, self.a),

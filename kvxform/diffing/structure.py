@@ -6,7 +6,6 @@ an inserted one is not rewired, and one whose type follows from another type is 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
@@ -49,23 +48,26 @@ def _node_changes(a: Outline, b: Outline, alignment: Alignment) -> list[NodeChan
             found.append(((y, 0), change))
     for y in alignment.only_b:
         node = b.nodes[y]
-        node = dataclasses.replace(node, layer=comparer.layer_of_added(node))
-        found.append(((y, 0), _one_sided(node, "added", after=node_text(node, b))))
+        layer = comparer.places.of_added(node)
+        found.append(((y, 0), _one_sided(node, layer, "added", after=node_text(node, b))))
     partner = dict(alignment.pairs)
     last = -1
     for node in a.nodes:
         if node.key in partner:
             last = partner[node.key]
         else:
-            change = _one_sided(node, "removed", before=node_text(node, a))
+            layer = comparer.places.of_removed(node)
+            change = _one_sided(node, layer, "removed", before=node_text(node, a))
             found.append(((last + 0.5, node.key), change))
     return [change for _, change in sorted(found, key=lambda item: item[0])]
 
 
-def _one_sided(node: OutlineNode, kind: OneSided, before: str = "", after: str = "") -> NodeChange:
+def _one_sided(
+    node: OutlineNode, layer: int | None, kind: OneSided, before: str = "", after: str = ""
+) -> NodeChange:
     return NodeChange(
         kind=kind,
-        layer=node.layer,
+        layer=layer,
         op=node.op,
         what=f"{short_op(node.op)} {kind}",
         before=before,
