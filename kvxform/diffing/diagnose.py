@@ -26,6 +26,7 @@ from kvxform.diffing.records import (
     StructureDiff,
     WeightChange,
 )
+from kvxform.diffing.rules import RULES
 
 ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 # Rules that say least come after those that name a cause, and effects after both.
@@ -99,6 +100,7 @@ def _findings(causes: Iterable[Cause]) -> tuple[Finding, ...]:
     layers: dict[tuple[Severity, str, str], list[int]] = {}
     origins: dict[tuple[Severity, str, str], str] = {}
     for cause in causes:
+        assert cause.rule in RULES, "every rule is documented"
         key = (cause.severity, cause.rule, cause.message)
         found = layers.setdefault(key, [])
         origins.setdefault(key, cause.origin)

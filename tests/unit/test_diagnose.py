@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 from kvxform.diffing.diagnose import diagnose
 from kvxform.diffing.records import (
@@ -15,6 +17,7 @@ from kvxform.diffing.records import (
     StructureDiff,
     WeightChange,
 )
+from kvxform.diffing.rules import RULES
 from kvxform.diffing.symptoms import Symptom
 
 SAME = LogitsDiff(0.0, 0.0, 0.0, 1.0)
@@ -28,6 +31,12 @@ def numbers(logits: LogitsDiff = FAR, *symptoms: Symptom, **options) -> NumericD
 
 def rules(findings: tuple[Finding, ...]) -> list[str]:
     return [finding.rule for finding in findings]
+
+
+def test_every_rule_is_documented():
+    page = Path(__file__).parents[2] / "docs" / "findings.md"
+    named = set(re.findall(r"`([a-z-]+)`", page.read_text("utf-8")))
+    assert set(RULES) <= named
 
 
 def test_nothing_is_said_of_nothing():
