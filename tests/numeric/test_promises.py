@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from models import tiny_hf
 
+from kvxform.capture import capture
 from kvxform.pass_base import PASSES, GraphPass
 from kvxform.passes.base.fuse_projections import FuseProjections
 from kvxform.passes.base.insert_cache import InsertCache
@@ -94,6 +96,15 @@ def test_promises_are_kept(name, seed):
     graph_pass, before = CASES[name]
     check = check_pass(graph_pass, before=before, examples=12, seed=seed, new_process=False)
     assert check.applied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gpt_neox"])
+def test_promises_are_kept_on_captured_models(family):
+    program = capture(tiny_hf(family)).program
+    for name in ("fuse-norms", "rotate-v", "insert-cache", "page-cache"):
+        check = check_pass(name, programs=[program], examples=1, new_process=False)
+        assert check.trials[-1].outcome == "applied"
 
 
 @pytest.mark.slow
