@@ -185,6 +185,13 @@ def test_a_digest_is_long_enough_to_encode_something():
     assert make_digest(cached_program(None, dtype=F32)).kind == "exact"
 
 
+def test_a_digest_is_of_what_the_model_computes(program, lock):
+    ids, mask = fixed_tokens(program.info.vocab_size, lock.digest.lengths)
+    logits = OptimizedModel(program)(ids, mask)[mask.bool()]
+    assert lock.digest.greedy == tuple(logits.argmax(-1).tolist())
+    assert lock.digest.logits.rms == pytest.approx(float(logits.square().mean().sqrt()), rel=1e-3)
+
+
 def test_a_program_without_a_cache_has_logits_alone():
     program = llama_program(dtype=F32)
     digest = make_digest(program)
