@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from kvxform.bisecting.outcomes import Failure, Limits
@@ -9,9 +10,11 @@ from kvxform.bisecting.search import Verdict, fewest_to_leave_out, isolate
 from kvxform.bisecting.shrinking import Case, Shrinker
 from kvxform.bisecting.stages import Broken
 from kvxform.errors import KvxformError
-from kvxform.verify.prober import Executor
+from kvxform.verify.probe import Probe
+from kvxform.verify.prober import Executor, Prober
 
-BOUND = "KVX501"
+BOUND, CONTRACT = "KVX501", "KVX212"
+SHORT = 12  # tokens on which a broken contract nearly always shows
 PARTS = 64  # matches that are tried as parts of their own at most
 
 
@@ -52,12 +55,15 @@ class CulpritSearch:
     limits: Limits
     executor: Executor
     _tried: dict[frozenset[int], Trial | None] = field(default_factory=dict)
+    _short: Broken | None = None
 
     def find(self) -> list[Group]:
         """Return the groups at fault, those that cost most first; none if there is no match."""
         count = len(self.broken.matches)
         if count == 0:
             return []
+        if self.broken.failure.code == CONTRACT:
+            self._take_fewer_tokens()
         groups = isolate(range(count), self.judge)
         whole = len(groups) == 1 and len(groups[0]) > 1
         if whole and self.broken.failure.code == BOUND:
@@ -81,7 +87,7 @@ class CulpritSearch:
         """Return the pass tried at `wanted`, or None if it cannot be."""
         if wanted not in self._tried:
             try:
-                found = self.broken.attempt(wanted, self.limits)
+                found = (self._short or self.broken).attempt(wanted, self._limits)
             except KvxformError:
                 self._tried[wanted] = None
             else:
@@ -93,6 +99,23 @@ class CulpritSearch:
         """Return a match that is not at fault, or None if all are."""
         guilty = {match for group in groups for match in group.matches}
         return next((i for i in range(len(self.broken.matches)) if i not in guilty), None)
+
+    @property
+    def _limits(self) -> Limits:
+        return self.limits if self.broken.failure.code == BOUND else {}
+
+    def _take_fewer_tokens(self) -> None:
+        """Try the pass on a few tokens from here on, if it fails on them too."""
+        probe = self.broken.prober.probe
+        if probe.lengths[0] <= SHORT:
+            return
+        few = Probe(probe.input_ids[:1, :SHORT], (SHORT,))
+        prober = Prober(self.broken.uncached, self.executor, None, few)
+        prober.measure(self.broken.before, state=False)
+        short = dataclasses.replace(self.broken, prober=prober)
+        found = short.attempt(frozenset(range(len(short.matches))), {})
+        if found.failure is not None and found.failure.is_like(short.failure):
+            self._short = short
 
     def _can_try_one_of(self, group: tuple[int, ...]) -> bool:
         return any(self.judge(frozenset({i})) is not Verdict.UNKNOWN for i in group)

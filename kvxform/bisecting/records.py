@@ -37,7 +37,7 @@ class Culprit:
         layers: Layers they are at; empty for matches outside of layers.
         module: Path of the source module of the first one, or empty.
         failure: How the pass fails if it is applied there alone, or empty.
-        cost: Mean KL(source || stage) in nats with these matches alone, or None.
+        cost: Mean KL divergence in nats that these matches alone bring, on what was tried, or None.
     """
 
     matches: tuple[int, ...]

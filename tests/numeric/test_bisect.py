@@ -214,7 +214,7 @@ def test_a_bound_is_traced_to_the_layer_that_breaks_it(usual_kl, monkeypatch, tm
     assert found.failure.startswith("KVX501")
     assert [culprit.layers for culprit in found.culprits] == [(1,)]
     assert found.subgraph is not None
-    assert any("codec.clip of layer 1" in change for change in found.subgraph.changes)
+    assert any("key codec of layer 1" in c and "clip=0.1" in c for c in found.subgraph.changes)
     assert exit_code(out / "repro.py", monkeypatch) == 1
     good = ROOT / "passes/quantize/quantize_kv.py"
     assert exit_code(out / "repro.py", monkeypatch, str(good)) == 0
