@@ -28,7 +28,7 @@ from kvxform.runtime.onnx_files import DESCRIPTION, MODEL, check_package
 from kvxform.runtime.onnx_program import Initialisers, package_program
 
 ATTENTION = ("onnx.Attention", "onnx.Softmax")  # any of them stands for an attention
-_PAST, _PRESENT = "past_key_values.", "present."
+_CACHE = {"past_key_values.": "past", "present.": "present"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,22 +125,15 @@ def _with_layers(nodes: Sequence[OutlineNode]) -> Sequence[OutlineNode]:
 def _ports(graph: ir.Graph) -> Iterator[OutlinePort]:
     """Yield inputs in the order in which operands count them, then outputs."""
     for value in graph.inputs:
-        name = value.name or ""
-        if name.startswith(_PAST):
-            layer, plane = _layer_of(name.removeprefix(_PAST))
-            yield OutlinePort("cache", plane, type_text(value), layer)
-        else:
-            yield OutlinePort("input", name, type_text(value))
+        yield OutlinePort("input", _port_name(value.name or ""), type_text(value))
     for value in graph.outputs:
-        name = value.name or ""
-        if name.startswith(_PRESENT):
-            layer, plane = _layer_of(name.removeprefix(_PRESENT))
-            yield OutlinePort("output", f"present {plane}", type_text(value), layer)
-        else:
-            yield OutlinePort("output", name, type_text(value))
+        yield OutlinePort("output", _port_name(value.name or ""), type_text(value))
 
 
-def _layer_of(name: str) -> tuple[int | None, str]:
-    """Split `3.key_codes` into layer and plane."""
-    layer, _, plane = name.partition(".")
-    return (int(layer), plane) if layer.isdecimal() else (None, name)
+def _port_name(name: str) -> str:
+    """Return the name of an input or output for people: `past key_codes of layer 3`."""
+    for prefix, word in _CACHE.items():
+        layer, _, plane = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and layer.isdecimal():
+            return f"{word} {plane} of layer {layer}"
+    return name

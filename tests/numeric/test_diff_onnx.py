@@ -163,6 +163,18 @@ def test_what_was_changed_in_the_file_is_seen_in_its_layer(change, program, pack
     assert any(1 in finding.layers for finding in result.findings)
 
 
+def test_a_plane_of_another_dtype_is_seen(program, package):
+    def change(graph: onnx.GraphProto) -> None:
+        (port,) = (x for x in graph.input if x.name == "past_key_values.1.key_scale")
+        port.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+    result = differ(program, tampered(package, change), numeric=False)
+    (port,) = result.structure.ports
+    assert (result.exit_code, port.kind) == (1, "input")
+    assert "past key_scale" in port.name
+    assert (port.before[:4], port.after[:4]) == ("f16[", "f32[")
+
+
 def test_a_changed_file_is_seen_between_packages_of_other_recipes_too(package, tmp_path):
     other = export_onnx(toy(), tmp_path / "exact")
     result = differ(other, tampered(package, rescale), numeric=False)
