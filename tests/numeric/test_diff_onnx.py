@@ -258,3 +258,15 @@ def test_a_program_that_has_no_cache_is_compared_as_if_it_had(package):
     result = differ(plain, package, numeric=False)
     assert result.exit_code == 1
     assert result.plan, "one side has a plan"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fibquant-3", "gear", "kivi4", "octopus-3", "zipcache"])
+def test_what_a_recipe_made_and_its_package_are_the_same(recipe, tmp_path):
+    from models import tiny_hf
+
+    model = tiny_hf("llama", head_dim=64)
+    made = kvxform.optimize(model, recipe, verify="none", progress=False)
+    result = differ(made, made.export_onnx(tmp_path / "package"))
+    assert (result.exit_code, result.structure.nodes, result.weights) == (0, (), ())
+    assert result.numeric.logits.kl < 1e-4
