@@ -170,9 +170,12 @@ class _Run:
         is_exact = all(p.numerics.is_exact for p in passes) and not is_lossy(
             self._plan, source.dtype
         )
-        return compare_with_source(
+        found = compare_with_source(
             self.model, run_source(source, probe), probe, self._tolerance, is_exact=is_exact
         )
+        costs = [c.error for c in found if c.compared.endswith("(KL)") and c.error is not None]
+        self._cost = max(self._cost, *costs)
+        return found
 
     def result(self, comparisons: list[Comparison], *, has_source: bool) -> Verification:
         """Return everything that was found."""
