@@ -16,6 +16,7 @@ from kvxform.diffing.records import (
     NumericDiff,
     PlanChange,
     PortChange,
+    RecipeChange,
     SideSummary,
     StructureDiff,
     TextDiff,
@@ -126,6 +127,10 @@ def recipe_change(**changes: object) -> DiffResult:
             Finding("codec", "warning", "keys and values are stored in 2 bits, not 4", range_all()),
             Finding("window", "error", "attention window none -> 128", (12,), SDPA),
             Finding("operations", "warning", "rotate-qk added 60 operations", range_all(), SDPA),
+        ),
+        recipe=(
+            RecipeChange("added", "rotate-qk", after="block 64"),
+            RecipeChange("changed", "quantize-kv", "key.bits", "4", "2"),
         ),
     )
     return dataclasses.replace(result, **changes)

@@ -11,6 +11,7 @@ from kvxform.diffing.align import align
 from kvxform.diffing.diagnose import diagnose
 from kvxform.diffing.metrics import compare_metrics
 from kvxform.diffing.plans import compare_plans
+from kvxform.diffing.recipes import compare_recipes, recipe_findings
 from kvxform.diffing.records import DiffResult
 from kvxform.diffing.structure import compare_outlines
 from kvxform.diffing.thresholds import ThresholdsLike, check_thresholds, load_thresholds
@@ -88,6 +89,7 @@ def _compare(
         if generate:
             talk("writing text")
             numbers = dataclasses.replace(numbers, text=compare_texts(a, b, generate))
+    recipe = compare_recipes(a.steps, b.steps)
     return DiffResult(
         a.summary,
         b.summary,
@@ -96,7 +98,8 @@ def _compare(
         weights,
         metrics,
         numbers,
-        diagnose(structure, plan, weights, metrics, numbers),
+        (*recipe_findings(recipe), *diagnose(structure, plan, weights, metrics, numbers)),
+        recipe=recipe,
     )
 
 

@@ -18,6 +18,7 @@ from kvxform.diffing.numeric import Runs
 from kvxform.diffing.outline import Outline
 from kvxform.diffing.outline_fx import outline_program
 from kvxform.diffing.outline_onnx import OnnxSide, read_onnx
+from kvxform.diffing.recipes import StepData
 from kvxform.diffing.records import SideKind, SideSummary
 from kvxform.diffing.streaming import open_streamed
 from kvxform.diffing.walking import WalkingModel
@@ -26,6 +27,7 @@ from kvxform.ir.artifact import CHECKSUMS, PROGRAM, load_program
 from kvxform.ir.program import Program
 from kvxform.locks.files import read_lock
 from kvxform.locks.records import Lock, is_lock
+from kvxform.recipe import Recipe
 from kvxform.runtime.loading import saved_recipe
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_files import MODEL
@@ -51,6 +53,7 @@ class Side:
         logits: What gives its logits alone, where `whole` is None, or None.
         onnx: The ONNX graph, if it is one.
         recipe: Name of its recipe, or empty.
+        steps: Passes of its recipe, or None if they are not known.
         lock: What was read, if it is a lock.
         folder: Where its weights are read from as they are needed, or None.
         tokenizer_path: Where its tokenizer is, or None.
@@ -64,6 +67,7 @@ class Side:
     logits: Runs | None = None
     onnx: OnnxSide | None = None
     recipe: str = ""
+    steps: list[StepData] | None = None
     lock: Lock | None = None
     folder: Path | None = None
     tokenizer_path: str | None = None
@@ -163,6 +167,7 @@ def _artifact_side(folder: Path, name: str) -> Side:
         program,
         WalkingModel(program),
         recipe="" if recipe is None else recipe.name,
+        steps=_steps(recipe),
         folder=folder,
         tokenizer_path=str(folder / "tokenizer"),
     )
@@ -180,6 +185,7 @@ def _onnx_side(path: Path, name: str, runs: bool) -> Side:
         onnx.program,
         onnx=onnx,
         recipe=onnx.recipe,
+        steps=onnx.steps,
         tokenizer_path=str(folder),
     )
     if not runs:
@@ -213,8 +219,13 @@ def _model_side(model: OptimizedModel, name: str) -> Side:
         program,
         model,
         recipe="" if model.recipe is None else model.recipe.name,
+        steps=_steps(model.recipe),
         tokenizer_path=program.info.tokenizer_path,
     )
+
+
+def _steps(recipe: Recipe | None) -> list[StepData] | None:
+    return None if recipe is None else [step.to_data() for step in recipe.passes]
 
 
 def _program_side(program: Program, kind: SideKind, name: str) -> Side:

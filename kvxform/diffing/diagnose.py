@@ -75,7 +75,8 @@ def _results(numeric: NumericDiff, *, is_explained: bool) -> Iterator[Cause]:
     if found is None:
         return
     words = f"logits differ by {found.relative:.2g} of the largest"
-    if numeric.is_rounding:
+    # Codes that move by rounding explain what nothing else does, and no more than that.
+    if found.relative <= numeric.tolerance or (numeric.is_rounding and not is_explained):
         if found.relative:
             yield Cause("rounding", "note", f"{words}, which is rounding")
         return

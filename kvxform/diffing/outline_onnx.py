@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from torch import fx
@@ -40,12 +41,14 @@ class OnnxSide:
         weights: A program without a graph, that has its initialisers as weights.
         program: What it was exported from; None if no package says.
         recipe: Name of the recipe that made the program, or empty.
+        steps: Passes of that recipe, or None.
     """
 
     outline: Outline
     weights: Program
     program: Program | None = None
     recipe: str = ""
+    steps: list[Any] | None = None
 
 
 def outline_onnx(path: str | Path) -> Outline:
@@ -71,9 +74,10 @@ def read_onnx(path: str | Path) -> OnnxSide:
         raise ArtifactError("KVX602", "an ONNX file must be readable", got=got) from error
     if description is None:
         return onnx_side(model, place.stem)
-    program, recipe = package_program(model, description), description.get("recipe")
-    name = str(recipe["name"]) if isinstance(recipe, dict) and "name" in recipe else ""
-    return dataclasses.replace(onnx_side(model, program.info.name), program=program, recipe=name)
+    program, recipe = package_program(model, description), description.get("recipe") or {}
+    side, steps = onnx_side(model, program.info.name), recipe.get("passes")
+    name = str(recipe.get("name", ""))
+    return dataclasses.replace(side, program=program, recipe=name, steps=steps)
 
 
 def exported_side(program: Program) -> OnnxSide:

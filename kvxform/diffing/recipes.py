@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvxform.diffing.fields import flatten
-from kvxform.diffing.records import RecipeChange
+from kvxform.diffing.records import Finding, RecipeChange
 
 StepData = str | Mapping[str, Any]  # as recipes write a pass: a name, or a name with its options
 Step = tuple[str, Mapping[str, Any]]
+_MOST_WORDS = 4  # changes that the finding names
+_SIGNS = {"added": "+", "removed": "-", "moved": "~", "changed": "~"}
 
 
 def compare_recipes(
@@ -30,6 +32,33 @@ def compare_recipes(
     if a is None or b is None:
         return ()
     return tuple(_changes([_parts(step) for step in a], [_parts(step) for step in b]))
+
+
+def recipe_findings(changes: Sequence[RecipeChange]) -> tuple[Finding, ...]:
+    """Return one finding that names the changes, or none."""
+    if not changes:
+        return ()
+    words = [f"{change.name} {_words(change)}" for change in changes[:_MOST_WORDS]]
+    if len(changes) > _MOST_WORDS:
+        words.append(f"and {len(changes) - _MOST_WORDS} more")
+    return (Finding("recipe", "warning", f"recipe: {', '.join(words)}"),)
+
+
+def recipe_lines(changes: Sequence[RecipeChange]) -> list[str]:
+    """Return each change in a line with its sign: `~ quantize-kv  key.bits 4 -> 8`."""
+    return [f"{_SIGNS[c.kind]} {c.name}  {_detail(c)}".rstrip() for c in changes]
+
+
+def _words(change: RecipeChange) -> str:
+    return change.kind if change.kind in ("added", "removed") else _detail(change)
+
+
+def _detail(change: RecipeChange) -> str:
+    if change.kind in ("added", "removed"):
+        return change.after or change.before
+    if change.kind == "moved":
+        return f"moved from {change.before} to {change.after}"
+    return f"{change.option} {change.before or 'default'} -> {change.after or 'default'}"
 
 
 def _parts(step: StepData) -> Step:

@@ -27,6 +27,7 @@ from kvxform.diffing.digest import (
 )
 from kvxform.diffing.error_plot import error_plot
 from kvxform.diffing.folding import fold_changes
+from kvxform.diffing.recipes import recipe_lines
 from kvxform.diffing.records import DiffResult, NodeChange, WeightChange
 from kvxform.formats import plain_line, plain_number, plain_percent
 from kvxform.page import render_page
@@ -56,6 +57,7 @@ def render_html(result: DiffResult) -> str:
         verdict=verdict(result),
         sides=[(name, s, side_words(s)) for name, s in (("A", result.a), ("B", result.b))],
         findings=group_findings(ranked(result.findings)),
+        recipe=recipe_lines(result.recipe),
         over={v.name: v.measured for v in result.violations},
         figures=figure_rows(result),
         tiles=[_tile(result, cell) for cell in layer_cells(result)],

@@ -15,6 +15,7 @@ from kvxform.diffing.digest import (
     verdict,
 )
 from kvxform.diffing.folding import Change, fold_changes
+from kvxform.diffing.recipes import recipe_lines
 from kvxform.diffing.records import DiffResult, SideSummary, TextDiff
 from kvxform.diffing.render_text import block_lines, map_lines
 from kvxform.formats import plain_line, plain_number, plain_percent
@@ -38,6 +39,7 @@ def render_markdown(result: DiffResult) -> str:
         f"{_text(answer.sentence[:1].upper() + answer.sentence[1:])}.",
         _sides(result.a, result.b),
         _findings(result),
+        _recipe(result),
         _limits(result),
         _figures(result),
         _numbers(result),
@@ -71,7 +73,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _code(lines: Sequence[str]) -> str:
+def _code(lines: Sequence[str], language: str = "text") -> str:
     """Return lines as a code block, or nothing; no line of it can end the block."""
     if not lines:
         return ""
@@ -80,7 +82,7 @@ def _code(lines: Sequence[str]) -> str:
         shown.append(f"... and {len(lines) - _MOST_CHANGES} lines more")
     longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
-    return "\n".join([f"{fence}text", *shown, fence])
+    return "\n".join([f"{fence}{language}", *shown, fence])
 
 
 def _details(title: str, body: str) -> str:
@@ -105,6 +107,12 @@ def _findings(result: DiffResult) -> str:
         messages = "<br>".join(map(_text, finding.shown))
         rows.append((_SEVERITIES[finding.severity], where, messages + origin))
     return _table(("", "where", "what"), rows)
+
+
+def _recipe(result: DiffResult) -> str:
+    if not result.recipe:
+        return ""
+    return f"Recipe:\n\n{_code(recipe_lines(result.recipe), 'diff')}"
 
 
 def _limits(result: DiffResult) -> str:

@@ -18,6 +18,7 @@ from kvxform.diffing.digest import (
     verdict,
 )
 from kvxform.diffing.folding import Change
+from kvxform.diffing.recipes import recipe_lines
 from kvxform.diffing.records import (
     DiffResult,
     LayerDiff,
@@ -48,6 +49,7 @@ def render_text(result: DiffResult, *, colour: bool = False) -> str:
     blocks = [
         _answer(result, mark),
         _findings(result, mark),
+        _recipe(result),
         _limits(result, mark),
         _figures(result),
         map_lines(result),
@@ -89,6 +91,11 @@ def _findings(result: DiffResult, mark: Mark) -> list[str]:
         lines.append(f"  {mark(f'{word:<5}', tone)}  {place:<{width}}  {first}")
         lines += [f"{'':{width + 11}}{line}" for line in rest]
     return lines
+
+
+def _recipe(result: DiffResult) -> list[str]:
+    lines = recipe_lines(result.recipe)
+    return ["recipe", *(f"  {line}" for line in lines)] if lines else []
 
 
 def _limits(result: DiffResult, mark: Mark) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 RULES: Mapping[str, str] = {
+    "recipe": "Recipes have other passes, or passes with other options",
     "weight-permuted": "A weight has its rows or columns in another order",
     "weight-negated": "A weight has the other sign",
     "weight-scaled": "A weight is multiplied by a factor",

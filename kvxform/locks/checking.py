@@ -6,6 +6,7 @@ from kvxform.diffing.align import align
 from kvxform.diffing.diagnose import diagnose
 from kvxform.diffing.metrics import compare_metrics
 from kvxform.diffing.plans import compare_plans
+from kvxform.diffing.recipes import StepData, compare_recipes, recipe_findings
 from kvxform.diffing.records import (
     DiffResult,
     Finding,
@@ -61,7 +62,9 @@ def compare_locks(
     structure = compare_outlines(a, b, align(a, b))
     plan, metrics = compare_plans(a, b), compare_metrics(a, b)
     numeric = compare_digests(lock.digest, other.digest)
+    recipe = compare_recipes(_steps(lock.passes), _steps(other.passes))
     findings = (
+        *recipe_findings(recipe),
         *diagnose(structure, plan, (), metrics, numeric),
         *_pass_findings(lock.passes, other.passes),
         *_bound_findings(lock.bounds, other.bounds),
@@ -75,7 +78,13 @@ def compare_locks(
         metrics=metrics,
         numeric=numeric,
         findings=findings,
+        recipe=recipe,
     )
+
+
+def _steps(passes: tuple[PassContract, ...]) -> list[StepData] | None:
+    """Return passes as recipes write them; None where a side has no report."""
+    return [{contract.name: contract.options} for contract in passes] or None
 
 
 def compare_digests(a: Digest | None, b: Digest | None) -> NumericDiff | None:
@@ -147,14 +156,11 @@ def _share(value: float) -> str:
 def _pass_findings(
     before: tuple[PassContract, ...], after: tuple[PassContract, ...]
 ) -> list[Finding]:
-    old, new = ([contract.name for contract in side] for side in (before, after))
-    if not before or not after:
-        return []  # one of them was built by other means, and has no report
-    if old != new:
-        message = f"passes were {' '.join(old)} and are {' '.join(new)}"
-        return [Finding("contract-passes", "warning", message)]
+    """Return what passes that both sides have promise or cost otherwise."""
+    later = {contract.name: contract for contract in after}
+    pairs = [(one, later[one.name]) for one in before if one.name in later]
     found = []
-    for one, two in zip(before, after, strict=True):
+    for one, two in pairs:
         for field in ("exactness", "matched"):
             was, now = getattr(one, field), getattr(two, field)
             if was != now:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kvxform.report import BoundRecord, PassRecord, Report
 
@@ -24,12 +25,14 @@ class PassContract:
         measured: `rounding` for an exact pass that kept its tolerance; else the KL divergence from
             the stage before in nats, as the nearest of 1, 2, 5 times a power of ten; or
             `not measured`.
+        options: Its options, as the recipe gives them.
     """
 
     name: str
     exactness: str
     matched: int
     measured: str
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class BoundContract:
 def pass_contracts(report: Report) -> tuple[PassContract, ...]:
     """Return what a report says of its passes."""
     return tuple(
-        PassContract(record.name, record.exactness, record.matched, _measured(record))
+        PassContract(
+            record.name, record.exactness, record.matched, _measured(record), dict(record.options)
+        )
         for record in report.passes
     )
 

@@ -210,6 +210,9 @@ def test_rounding_is_no_change():
     codes = LogitsDiff(0.1, 1e-2, 1e-3, 0.99)  # a code moved by rounding
     assert rules(diagnose(None, (), (), (), numbers(codes, kl_tolerance=2e-2))) == ["rounding"]
     assert rules(diagnose(None, (), (), (), numbers(codes))) == ["unexplained"]
+    weight = (WeightChange(5, "q", "values", 0.3),)
+    found = diagnose(None, (), weight, (), numbers(codes, kl_tolerance=2e-2))
+    assert rules(found) == ["weight-values", "results"]
 
 
 def test_complaints_are_faults():

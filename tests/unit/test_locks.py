@@ -261,7 +261,10 @@ def test_contracts(lock):
     assert (better.exit_code, better.findings[-1].severity) == (0, "note")
     fewer = dataclasses.replace(rotate, matched=1)
     assert rules(compare_locks(before, with_passes(fewer, lossy))) == {"contract-passes"}
-    assert rules(compare_locks(before, with_passes(lossy))) == {"contract-passes"}
+    assert rules(compare_locks(before, with_passes(lossy))) == {"recipe"}
+    blocks = dataclasses.replace(rotate, options={"block": 32})
+    result = compare_locks(before, with_passes(blocks, lossy))
+    assert result.findings[0].message == "recipe: rotate-v block default -> 32"
 
 
 @pytest.mark.parametrize(

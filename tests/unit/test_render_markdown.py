@@ -46,7 +46,7 @@ def test_details_are_folded_away_and_close():
 def test_code_stays_in_its_block():
     html = page(render_markdown(recipe_change()))
     blocks = re.findall(r"<pre><code[^>]*>(.*?)</code></pre>", html, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert any("kvx.cached_attention(%, %, %, window=128)" in block for block in blocks)
 
 
