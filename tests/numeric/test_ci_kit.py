@@ -97,7 +97,7 @@ def test_locks_are_the_same_text_in_other_processes_and_with_other_threads(tmp_p
     for threads in ("1", "2"):
         out = tmp_path / f"{threads}.lock"
         subprocess.run(
-            [sys.executable, "-m", "kvxform.cli.main", *LOCK_WORDS, "-o", str(out)],
+            [str(Path(sys.executable).parent / "kvxform"), *LOCK_WORDS, "-o", str(out)],
             env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads},
             check=True,
         )
