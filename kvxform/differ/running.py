@@ -13,6 +13,7 @@ from kvxform.diffing.caches import cache_lengths, compare_caches
 from kvxform.diffing.numeric import Pairs, compare_runs, default_probe
 from kvxform.diffing.records import NumericDiff, TextDiff
 from kvxform.diffing.symptoms import CacheDiff
+from kvxform.diffing.walking import WalkingModel
 from kvxform.errors import KvxformError
 from kvxform.runtime.inputs import make_batch
 from kvxform.runtime.onnx_rows import OnnxModel
@@ -109,7 +110,9 @@ def _compare_caches(a: ModelLike, b: ModelLike, probe: Probe, pairs: Pairs) -> C
         probe = make_probe(vocab, cache_lengths(a, b))
     if isinstance(a, OnnxModel) or isinstance(b, OnnxModel):
         return compare_rows(a, b, probe, pairs)
-    return compare_caches(a, b, probe, pairs=pairs)
+    # The same runtime on both sides has the same faults: graph, plan and weights say what differs.
+    is_same_runtime = isinstance(a, WalkingModel) and isinstance(b, WalkingModel)
+    return compare_caches(a, b, probe, pairs=pairs, symptoms=not is_same_runtime)
 
 
 def _given(inputs: Tensor | tuple[Tensor, Tensor], vocab: int) -> tuple[Probe, str]:

@@ -74,7 +74,12 @@ def comparison_schedule(lengths: Sequence[int]) -> Schedule:
 
 
 def compare_caches(
-    a: ModelLike, b: ModelLike, sequences: Probe, *, pairs: Pairs | None = None
+    a: ModelLike,
+    b: ModelLike,
+    sequences: Probe,
+    *,
+    pairs: Pairs | None = None,
+    symptoms: bool = True,
 ) -> CacheDiff:
     """Run both models through one schedule and compare what their caches hold.
 
@@ -83,6 +88,7 @@ def compare_caches(
         b: The second one; it takes the same token ids.
         sequences: At least two, of more than 4 tokens each; `cache_lengths` says how many are good.
         pairs: Layers to compare, (layer of A, layer of B); by default those of the same index.
+        symptoms: Run both once more to tell what differs, if anything does.
 
     Returns:
         An empty result if one of them has no cache.
@@ -102,14 +108,15 @@ def compare_caches(
         ]
         layers.add(alone)
     found = layers.result()
-    if not complaints and _is_equal(found, alone, _dtype(a, b)):
-        return CacheDiff(found, (), (schedule.name,))
+    lines = tuple(dict.fromkeys(complaints))
+    if not symptoms or (not complaints and _is_equal(found, alone, _dtype(a, b))):
+        return CacheDiff(found, lines, (schedule.name,))
     led = Lockstep(a, b, sequences, wanted, is_led=True)
     finder = FaultFinder(wanted, tolerance_for(_dtype(a, b)))
     for action in schedule.actions:
         led.act(action)
         finder.look(led, action)
-    return CacheDiff(found, tuple(dict.fromkeys(complaints)), (schedule.name,), finder.symptoms())
+    return CacheDiff(found, lines, (schedule.name,), finder.symptoms())
 
 
 def _equal_layers(a: ModelLike, b: ModelLike) -> Pairs:

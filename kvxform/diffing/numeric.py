@@ -32,7 +32,7 @@ PIECE = 32  # positions whose logits are compared at a time
 def default_probe(a: ModelLike, b: ModelLike) -> Probe:
     """Return text that A wrote itself, as long as the caches of both need it."""
     vocab = min(model.program.info.vocab_size for model in (a, b))
-    return rewrite_probe(WalkingModel(a.program), vocab, cache_lengths(a, b))
+    return rewrite_probe(WalkingModel(a.program), vocab, cache_lengths(a, b), rewrites=1)
 
 
 def compare_runs(
@@ -167,17 +167,17 @@ class _Both:
 
 
 def turned_error(x: Tensor, y: Tensor) -> float:
-    """Return how far `y` is from `x` `[n, width]`, both float64, once it is turned to fit best.
+    """Return how far `y` is from `x` `[n, width]`, both float64, once `x` is turned to fit best.
 
-    Source: Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966. The sum
-    of the singular values of x^T y is what is left of the product; those of the product of two
-    triangular factors are the same, and that one is small.
+    With x^T = A R and y^T = B T (A, B orthonormal), and R T^T = U S V^T, the best turn takes x to
+    R^T U V^T B^T, so that the triangular factors say all.
+
+    Source: Schoenemann, A generalized solution of the orthogonal Procrustes problem, 1966.
     """
-    factors = [torch.linalg.qr(m.T, mode="r").R for m in (x, y)]
-    product = float(torch.linalg.svdvals(factors[0] @ factors[1].T).sum())
-    size = float(x.square().sum())
-    rest = size + float(y.square().sum()) - 2.0 * product
-    return math.sqrt(max(rest, 0.0) / max(size, 1e-30))
+    r, t = (torch.linalg.qr(m.T, mode="r").R for m in (x, y))
+    u, _, vh = torch.linalg.svd(r @ t.T)
+    rest = float((r.T @ u @ vh - t.T).square().sum())
+    return math.sqrt(rest / max(float(x.square().sum()), 1e-30))
 
 
 def _tolerance(programs: Sequence[Program]) -> Tolerance:

@@ -18,6 +18,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codegen.eager.cache import PagedCache
 from kvxform.codegen.eager.checkpoint import CheckpointExecutable
 from kvxform.codegen.eager.step import Step
+from kvxform.diffing.quick_ops import QuickOps
 from kvxform.diffing.streaming import FileWeights
 from kvxform.ir.cache import CacheState, make_handle
 from kvxform.ir.execution import CacheSizes, Executable, LiveCache, StepInputs
@@ -65,12 +66,12 @@ def walk(
         inputs["cache"] = make_handle(cache)
     ends, dead = layer_ends(program), _last_uses(program.graph)
     values: dict[fx.Node, Any] = {}
-
+    ops = QuickOps()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = inputs[str(node.target)]
         elif node.op == "call_function":
-            values[node] = _compute(program, node, values, operands)
+            values[node] = _compute(program, node, values, operands, ops)
             if node in ends:
                 yield Stop(ends[node], values[node])
         elif node.op == "output":
@@ -82,7 +83,11 @@ def walk(
 
 @torch.inference_mode()
 def _compute(
-    program: Program, node: fx.Node, values: dict[fx.Node, Any], operands: Operands | None
+    program: Program,
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    operands: Operands | None,
+    ops: QuickOps,
 ) -> Any:
     """Return the value of one operation; its weights are gone when it is done."""
     weights = program.weights
@@ -102,8 +107,7 @@ def _compute(
             site.k_basis.unrotate(args[1], weights),
             site.v_basis.unrotate(args[2], weights),
         )
-    assert callable(node.target), "the graph holds calls alone"
-    return node.target(*args, **kwargs)
+    return ops.find(node.target)(*args, **kwargs)
 
 
 def layer_ends(program: Program) -> dict[fx.Node, int]:

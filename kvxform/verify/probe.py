@@ -140,24 +140,29 @@ def write_probe(program: Program, lengths: Sequence[int]) -> Probe:
 
 
 def rewrite_probe(
-    predict: Callable[[Tensor], Tensor], vocab_size: int, lengths: Sequence[int]
+    predict: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    lengths: Sequence[int],
+    *,
+    rewrites: int = REWRITES,
 ) -> Probe:
     """Return a probe whose text a model wrote itself.
 
     Random ids are unlike anything a model was trained on, and errors on them are two to three times
     those on text. So each token is drawn anew from what the model predicts after the tokens before
-    it, all positions at once (the noise is fixed), `REWRITES` times; the first ids are random.
+    it, all positions at once (the noise is fixed), `rewrites` times; the first ids are random.
 
     Args:
         predict: Takes ids `[B, S]` and returns logits `[B, S, vocab]`.
         vocab_size: Token ids to draw from.
         lengths: Of the rows.
+        rewrites: How often every token is drawn anew.
     """
     probe = make_probe(vocab_size, lengths)
     generator = torch.Generator().manual_seed(PROBE_SEED + 1)
     shape = (*probe.input_ids.shape, vocab_size)
     noise = -torch.empty(shape).exponential_(generator=generator).log()  # Gumbel distributed
-    for _ in range(REWRITES):
+    for _ in range(rewrites):
         logits = predict(probe.input_ids)[..., :vocab_size].float().cpu()
         written = (logits + noise).argmax(-1)
         ids = torch.cat([probe.input_ids[:, :1], written[:, :-1]], 1)
