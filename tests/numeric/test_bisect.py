@@ -299,7 +299,7 @@ def test_a_file_that_defines_no_such_pass_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["rotate-v", "rotate-qk", "insert-cache"])
+@pytest.mark.parametrize("name", ["rotate-v", "rotate-qk", "quantize-kv"])
 def test_faults_deep_in_smollm2_are_found(name, monkeypatch, tmp_path):
     passes = _passes_with_fault_at(17, tmp_path)
     plant = next(p for p in PLANTS if p.name == name)
