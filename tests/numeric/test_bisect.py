@@ -299,17 +299,23 @@ def test_a_file_that_defines_no_such_pass_is_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["rotate-v", "rotate-qk", "quantize-kv"])
-def test_faults_deep_in_smollm2_are_found(name, monkeypatch, tmp_path):
-    passes = _passes_with_fault_at(17, tmp_path)
-    plant = next(p for p in PLANTS if p.name == name)
-    monkeypatch.setitem(PASSES, name, getattr(passes, plant.cls.__name__))
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("RotateV", "rotation/rotate_v.py"),
+        ("RotateQk", "rotation/rotate_qk.py"),
+        ("QuantizeKv", "quantize/quantize_kv.py"),
+    ],
+)
+def test_faults_deep_in_smollm2_are_found(name, good, monkeypatch, tmp_path):
+    cls = getattr(_passes_with_fault_at(17, tmp_path), name)
+    monkeypatch.setitem(PASSES, cls.pass_name(), cls)
     out = tmp_path / "repro"
     found = kvxform.bisect("smollm2-135m", "kv4", out=out, progress=False)
-    assert found.pass_name == name
+    assert found.pass_name == cls.pass_name()
     assert [culprit.layers for culprit in found.culprits] == [(17,)]
     assert exit_code(out / "repro.py", monkeypatch) == 1
-    assert exit_code(out / "repro.py", monkeypatch, str(ROOT / plant.good)) == 0
+    assert exit_code(out / "repro.py", monkeypatch, str(ROOT / "passes" / good)) == 0
     assert sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) < 16 << 20
 
 
