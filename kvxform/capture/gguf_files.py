@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 
@@ -16,6 +15,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
     Newer versions of transformers can keep the packed blocks; that is switched off, and the mark
     that the model was quantised is removed, so that it can be saved like any other.
     """
+    import transformers  # a second, so only where it is needed
+
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config_class = getattr(transformers, "GgufConfig", None)
     if config_class is not None:

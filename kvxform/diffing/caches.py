@@ -52,23 +52,24 @@ def cache_lengths(*models: ModelLike) -> tuple[int, int, int]:
     return longest, min(SHORT, longest), max(longest // 2 + 4, 1)
 
 
-def comparison_schedule(lengths: Sequence[int]) -> Schedule:
+def comparison_schedule(lengths: Sequence[int], steps: int = STEPS) -> Schedule:
     """Return the schedule: all sequences but the last start; the last takes the place of the first.
 
     Args:
         lengths: Tokens of at least two sequences, each more than 4.
+        steps: Tokens decoded at a time. Faults that grow with every step need two.
     """
     *first, last = lengths
-    starts = {row: n - (STEPS if row == 0 else 2 * STEPS) for row, n in enumerate(first)}
+    starts = {row: n - (steps if row == 0 else 2 * steps) for row, n in enumerate(first)}
     return Schedule(
         SCHEDULE,
         (
             Prefill(starts, "left", sequences={row: row for row in starts}),
-            Decode(STEPS),
+            Decode(steps),
             Free((0,)),
-            Prefill({0: last - STEPS}, sequences={0: len(first)}),
+            Prefill({0: last - steps}, sequences={0: len(first)}),
             Reorder(tuple(reversed(starts))),
-            Decode(STEPS),
+            Decode(steps),
         ),
     )
 
@@ -96,7 +97,7 @@ def compare_caches(
     if a.plan is None or b.plan is None:
         return CacheDiff()
     wanted = _equal_layers(a, b) if pairs is None else pairs
-    schedule = comparison_schedule(sequences.lengths)
+    schedule = comparison_schedule(sequences.lengths, STEPS if symptoms else 1)
     alone = Lockstep(a, b, sequences, wanted, is_led=False)
     layers, complaints = _NaturalErrors(wanted), list[str]()
     for action in schedule.actions:
