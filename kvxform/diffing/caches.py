@@ -52,26 +52,32 @@ def cache_lengths(*models: ModelLike) -> tuple[int, int, int]:
     return longest, min(SHORT, longest), max(longest // 2 + 4, 1)
 
 
-def comparison_schedule(lengths: Sequence[int], steps: int = STEPS) -> Schedule:
+def comparison_schedule(lengths: Sequence[int]) -> Schedule:
     """Return the schedule: all sequences but the last start; the last takes the place of the first.
 
     Args:
         lengths: Tokens of at least two sequences, each more than 4.
-        steps: Tokens decoded at a time. Faults that grow with every step need two.
     """
     *first, last = lengths
-    starts = {row: n - (steps if row == 0 else 2 * steps) for row, n in enumerate(first)}
+    starts = {row: n - (STEPS if row == 0 else 2 * STEPS) for row, n in enumerate(first)}
     return Schedule(
         SCHEDULE,
         (
             Prefill(starts, "left", sequences={row: row for row in starts}),
-            Decode(steps),
+            Decode(STEPS),
             Free((0,)),
-            Prefill({0: last - steps}, sequences={0: len(first)}),
+            Prefill({0: last - STEPS}, sequences={0: len(first)}),
             Reorder(tuple(reversed(starts))),
-            Decode(steps),
+            Decode(STEPS),
         ),
     )
+
+
+def short_schedule(lengths: Sequence[int]) -> Schedule:
+    """Return the schedule that shows how far two plans lie apart on a sound runtime."""
+    starts = {row: n - 1 for row, n in enumerate(lengths)}
+    prefill = Prefill(starts, "left", sequences={row: row for row in starts})
+    return Schedule("ragged prefill and decode", (prefill, Decode(1)))
 
 
 def compare_caches(
@@ -89,7 +95,8 @@ def compare_caches(
         b: The second one; it takes the same token ids.
         sequences: At least two, of more than 4 tokens each; `cache_lengths` says how many are good.
         pairs: Layers to compare, (layer of A, layer of B); by default those of the same index.
-        symptoms: Run both once more to tell what differs, if anything does.
+        symptoms: Reuse pages and reorder rows too, and run both once more to tell what differs, if
+            anything does. Two sides with the same runtime have the same faults.
 
     Returns:
         An empty result if one of them has no cache.
@@ -97,7 +104,8 @@ def compare_caches(
     if a.plan is None or b.plan is None:
         return CacheDiff()
     wanted = _equal_layers(a, b) if pairs is None else pairs
-    schedule = comparison_schedule(sequences.lengths, STEPS if symptoms else 1)
+    lengths = sequences.lengths
+    schedule = comparison_schedule(lengths) if symptoms else short_schedule(lengths)
     alone = Lockstep(a, b, sequences, wanted, is_led=False)
     layers, complaints = _NaturalErrors(wanted), list[str]()
     for action in schedule.actions:

@@ -85,7 +85,7 @@ def test_exact_recipe_keeps_logits_and_cache_to_rounding(make_program):
         assert record.vs_before is not None
         assert record.vs_before.relative <= 1e-9 == record.tolerance
     assert report.cache is not None
-    assert len(report.cache.schedules) == 8
+    assert len(report.cache.schedules) == 9
     assert max(report.cache.input_error, report.cache.read_error) < 1e-9
     assert report.cache.state_error < 1e-12
 
