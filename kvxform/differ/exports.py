@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvxform.differ.sides import Side
 from kvxform.diffing.align import align
 from kvxform.diffing.outline import Outline
-from kvxform.diffing.outline_onnx import OnnxSide, exported_side
 from kvxform.diffing.records import StructureDiff, WeightChange
 from kvxform.diffing.structure import compare_outlines
 from kvxform.diffing.weights import compare_weights
@@ -22,6 +22,9 @@ from kvxform.order import PlannedPass
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.pipeline import apply_pass
 from kvxform.recipe import PassStep
+
+if TYPE_CHECKING:
+    from kvxform.diffing.outline_onnx import OnnxSide
 
 CACHE_PASS = "insert-cache"
 
@@ -80,9 +83,7 @@ def compare_exports(a: Side, b: Side, *, is_same: bool) -> ExportDiff:
     if is_same:
         return _compare(_as_onnx(a), _as_onnx(b))
     found = [
-        _compare(exported_side(side.exportable()), side.onnx)
-        for side in (a, b)
-        if side.onnx is not None
+        _compare(_export(side.exportable()), side.onnx) for side in (a, b) if side.onnx is not None
     ]
     return ExportDiff(
         tuple(s for part in found for s in part.structures),
@@ -105,6 +106,12 @@ def _as_onnx(side: Side) -> OnnxSide:
     if program.plan is None:
         planned = PlannedPass(PassStep(CACHE_PASS), InsertCache())
         program, _ = apply_pass(program, planned)
+    return _export(program)
+
+
+def _export(program: Program) -> OnnxSide:
+    from kvxform.diffing.outline_onnx import exported_side  # slow to import
+
     return exported_side(program)
 
 

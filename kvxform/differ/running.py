@@ -16,7 +16,6 @@ from kvxform.diffing.symptoms import CacheDiff
 from kvxform.diffing.walking import WalkingModel
 from kvxform.errors import KvxformError
 from kvxform.runtime.inputs import make_batch
-from kvxform.runtime.onnx_rows import OnnxModel
 from kvxform.texts import encode_text
 from kvxform.verify.probe import Probe, make_probe
 from kvxform.verify.protocols import ModelLike
@@ -46,7 +45,9 @@ def run_sides(a: Side, b: Side, inputs: InputsLike, pairs: Pairs) -> NumericDiff
     probe, words = make_inputs(inputs, a, b)
     caches = None
     if a.whole is not None and b.whole is not None and a.whole.plan and b.whole.plan:
-        caches = _compare_caches(a.whole, b.whole, probe, pairs)
+        has_rows = a.onnx is not None or b.onnx is not None
+        compare = compare_rows if has_rows else _compare_caches
+        caches = compare(a.whole, b.whole, _cache_probe(a.whole, b.whole, probe), pairs)
     return compare_runs(a.model, b.model, probe, pairs=pairs, caches=caches, words=words)
 
 
@@ -103,13 +104,15 @@ def compare_texts(a: Side, b: Side, tokens: int) -> TextDiff | None:
     return TextDiff(prompt, before, after, parted)
 
 
+def _cache_probe(a: ModelLike, b: ModelLike, probe: Probe) -> Probe:
+    """Return the probe, or random tokens if it has too few sequences to compare caches on."""
+    if len(probe.lengths) >= FEWEST and min(probe.lengths) >= SHORTEST:
+        return probe
+    vocab = min(a.program.info.vocab_size, b.program.info.vocab_size)
+    return make_probe(vocab, cache_lengths(a, b))
+
+
 def _compare_caches(a: ModelLike, b: ModelLike, probe: Probe, pairs: Pairs) -> CacheDiff:
-    """Compare caches on the probe, or on random tokens if it has too few sequences."""
-    if len(probe.lengths) < FEWEST or min(probe.lengths) < SHORTEST:
-        vocab = min(a.program.info.vocab_size, b.program.info.vocab_size)
-        probe = make_probe(vocab, cache_lengths(a, b))
-    if isinstance(a, OnnxModel) or isinstance(b, OnnxModel):
-        return compare_rows(a, b, probe, pairs)
     # The same runtime on both sides has the same faults: graph, plan and weights say what differs.
     is_same_runtime = isinstance(a, WalkingModel) and isinstance(b, WalkingModel)
     return compare_caches(a, b, probe, pairs=pairs, symptoms=not is_same_runtime)

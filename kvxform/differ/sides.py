@@ -1,4 +1,8 @@
-"""What can be compared, and how each of it is opened."""
+"""What can be compared, and how each of it is opened.
+
+What captures models and what reads ONNX files is imported where it is needed: it takes longer to
+import than two small artifacts take to compare.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from kvxform.api import optimize
-from kvxform.capture import capture
-from kvxform.differ.onnx_runs import file_logits, package_model
 from kvxform.diffing.numeric import Runs
 from kvxform.diffing.outline import Outline
 from kvxform.diffing.outline_fx import outline_program
-from kvxform.diffing.outline_onnx import OnnxSide, read_onnx
 from kvxform.diffing.recipes import StepData
 from kvxform.diffing.records import SideKind, SideSummary
 from kvxform.diffing.streaming import open_streamed
@@ -31,9 +31,11 @@ from kvxform.recipe import Recipe
 from kvxform.runtime.loading import saved_recipe
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_files import MODEL
-from kvxform.runtime.onnx_program import Initialisers
 from kvxform.tokenizer import load_tokenizer
 from kvxform.verify.protocols import ModelLike
+
+if TYPE_CHECKING:
+    from kvxform.diffing.outline_onnx import OnnxSide
 
 SideLike = OptimizedModel | Program | Lock | nn.Module | ExportedProgram | str | Path
 Talk = Callable[[str], None]
@@ -96,9 +98,13 @@ class Side:
         assert self.program is not None, "asked for by programs alone"
         if self.folder is not None:
             return load_program(self.folder)
+        if self.onnx is None:
+            return self.program
+        from kvxform.runtime.onnx_program import Initialisers
+
         weights = self.program.weights
-        loaded = weights.load() if isinstance(weights, Initialisers) else weights
-        return dataclasses.replace(self.program, weights=loaded)
+        assert isinstance(weights, Initialisers), "the weights of a package"
+        return dataclasses.replace(self.program, weights=weights.load())
 
     def load_tokenizer(self) -> Any:
         """Return its tokenizer, or None."""
@@ -126,8 +132,7 @@ def open_side(source: SideLike, *, runs: bool, talk: Talk) -> Side:
         return _lock_side(source, source.model)
     if isinstance(source, nn.Module | ExportedProgram):
         kind: SideKind = "module" if isinstance(source, nn.Module) else "pt2"
-        program = capture(source, progress=talk).program
-        return _program_side(program, kind, type(source).__name__)
+        return _program_side(_capture(source, talk), kind, type(source).__name__)
     if isinstance(source, str | Path):
         return _named_side(str(source), runs, talk)
     rule = "a side of a diff must be a model, a program, a lock, or the path of one"
@@ -146,10 +151,18 @@ def _named_side(text: str, runs: bool, talk: Talk) -> Side:
         return _lock_side(read_lock(path), name)
     model, mark, recipe = text.rpartition(RECIPE_MARK)
     if mark and model and not path.exists():
+        from kvxform.api import optimize
+
         talk(f"optimising {name}")
         return _model_side(optimize(model, recipe, verify="none", progress=False), name)
     kind: SideKind = "pt2" if path.suffix == ".pt2" else "module"
-    return _program_side(capture(text, progress=talk).program, kind, name)
+    return _program_side(_capture(text, talk), kind, name)
+
+
+def _capture(source: nn.Module | ExportedProgram | str, talk: Talk) -> Program:
+    from kvxform.capture import capture
+
+    return capture(source, progress=talk).program
 
 
 def _shown(text: str) -> str:
@@ -174,6 +187,9 @@ def _artifact_side(folder: Path, name: str) -> Side:
 
 
 def _onnx_side(path: Path, name: str, runs: bool) -> Side:
+    from kvxform.differ.onnx_runs import file_logits, package_model
+    from kvxform.diffing.outline_onnx import read_onnx
+
     onnx, folder = read_onnx(path), path if path.is_dir() else path.parent
     if onnx.program is None:
         logits = file_logits(path) if runs else None
@@ -201,6 +217,8 @@ def _has_values(program: Program) -> bool:
 
     Constants that were folded on the way to ONNX are not in it.
     """
+    from kvxform.runtime.onnx_program import Initialisers
+
     weights = program.weights
     assert isinstance(weights, Initialisers), "the weights of a package"
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
