@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from kvxform.atomic import safe_join
 from kvxform.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 MODEL, DESCRIPTION = "model.onnx", "kvxform.json"
 PACKAGE_VERSION = 1
@@ -25,10 +26,12 @@ def check_package(folder: Path) -> dict[str, Any]:
         ArtifactError: KVX601 for missing, KVX602 for damaged files, KVX603 for a reference that
             leaves the folder, KVX604 for another version.
     """
+    import onnx_ir  # brings sympy, most of a second
+
     description = _read_description(folder)
     path = _existing(folder, MODEL)
     try:
-        model = ir.load(path)
+        model = onnx_ir.load(path)
         tensors = list(_external_tensors(model))
     except Exception as error:  # protobuf and onnx_ir have errors of many kinds
         raise _damaged(MODEL, "the file cannot be read") from error
@@ -43,13 +46,15 @@ def check_package(folder: Path) -> dict[str, Any]:
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     """Yield every reference to another file, of initialisers and of constants in nodes."""
+    from onnx_ir import ExternalTensor
+
     for graph in model.graphs():
         for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
+            if isinstance(value.const_value, ExternalTensor):
                 yield value.const_value
         for node in graph:
             for attribute in node.attributes.values():
-                if isinstance(attribute.value, ir.ExternalTensor):
+                if isinstance(attribute.value, ExternalTensor):
                     yield attribute.value
 
 
