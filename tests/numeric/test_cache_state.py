@@ -96,7 +96,13 @@ def check_all(program: Program, quantised: Program, plant: Plant | None = None) 
 
 @pytest.mark.parametrize("folded", [False, True], ids=["decoded", "folded"])
 @pytest.mark.parametrize("options", [None, LOSSY, WITH_REGIONS], ids=["exact", "int4", "regions"])
-@pytest.mark.parametrize("page_size", [None, 16], ids=["contiguous", "paged"])
+@pytest.mark.parametrize(
+    "page_size",
+    [
+        pytest.param(None, id="contiguous", marks=pytest.mark.slow),
+        pytest.param(16, id="paged"),
+    ],
+)
 def test_sound_caches_pass_every_schedule(options, page_size, folded):
     cached = cached_program(options, page_size, folded=folded and options is not None)
     assert is_lossy(cached.plan, torch.float64) == (options is not None)
@@ -114,7 +120,13 @@ def test_sound_caches_pass_every_schedule(options, page_size, folded):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float64, id="f64", marks=pytest.mark.slow),
+        pytest.param(torch.float32, id="f32"),
+    ],
+)
 def test_planted_fault_is_found_and_named(name, dtype):
     plant, word = FAULTS[name]
     program = source_program(dtype=dtype)

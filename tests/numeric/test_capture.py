@@ -429,7 +429,9 @@ def test_smollm2_is_captured_whole() -> None:
     assert captured.tokenizer_path is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_16_bit_models_wider_than_their_integers_are_raised_whole(dtype):
     torch.manual_seed(0)
     config = LlamaConfig(

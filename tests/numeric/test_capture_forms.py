@@ -222,16 +222,16 @@ FORMS = [
     (sdpa_folded, True),
     (bmm_folded, True),
     (baddbmm, True),
-    (einsum_heads_first, True),
+    pytest.param(einsum_heads_first, True, marks=pytest.mark.slow),
     (einsum_tokens_first, True),
-    (einsum_keys_first, True),
+    pytest.param(einsum_keys_first, True, marks=pytest.mark.slow),
     (einsum_grouped, False),
     (five_axes, False),
     pytest.param(keys_times_queries, True, marks=pytest.mark.slow),
     (batch_last, True),
     (softmax_by_hand, True),
     pytest.param(log_softmax, True, marks=pytest.mark.slow),
-    (logsumexp, True),
+    pytest.param(logsumexp, True, marks=pytest.mark.slow),
     pytest.param(renormalised, True, marks=pytest.mark.slow),
     pytest.param(normalised_last, True, marks=pytest.mark.slow),
     (where_and_finfo, True),
@@ -272,7 +272,7 @@ REFUSED = [
     (scaled_weights, "the attention weights go through mul"),
     (anti_causal, "the mask is neither"),
     (differential, "the attention weights go through"),
-    (flex_excluding_itself, ""),
+    pytest.param(flex_excluding_itself, "", marks=pytest.mark.slow),
 ]
 
 
