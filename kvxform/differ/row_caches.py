@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvxform.diffing.caches import rms_error
+from kvxform.diffing.caches import shaped_error
 from kvxform.diffing.records import LayerDiff
 from kvxform.diffing.symptoms import CacheDiff
 from kvxform.verify.probe import Probe
@@ -40,8 +40,8 @@ def compare_rows(
         for layer, other in pairs:
             mine, theirs = first.logical_cache(layer), second.logical_cache(other)
             keys, values = worst.setdefault(layer, ([], []))
-            keys.append(rms_error(theirs.k, mine.k))
-            values.append(rms_error(theirs.v, mine.v))
+            keys.append(shaped_error(theirs.k, mine.k))
+            values.append(shaped_error(theirs.v, mine.v))
     layers = tuple(
         LayerDiff(layer, key=_largest(keys), value=_largest(values))
         for layer, (keys, values) in sorted(worst.items())

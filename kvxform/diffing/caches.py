@@ -16,6 +16,7 @@ from kvxform.diffing.lockstep import Lockstep
 from kvxform.diffing.records import LayerDiff
 from kvxform.diffing.symptoms import CacheDiff
 from kvxform.ir.rounding import coarsest
+from kvxform.verify.cache_state import rms_error
 from kvxform.verify.probe import Probe
 from kvxform.verify.prober import first_encoded_length
 from kvxform.verify.protocols import ModelLike
@@ -164,8 +165,8 @@ class _NaturalErrors:
         for layer, other in self._pairs:
             mine, theirs = run.a.session.logical_cache(layer), run.b.session.logical_cache(other)
             now = {
-                "key": rms_error(theirs.k, mine.k),
-                "value": rms_error(theirs.v, mine.v),
+                "key": shaped_error(theirs.k, mine.k),
+                "value": shaped_error(theirs.v, mine.v),
                 "codes": _codes(run, layer, other),
             }
             old = self._worst.setdefault(layer, dict.fromkeys(now))
@@ -198,13 +199,11 @@ def _plane(row: Mapping[str, Mapping[str, Tensor]], stream: str) -> Tensor | Non
     return row.get(stream, {}).get("codes")
 
 
-def rms_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
-    """Return the root mean square of differences over that of `expected`; None for other shapes."""
+def shaped_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    """Return the `rms_error`, or None for other shapes."""
     if [x.shape for x in got] != [x.shape for x in expected]:
         return None
-    pairs = [(x.double().cpu(), y.double().cpu()) for x, y in zip(got, expected, strict=True)]
-    error = sum(float((x - y).square().sum()) for x, y in pairs)
-    return float((error / max(sum(float(y.square().sum()) for _, y in pairs), 1e-30)) ** 0.5)
+    return rms_error(got, expected)
 
 
 def _is_equal(layers: Sequence[LayerDiff], run: Lockstep, dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from kvxform.diffing.causes import (
     weight_causes,
 )
 from kvxform.diffing.records import (
+    SEVERITIES,
     Finding,
     MetricChange,
     NumericDiff,
@@ -28,7 +29,6 @@ from kvxform.diffing.records import (
 )
 from kvxform.diffing.rules import RULES
 
-ORDER: tuple[Severity, ...] = ("error", "warning", "note")
 # Rules that say least come after those that name a cause, and effects after both.
 GENERAL = ("plan", "layout", "operations", "operands", "signature")
 EFFECTS = ("results", "cost")
@@ -107,7 +107,7 @@ def _findings(causes: Iterable[Cause]) -> tuple[Finding, ...]:
         origins.setdefault(key, cause.origin)
         if cause.layer is not None and cause.layer not in found:
             found.append(cause.layer)
-    ordered = sorted(layers, key=lambda key: (ORDER.index(key[0]), _rank(key[1])))
+    ordered = sorted(layers, key=lambda key: (SEVERITIES.index(key[0]), _rank(key[1])))
     return tuple(
         Finding(rule, severity, message, tuple(sorted(layers[key])), origins[key])
         for key in ordered

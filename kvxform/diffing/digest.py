@@ -9,6 +9,7 @@ from typing import Literal
 
 from kvxform.diffing.blocks import FindingGroup, group_findings
 from kvxform.diffing.records import (
+    SEVERITIES,
     DiffResult,
     Finding,
     LayerDiff,
@@ -30,7 +31,6 @@ FIGURES = {
     "parameters": "parameters",
     "parameter_bytes": "bytes of parameters",
 }
-_RANKS = ("error", "warning", "note")
 _GENERAL = ("operations",)  # rules that name what differs in the graph, but no cause
 _MANY_TIMES = 1.5  # above this a factor says more than a percentage
 
@@ -136,7 +136,7 @@ def group_sentence(group: FindingGroup, count: int) -> str:
 
 def ranked(findings: Sequence[Finding]) -> list[Finding]:
     """Return findings, errors first and notes last; what says little stands behind its equals."""
-    return sorted(findings, key=lambda f: (_RANKS.index(f.severity), f.rule in _GENERAL))
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), f.rule in _GENERAL))
 
 
 def layer_words(layers: Iterable[int], count: int) -> str:

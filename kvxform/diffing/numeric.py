@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvxform.diffing.caches import cache_lengths, rms_error
+from kvxform.diffing.caches import cache_lengths, shaped_error
 from kvxform.diffing.layer_run import LayerRun
 from kvxform.diffing.records import LayerDiff, LogitsDiff, NumericDiff
 from kvxform.diffing.symptoms import CacheDiff
 from kvxform.diffing.walking import Stop, WalkingModel
 from kvxform.ir.program import Program
 from kvxform.ir.rounding import rounding_dtype
-from kvxform.verify.cache_state import is_lossy
+from kvxform.verify.cache_state import is_lossy, rms_error
 from kvxform.verify.probe import Probe, Reference, rewrite_probe
 from kvxform.verify.protocols import ModelLike
 from kvxform.verify.tolerances import Tolerance, tolerance_for
@@ -160,13 +160,13 @@ class _Both:
         if x.shape != y.shape:
             return None
         a, b = x[self._real].double().cpu(), y[self._real].double().cpu()
-        return turned_error(a, b) if self._is_turned else _rms(a, b)
+        return turned_error(a, b) if self._is_turned else rms_error([b], [a])
 
     def _operands(self, layer: int, other: int) -> LayerDiff:
         """Compare the K and V of this run, where one side has no cache."""
         mine, theirs = (run.logical(n) for run, n in zip(self._runs, (layer, other), strict=True))
         key, value = (
-            rms_error([pair[i] for pair in theirs], [pair[i] for pair in mine]) for i in (0, 1)
+            shaped_error([pair[i] for pair in theirs], [pair[i] for pair in mine]) for i in (0, 1)
         )
         return LayerDiff(layer, None, key, value)
 
@@ -202,10 +202,6 @@ def _parts(layer: LayerDiff, tolerance: Tolerance) -> bool:
     """Whether a layer differs by more than rounding."""
     errors = [error for error in (layer.hidden, layer.key, layer.value) if error is not None]
     return any(not error <= tolerance.inputs for error in errors)
-
-
-def _rms(x: Tensor, y: Tensor) -> float:
-    return math.sqrt(float((x - y).square().sum()) / max(float(x.square().sum()), 1e-30))
 
 
 def _last(stops: Iterator[Stop]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
 
@@ -17,6 +17,7 @@ from kvxform.diffing.symptoms import Symptom
 
 NodeChangeKind = Literal["added", "removed", "retyped", "rewired", "changed"]
 Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # worst first
 SideKind = Literal["artifact", "program", "module", "onnx", "pt2", "lock"]
 
 

@@ -76,7 +76,12 @@ def read_path(program: Program, operand: fx.Node, heads: int) -> HeadPath | str:
         return "more than a plain linear layer and one norm makes the heads"
     try:
         rows = replay(chain[::-1], program.weights, _ONE, skipped=_NORM_WEIGHTS)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # as calls refuse numbers
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+    ):  # of a call on channel numbers
         return "something other than views stands between the linear layer and the heads"
     dim = int(operand.meta["type"].shape[-1])
     is_index = isinstance(rows, Tensor) and rows.dtype == torch.int64

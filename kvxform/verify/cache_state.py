@@ -212,8 +212,8 @@ class _ScheduleRun(Replay):
         for site in self.plan.owners:
             logical = self.session.logical_cache(site.layer)
             pairs = [self._source_cache(site.layer, row) for row in sorted(self.rows)]
-            key = _rms_error(logical.k, [k for k, _ in pairs])
-            value = _rms_error(logical.v, [v for _, v in pairs])
+            key = rms_error(logical.k, [k for k, _ in pairs])
+            value = rms_error(logical.v, [v for _, v in pairs])
             errors.append(LayerError(site.layer, key, value))
         return tuple(errors)
 
@@ -226,9 +226,8 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
     return float(worst / expected.double().abs().max().clamp_min(1e-30))
 
 
-def _rms_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    pairs = list(zip(got, expected, strict=True))
-    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-    return float(
-        (error / max(sum(float(b.double().square().sum()) for _, b in pairs), 1e-30)) ** 0.5
-    )
+def rms_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the root mean square of differences over that of `expected`; shapes are equal."""
+    pairs = [(a.double().cpu(), b.double().cpu()) for a, b in zip(got, expected, strict=True)]
+    error = sum(float((a - b).square().sum()) for a, b in pairs)
+    return float((error / max(sum(float(b.square().sum()) for _, b in pairs), 1e-30)) ** 0.5)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cached import cached_program
 from programs import apply, llama_program
+from session_faults import after_commit
 from torch import Tensor
 
 import kvxform.ir.ops as kvx
@@ -167,17 +168,6 @@ def shift_zero(session: Session) -> None:
 def change_planes(session: Session, index: int, change: Callable[..., object]) -> None:
     store = session._cache._stores[LAYER]._stores[index]
     store._codec = Encoder(store._codec, change)
-
-
-def after_commit(session: Session, change: Callable[[], None]) -> None:
-    cache = session._cache
-    commit = cache.commit
-
-    def commit_and_change() -> None:
-        commit()
-        change()
-
-    cache.commit = commit_and_change
 
 
 def lose_sink(session: Session) -> None:
