@@ -21,6 +21,7 @@ Number = int | float | bool
 
 INT64 = ir.DataType.INT64
 BOOL = ir.DataType.BOOL
+DOMAINS = {"com.microsoft": 1}  # versions of the domains besides the default one
 TRANSPOSED = ".T"  # end of the name of a weight that is stored as `W.T`
 
 
@@ -65,15 +66,17 @@ class Builder:
         *inputs: ir.Value | None,
         dtypes: Sequence[ir.DataType | None],
         role: str = "",
+        domain: str = "",
         **attributes: Attribute,
     ) -> tuple[ir.Value, ...]:
         """Return the outputs of a node, `len(dtypes)` of them.
 
         Args:
-            op_type: Operator of the default domain.
+            op_type: Operator of `domain`.
             inputs: Values; None for an optional input left out.
             dtypes: Dtype of every output; None leaves that output out.
             role: Last part of the node name; the operator if empty.
+            domain: The default one, or one of `DOMAINS`.
             attributes: Attributes by name.
         """
         name = self.unique(f"{self._scope}/{role or op_type}")
@@ -81,7 +84,10 @@ class Builder:
             ir.Value(name=f"{name}_output_{i}" if dtype else "", type=_tensor_type(dtype))
             for i, dtype in enumerate(dtypes)
         ]
-        self._append(ir.node(op_type, list(inputs), attributes or None, outputs=outputs, name=name))
+        node = ir.node(
+            op_type, list(inputs), attributes or None, domain=domain, outputs=outputs, name=name
+        )
+        self._append(node)
         return tuple(outputs)
 
     def op(
@@ -90,13 +96,14 @@ class Builder:
         *inputs: ir.Value | None,
         dtype: ir.DataType | None = None,
         role: str = "",
+        domain: str = "",
         **attributes: Attribute,
     ) -> ir.Value:
         """Add a node with one output, of the dtype of the first input unless told otherwise."""
         if dtype is None:
             assert inputs[0] is not None, "the dtype follows the first input"
             dtype = inputs[0].dtype
-        return self.ops(op_type, *inputs, dtypes=[dtype], role=role, **attributes)[0]
+        return self.ops(op_type, *inputs, dtypes=[dtype], role=role, domain=domain, **attributes)[0]
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Return `x` in `dtype`; no node if it already is."""
@@ -151,6 +158,11 @@ class Builder:
         attributes = list(node.attributes.values())
         self._append(ir.Node("", node.op_type, inputs, attributes, outputs=outputs, name=name))
         return tuple(outputs)
+
+    def opset_imports(self, opset: int) -> dict[str, int]:
+        """Return the version of every domain that the nodes use."""
+        others = {node.domain for node in self.nodes} - {""}
+        return {"": opset} | {domain: DOMAINS[domain] for domain in sorted(others)}
 
     def prune(self, outputs: Sequence[ir.Value]) -> None:
         """Drop nodes and initialisers that no output needs."""

@@ -28,7 +28,6 @@ from kvxform.ir.stream_plan import StreamPlan
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
-MINIMUM_RUNTIME = "1.30"  # onnxruntime; the oldest that packages were run on is 1.31
 
 EMITTER_MODULES = (
     aten_index,

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from kvxform.codegen.onnx.builder import INT64, Builder, Number, onnx_dtype
+from kvxform.codegen.onnx.forms import Form, OnnxOptions, choose_form
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.program import Program
@@ -91,6 +92,7 @@ class Emission:
         ports: Cache inputs and outputs.
         caches: What each cache_append leaves for the attention that reads it, by owner layer.
         memo: Values that layers share, for instance masks, by a key that says what they are.
+        form: What the package is to be; the default form of the program if None is given.
     """
 
     program: Program
@@ -100,6 +102,11 @@ class Emission:
     ports: CachePorts
     caches: dict[int, Any] = field(default_factory=dict)
     memo: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
+    form: Form = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Choose the default form, where none is given."""
+        self.form = self.form or choose_form(self.program, OnnxOptions())
 
     def shared(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value for `key`; it is made once, outside of any layer."""

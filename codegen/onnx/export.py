@@ -11,9 +11,10 @@ from torch import fx
 
 from kvxform.atomic import atomic_folder
 from kvxform.codegen.onnx.builder import INT64, Builder
-from kvxform.codegen.onnx.capability import IR_VERSION, OPSET, check_program
+from kvxform.codegen.onnx.capability import IR_VERSION, check_program
 from kvxform.codegen.onnx.emission import Emission, Emitted, Inputs, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
+from kvxform.codegen.onnx.forms import Form, OnnxOptions, choose_form
 from kvxform.codegen.onnx.package import model_name, write_package
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.provenance import provenance_notes
@@ -24,6 +25,7 @@ from kvxform.ir.program import Program
 def export_onnx(
     program: Program,
     folder: str | Path,
+    options: OnnxOptions | None = None,
     *,
     tokenizer_path: str | Path | None = None,
     recipe: Any = None,
@@ -36,6 +38,7 @@ def export_onnx(
         program: After `insert-cache`. The page layout is a matter of the runtime: cache planes in
             ONNX are contiguous.
         folder: Where to write; an older package there is replaced at once or not at all.
+        options: What is asked of the package; the best that is legal on the CPU if None.
         tokenizer_path: Folder of tokenizer files to copy; the one of the program if None.
         recipe: The `kvxform.recipe.Recipe` that was applied, or None.
         report: The `kvxform.report.Report` of it, or None.
@@ -50,21 +53,23 @@ def export_onnx(
     """
     say = progress or (lambda _: None)
     fallback = check_program(program)
+    form = choose_form(program, options or OnnxOptions())
     say("emit graph")
-    model = emit_model(program, fallback)
+    model = emit_model(program, fallback, form)
     say("write package")
     with atomic_folder(folder) as temporary:
         source = tokenizer_path or program.info.tokenizer_path
-        write_package(model, program, temporary, source, recipe, report)
+        write_package(model, program, temporary, source, recipe, report, form)
     return Path(folder)
 
 
-def emit_model(program: Program, fallback: Fallback) -> ir.Model:
+def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
     """Return the ONNX model of a checked program; it shares the weight tensors.
 
     Args:
         program: What to emit.
         fallback: What `check_program` returned: translations of operations without an emitter.
+        form: What the package is to be.
     """
     assert program.plan is not None, "checked"
     inputs = Inputs(
@@ -73,7 +78,7 @@ def emit_model(program: Program, fallback: Fallback) -> ir.Model:
         _input("position_ids", "sequence_length"),
     )
     ports = CachePorts(program.plan)
-    e = Emission(program, Builder(), inputs, WeightStore.of(program), ports)
+    e = Emission(program, Builder(), inputs, WeightStore.of(program), ports, form=form)
     logits = _emit_nodes(e, fallback)
     logits.name = "logits"
     logits.shape = ir.Shape(["batch_size", "sequence_length", program.info.vocab_size])
@@ -84,7 +89,7 @@ def emit_model(program: Program, fallback: Fallback) -> ir.Model:
         outputs,
         nodes=e.builder.nodes,
         initializers=list(e.builder.initializers.values()),
-        opset_imports={"": OPSET},
+        opset_imports=e.builder.opset_imports(form.opset),
         name=model_name(program),
     )
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="kvxform")

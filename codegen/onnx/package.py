@@ -18,7 +18,8 @@ import onnx_ir as ir
 
 from kvxform.codecs.base import dtype_name
 from kvxform.codegen.onnx.builder import TRANSPOSED, onnx_dtype
-from kvxform.codegen.onnx.capability import IR_VERSION, MINIMUM_RUNTIME, OPSET, takes_padding
+from kvxform.codegen.onnx.capability import IR_VERSION, takes_padding
+from kvxform.codegen.onnx.forms import Form
 from kvxform.codegen.onnx.ports import PAST, PRESENT, is_plain
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.artifact import encode_program
@@ -38,6 +39,7 @@ def write_package(
     tokenizer_path: str | Path | None,
     recipe: Any,
     report: Any,
+    form: Form,
 ) -> None:
     """Write all files of a package into an empty folder.
 
@@ -48,12 +50,13 @@ def write_package(
         tokenizer_path: Folder with tokenizer files, GGUF file, or None.
         recipe: A `kvxform.recipe.Recipe`, or None.
         report: A `kvxform.report.Report`, or None.
+        form: What the package is.
     """
     assert program.plan is not None, "checked"
-    model.metadata_props.update(_metadata(program.plan, recipe))
+    model.metadata_props.update(_metadata(program.plan, recipe, form))
     ir.save(model, folder / MODEL, external_data=DATA, size_threshold_bytes=EMBEDDED_BYTES)
     _write_json(folder / "genai_config.json", genai_config(program))
-    _write_json(folder / "kvxform.json", _describe(model, program, recipe))
+    _write_json(folder / "kvxform.json", _describe(model, program, recipe, form))
     if report is not None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     for name, content in tokenizer_files(tokenizer_path).items():
@@ -117,18 +120,19 @@ def _is_plain_cache(program: Program) -> bool:
     return all(is_plain(st, dtype) for s in program.plan.owners for st in s.streams.values())
 
 
-def _metadata(plan: CachePlan, recipe: Any) -> dict[str, str]:
+def _metadata(plan: CachePlan, recipe: Any, form: Form) -> dict[str, str]:
     """Return the metadata of the graph file."""
     return {
         "kvxform.ir_version": str(IR_VERSION),
-        "kvxform.minimum_onnxruntime": MINIMUM_RUNTIME,
-        "kvxform.opset": str(OPSET),
+        "kvxform.level": form.level,
+        "kvxform.minimum_onnxruntime": form.runtime,
+        "kvxform.opset": str(form.opset),
         "kvxform.padding": "left" if takes_padding(plan) else "none",
         "kvxform.recipe": "none" if recipe is None else str(recipe.name),
     }
 
 
-def _describe(model: ir.Model, program: Program, recipe: Any) -> dict[str, Any]:
+def _describe(model: ir.Model, program: Program, recipe: Any, form: Form) -> dict[str, Any]:
     """Return `kvxform.json`: everything that a package was made from, but for values of weights.
 
     `program` is as in the `program.json` of an artifact. There, `stored` of a weight names the
@@ -151,9 +155,8 @@ def _describe(model: ir.Model, program: Program, recipe: Any) -> dict[str, Any]:
         "folded": _folded(model, program, table),
         "rejected": [dataclasses.asdict(r) for r in program.rejected],
         "onnx": {
-            "opset": OPSET,
+            **dataclasses.asdict(form),
             "ir_version": IR_VERSION,
-            "minimum_onnxruntime": MINIMUM_RUNTIME,
             "padding": takes_padding(program.plan),
         },
     }

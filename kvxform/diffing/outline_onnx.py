@@ -17,6 +17,7 @@ from torch import fx
 from kvxform.codegen.onnx.builder import TRANSPOSED
 from kvxform.codegen.onnx.capability import check_program
 from kvxform.codegen.onnx.export import emit_model
+from kvxform.codegen.onnx.forms import OnnxOptions, choose_form
 from kvxform.diffing.layering import assign_layers
 from kvxform.diffing.metrics import measure
 from kvxform.diffing.onnx_nodes import constants_of, outline_nodes, type_text
@@ -86,7 +87,9 @@ def exported_side(program: Program) -> OnnxSide:
     Raises:
         CodegenError: KVX401 if it cannot be exported.
     """
-    return onnx_side(emit_model(program, check_program(program)), program.info.name)
+    fallback = check_program(program)
+    model = emit_model(program, fallback, choose_form(program, OnnxOptions()))
+    return onnx_side(model, program.info.name)
 
 
 def onnx_side(model: ir.Model, name: str) -> OnnxSide:
