@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -23,13 +21,12 @@ from kvxform.progress import ProgressDisplay
 from kvxform.recipe import retarget
 from kvxform.runtime.loading import load_model
 from kvxform.runtime.model import OptimizedModel
+from kvxform.runtime.package_check import follow_package
 from kvxform.verify.cache_state import is_lossy
 from kvxform.verify.checking import Checker, Talk, compare_with_source
-from kvxform.verify.following import Follower
 from kvxform.verify.probe import rewrite_probe, run_source
 from kvxform.verify.prober import first_encoded_length
 from kvxform.verify.results import Comparison, Verification
-from kvxform.verify.schedules import Free, Prefill, Schedule
 from kvxform.verify.suites import (
     LONG,
     SCHEDULES,
@@ -41,9 +38,6 @@ from kvxform.verify.suites import (
     make_suites,
 )
 from kvxform.verify.tolerances import Tolerance, tolerance_for
-
-if TYPE_CHECKING:
-    from kvxform.runtime.onnx_rows import OnnxModel
 
 LOWERINGS = ("eager", "triton", "onnx")
 CALIBRATED = 1024  # tokens of the longest sequence that statistics are collected on
@@ -214,22 +208,9 @@ class _Run:
             from kvxform.runtime.onnx_session import OnnxSession
 
             package = OnnxModel(self.model.program, OnnxSession(folder))
-            follower = Follower(package, self.model, self._tolerance, self._cost, self._talk)
-            found = []
-            for suite in suites:
-                found += follower.check(self._without_rows(suite, package))
-            return found + follower.conclude()
-
-    def _without_rows(self, suite: Suite, package: OnnxModel) -> Suite:
-        """Leave out what rows of a package cannot do."""
-        kept = {}
-        for key, schedule in suite.schedules.items():
-            reason = _unfit(schedule, takes_padding=package.takes_padding)
-            if reason:
-                self._left_out[key] = reason
-            else:
-                kept[key] = schedule
-        return dataclasses.replace(suite, schedules=kept)
+            found, left_out = follow_package(package, self.model, suites, self._cost, self._talk)
+            self._left_out |= left_out
+            return found
 
 
 @contextmanager
@@ -239,14 +220,4 @@ def _package(model: OptimizedModel, target: Target) -> Iterator[Path]:
         yield Path(target) / "onnx"
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield model.export_onnx(Path(folder) / "onnx")
-
-
-def _unfit(schedule: Schedule, *, takes_padding: bool) -> str:
-    """Return why a package cannot run a schedule, or nothing."""
-    if any(isinstance(action, Free) for action in schedule.actions):
-        return "rows of a package are freed together"
-    counts = [set(a.tokens.values()) for a in schedule.actions if isinstance(a, Prefill)]
-    if not takes_padding and any(len(lengths) > 1 for lengths in counts):
-        return "rows of a package with exact regions or groups of tokens are equally long"
-    return ""
+        yield model.export_onnx(Path(folder) / "onnx", verify="none")

@@ -31,6 +31,7 @@ def export_onnx(
     recipe: Any = None,
     report: Any = None,
     progress: Callable[[str], None] | None = None,
+    check: Callable[[Path, Form], None] | None = None,
 ) -> Path:
     """Write `program` as an ONNX package.
 
@@ -43,6 +44,8 @@ def export_onnx(
         recipe: The `kvxform.recipe.Recipe` that was applied, or None.
         report: The `kvxform.report.Report` of it, or None.
         progress: Called with a line of text as the work goes on.
+        check: Called with the package and its form before it gets its place; what it raises leaves
+            nothing behind.
 
     Returns:
         The folder.
@@ -60,6 +63,8 @@ def export_onnx(
     with atomic_folder(folder) as temporary:
         source = tokenizer_path or program.info.tokenizer_path
         write_package(model, program, temporary, source, recipe, report, form)
+        if check is not None:
+            check(temporary, form)
     return Path(folder)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from kvxform.runtime.generate import GenerationOptions, NextLogits, Streamer, eo
 from kvxform.runtime.inputs import Batch, check_ids, make_batch, refuse
 from kvxform.runtime.session import Session
 from kvxform.tokenizer import load_tokenizer, tokenizer_files
+
+if TYPE_CHECKING:
+    from kvxform.codegen.onnx.forms import OnnxOptions
+    from kvxform.runtime.exporting import ExportCheck
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -200,19 +204,29 @@ class OptimizedModel:
 
         return KvxformForCausalLM(KvxformConfig.of(self.program), self)
 
-    def export_onnx(self, path: str | Path) -> Path:
-        """Write the model as an ONNX package folder."""
-        from kvxform.codegen.onnx import export_onnx
+    def export_onnx(
+        self,
+        path: str | Path,
+        options: OnnxOptions | None = None,
+        *,
+        verify: ExportCheck = "probe",
+        progress: Callable[[str], None] | None = None,
+    ) -> Path:
+        """Write the model as an ONNX package folder; see `kvxform.runtime.exporting`.
 
-        info = self.program.info
-        folder: Path = export_onnx(
-            self.program,
-            Path(path),
-            tokenizer_path=info.tokenizer_path,
-            recipe=self.recipe,
-            report=self.report,
-        )
-        return folder
+        Args:
+            path: Where to write.
+            options: What is asked of the package; the best that is legal if None.
+            verify: `probe` runs it against the eager lowering before it gets its place.
+            progress: Called with a line of text as the work goes on.
+
+        Raises:
+            CodegenError: KVX401 if the program has something that cannot be expressed.
+            VerifyError: KVX503 if the package is not as the eager lowering; nothing is written.
+        """
+        from kvxform.runtime.exporting import export_package
+
+        return export_package(self, path, options, verify=verify, progress=progress)
 
     def _start(
         self, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
