@@ -3,7 +3,7 @@
 - `codec_base`: what an emitter is, the registry
 - `codec_bytes`, `codec_radix`: codes in bytes
 - `codec_scales`, `codec_lookup`, `codec_runs`: scales; nearest entries of tables; runs of channels
-- `codec_exact`, `codec_int`, `codec_fp8`: values on their own or in groups
+- `codec_exact`, `codec_int`, `codec_fp8`, `codec_static_int`: values on their own or in groups
 - `codec_directions`: one norm a vector, and a table for its direction: `codec_lloyd_max`,
   `codec_fib_vq`, `codec_octahedral`
 - `codec_polar`, `codec_nuq`: angles; levels in ranges
@@ -29,6 +29,7 @@ from kvxform.codegen.onnx import (
     codec_outliers,
     codec_polar,
     codec_saliency,
+    codec_static_int,
     codec_token_norm,
     codec_truncate,
 )
@@ -51,6 +52,7 @@ EMITTER_MODULES = (  # they fill CODEC_EMITTERS
     codec_outliers,
     codec_polar,
     codec_saliency,
+    codec_static_int,
     codec_token_norm,
     codec_truncate,
 )

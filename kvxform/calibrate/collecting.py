@@ -12,6 +12,7 @@ import kvxform.ir.ops as kvx
 from kvxform.calibrate.gradients import collect_gradients
 from kvxform.calibrate.moments import Picks, StreamMoments, pick_tokens, sample_limit
 from kvxform.ir.calibration import Calibration, LayerStatistics
+from kvxform.ir.fitting import turned_channels
 from kvxform.ir.linear import as_linear
 from kvxform.ir.program import AttentionSite, Program
 from kvxform.ir.watching import Watcher, column_weights
@@ -146,10 +147,7 @@ def largest_reach(site: AttentionSite, keys: Tensor) -> Tensor:
     reach = keys.abs().amax(1)
     if site.rope is None:
         return reach
-    first = 0
-    if site.latent is not None and not site.latent.shared_first:
-        first = site.head_dim - site.rope.rotary_dim
-    turned = slice(first, first + site.rope.rotary_dim)
+    turned = turned_channels(site)
     pairs = keys[..., turned].unflatten(-1, (-1, 2) if site.rope.interleaved else (2, -1))
     axis = -1 if site.rope.interleaved else -2
     radius = pairs.square().sum(axis, keepdim=True).amax(1).sqrt()

@@ -6,6 +6,7 @@
 - `folded`: attention over codes with scales applied per query, token or step
 - `token_norm`: codec `token-norm`, norms per token in front of another codec
 - `outliers`: codec `outliers`, exact elements beside the codes of another codec
+- `static_int`: codec `static-int`, symmetric integers with calibrated scales
 - `low_rank`: codec `low-rank-residual`, a low-rank correction of another codec
 - `nuq`, `kmeans`: codec `nuq`, tables of levels fitted on a calibration
 - `saliency`: codec `saliency`, two codecs for tokens that matter more and less
@@ -38,5 +39,6 @@ from kvxform.codecs import outliers as outliers
 from kvxform.codecs import polar as polar
 from kvxform.codecs import saliency as saliency
 from kvxform.codecs import slerp_pair as slerp_pair
+from kvxform.codecs import static_int as static_int
 from kvxform.codecs import token_norm as token_norm
 from kvxform.codecs import truncate as truncate

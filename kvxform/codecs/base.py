@@ -106,11 +106,14 @@ class CodecSamples:
         x: Values of N tokens in the stored basis and on the stored side of RoPE, `[Hk, N, D]`.
         weights: Squared gradients of the loss at `x`, same shape, or None.
         envelope: Largest magnitude a channel can have at any position, `[Hk, D]`, or None.
+        elsewhere: Keys after RoPE as they would be at positions drawn over the whole context,
+            `[Hk, N, D]`, or None where positions change nothing.
     """
 
     x: Tensor
     weights: Tensor | None = None
     envelope: Tensor | None = None
+    elsewhere: Tensor | None = None
 
 
 @dataclass(frozen=True)

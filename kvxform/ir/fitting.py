@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from kvxform.codecs.base import Codec, CodecSamples
 from kvxform.errors import PassError
 from kvxform.ir.calibration import StreamStatistics
-from kvxform.ir.program import Program
+from kvxform.ir.program import AttentionSite, Program
+from kvxform.ir.rotary import rotary_table, turn_pairs
 from kvxform.ir.stream_plan import StreamPlan
+
+LONGEST_CONTEXT = 32768  # tokens, for models that name no limit
 
 
 def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -> CodecSamples:
@@ -36,12 +42,41 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
     basis, fisher = stream.basis, None
     if statistics.gradients is not None:
         fisher = basis.rotate_gradient(statistics.gradients, program.weights).square()
-    is_plain_key = name == "key" and stream.rope == "post" and basis.kind == "identity"
+    elsewhere, envelope = None, None
+    if name == "key" and stream.rope == "post":
+        elsewhere = _at_other_positions(program, site, statistics)
+        if basis.kind == "identity":
+            envelope = layer_statistics.rotary_envelope()
     return CodecSamples(
         basis.rotate(statistics.samples, program.weights),
         fisher,
-        layer_statistics.rotary_envelope() if is_plain_key else None,
+        envelope,
+        None if elsewhere is None else basis.rotate(elsewhere, program.weights),
     )
+
+
+def turned_channels(site: AttentionSite) -> slice:
+    """Return which channels of a key RoPE turns; the site has one."""
+    assert site.rope is not None, "the site has RoPE"
+    is_last = site.latent is not None and not site.latent.shared_first
+    first = site.head_dim - site.rope.rotary_dim if is_last else 0
+    return slice(first, first + site.rope.rotary_dim)
+
+
+def _at_other_positions(
+    program: Program, site: AttentionSite, statistics: StreamStatistics
+) -> Tensor | None:
+    """Return samples of keys after RoPE, turned on to positions drawn over the whole context."""
+    if site.rope is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    context = program.info.context_length or LONGEST_CONTEXT
+    drawn = torch.randint(context, statistics.positions.shape, generator=generator)
+    inv_freq = program.weights[site.rope.inv_freq].cpu().double()
+    table = rotary_table(drawn - statistics.positions, inv_freq, 1.0, torch.float32)
+    x, own = statistics.samples.clone(), turned_channels(site)
+    x[..., own] = turn_pairs(x[..., own], table, interleaved=site.rope.interleaved)
+    return x
 
 
 def stream_statistics(program: Program, layer: int, name: str, rope: str) -> StreamStatistics:

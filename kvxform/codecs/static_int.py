@@ -1,0 +1,197 @@
+"""Codec `static-int`: symmetric integers of 8 or 4 bits with scales that are part of the plan.
+
+With a scale s of a stream (`axis: tensor`) or of each channel of each head (`axis: channel`), and
+h = 2**(bits - 1):
+
+    q = round(x / s), clamped to [-h, h - 1],         x' = s q
+
+Nothing is stored beside codes. They are the bytes that GroupQueryAttention and PagedAttention of
+ONNX Runtime keep: int8, or two codes a byte as q + 8, element 2 i in the low half. `round` is half
+to even, and a 16-bit x is divided in float32, as there.
+
+Scales come from a calibration, threshold / (h - 1/2), so that both ends of [-threshold, threshold]
+are half a step beyond the last code at most. The threshold is
+
+- `minmax`      the largest magnitude;
+- `percentile`  that of magnitudes;
+- `mse`         the one with the least squared error of what is decoded;
+
+of the samples as they are, and of keys after RoPE as they would be at positions drawn over the
+whole context. Codes of a calibration text alone would clip keys at positions that it does not have.
+
+Source: operator schema of com.microsoft.GroupQueryAttention and PagedAttention (ONNX Runtime 1.31).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvxform.codecs.base import (
+    Codec,
+    CodecSamples,
+    PlaneSpec,
+    register_codec,
+    require_option,
+)
+from kvxform.errors import PassError
+
+SMALLEST_SCALE = 2.0**-24  # of a channel of zeros
+FRACTIONS = tuple(i / 50 for i in range(50, 9, -1))  # of the largest magnitude, tried by `mse`
+
+
+@register_codec
+@dataclass(frozen=True)
+class StaticIntCodec(Codec):
+    """Symmetric codes with static scales.
+
+    Attributes:
+        bits: 8 or 4 bits a code.
+        axis: One scale for the stream (`tensor`), or one for each channel of each head (`channel`).
+        threshold: How the scale is chosen: `minmax`, `percentile` or `mse`.
+        percentile: Share of magnitudes below the threshold, in percent; for `percentile`.
+        any_position: Choose scales of keys after RoPE for all positions of the context.
+        scale: The scales, one number, or head by head one for each channel; fitted.
+    """
+
+    name: ClassVar[str] = "static-int"
+    bits: int = 8
+    axis: Literal["tensor", "channel"] = "tensor"
+    threshold: Literal["minmax", "percentile", "mse"] = "mse"
+    percentile: float = 99.99
+    any_position: bool = True
+    scale: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options on their own; `check` compares them with a head_dim."""
+        self._require(self.bits in (4, 8), "bits must be 4 or 8", self.bits)
+        self._require(
+            self.axis in ("tensor", "channel"), "axis must be tensor or channel", self.axis
+        )
+        known = ("minmax", "percentile", "mse")
+        rule = f"threshold must be {', '.join(known[:-1])} or {known[-1]}"
+        self._require(self.threshold in known, rule, self.threshold)
+        rule = "percentile must lie in (50, 100]"
+        self._require(50 < self.percentile <= 100, rule, self.percentile)
+        if self.scale is not None:
+            positive = all(0 < s < float("inf") for s in self.scale) and len(self.scale) > 0
+            self._require(positive, "scale must be positive numbers", self.scale)
+            rule = "scale must be one number on the tensor axis"
+            self._require(self.axis == "channel" or len(self.scale) == 1, rule, len(self.scale))
+
+    @property
+    def is_headwise(self) -> bool:
+        """Whether all heads have one scale."""
+        return self.axis == "tensor"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scales are still to be fitted."""
+        return self.scale is None
+
+    @property
+    def half(self) -> int:
+        """Codes lie in [-half, half - 1]."""
+        return 1 << (self.bits - 1)
+
+    def check(self, head_dim: int) -> None:
+        """Raise PassError KVX203 if codes cannot be packed, or scales are of another size."""
+        if self.bits == 4 and head_dim % 2:
+            rule = "4-bit codes need a head_dim that is a multiple of 2"
+            raise PassError("KVX203", rule, got=head_dim, hint="use 8 bits")
+        if self.axis == "channel" and self.scale is not None and len(self.scale) % head_dim:
+            rule = f"codec static-int needs a scale for each of {head_dim} channels of each head"
+            hint = "leave scale out, to have it calibrated"
+            raise PassError("KVX203", rule, got=len(self.scale), hint=hint)
+
+    def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
+        """Return `codes`, int8 or two in a uint8."""
+        if self.bits == 8:
+            return (PlaneSpec("codes", "int8", head_dim),)
+        return (PlaneSpec("codes", "uint8", head_dim // 2),)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Encode `x`, `[..., Hk, T, D]`, in float32."""
+        codes = self._quantise(x.float(), self.scales(x.shape[-1]).to(x.device))
+        if self.bits == 8:
+            return {"codes": codes.to(torch.int8)}
+        nibbles = (codes + self.half).to(torch.uint8)
+        return {"codes": nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)}
+
+    def decode(self, planes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Decode to `dtype`; 16-bit dtypes are computed in float32."""
+        wide = dtype if dtype.itemsize >= 4 else torch.float32
+        codes = self._codes(planes["codes"], wide)
+        return (codes * self.scales(codes.shape[-1]).to(codes)).to(dtype)
+
+    def fit(self, samples: CodecSamples) -> StaticIntCodec:
+        """Return the codec with scales for `samples`, unless it has some."""
+        if not self.needs_calibration:
+            return self
+        threshold = self._threshold(samples)
+        scale = (threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE)
+        return dataclasses.replace(self, scale=tuple(scale.float().flatten().tolist()))
+
+    def scales(self, head_dim: int) -> Tensor:
+        """Return the scales, float32 `[1]`, or `[Hk, 1, D]` on the channel axis."""
+        table = self._scale_table
+        return table if self.axis == "tensor" else table.view(-1, 1, head_dim)
+
+    @functools.cached_property
+    def _scale_table(self) -> Tensor:
+        assert self.scale is not None, "scales have been fitted"
+        return torch.tensor(self.scale)
+
+    def _codes(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return signed codes `[..., D]` of `dtype`."""
+        if self.bits == 8:
+            return packed.to(dtype)
+        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+        return nibbles.to(dtype) - self.half
+
+    def _quantise(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x / scale).round().clamp(-self.half, self.half - 1)
+
+    def _threshold(self, samples: CodecSamples) -> Tensor:
+        """Return thresholds, float32 `[1]` or `[Hk, D]`."""
+        x = samples.x.float()
+        if self.any_position and samples.elsewhere is not None:
+            x = torch.cat([x, samples.elsewhere.float()], -2)
+        largest = x.abs().amax(-2)
+        if self.any_position and samples.envelope is not None:
+            largest = torch.maximum(largest, samples.envelope.float())
+        if self.axis == "tensor":
+            x, largest = x.reshape(-1, 1), largest.max()[None]
+        if self.threshold == "minmax":
+            return largest
+        if self.threshold == "percentile":
+            return _quantile(x.abs(), self.percentile / 100)
+        return self._least_error(x, largest)
+
+    def _least_error(self, x: Tensor, largest: Tensor) -> Tensor:
+        """Return which fraction of `largest` leaves the least squared error, row by row of `x`."""
+        best, least = largest, torch.full_like(largest, torch.inf, dtype=torch.float64)
+        for fraction in FRACTIONS:
+            tried = largest * fraction
+            scale = (tried / (self.half - 0.5)).clamp_min(SMALLEST_SCALE).unsqueeze(-2)
+            off = self._quantise(x, scale) * scale - x
+            error = off.square().sum(-2, dtype=torch.float64)
+            best = torch.where(error < least, tried, best)
+            least = torch.minimum(error, least)
+        return best
+
+    def _require(self, condition: bool, rule: str, got: object) -> None:
+        require_option(condition, self.name, rule, got)
+
+
+def _quantile(x: Tensor, share: float) -> Tensor:
+    """Return the smallest values that at least `share` of those along axis -2 do not exceed."""
+    count = x.shape[-2]
+    return x.kthvalue(min(count, math.ceil(share * count)), -2).values
