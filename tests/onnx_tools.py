@@ -16,10 +16,10 @@ from torch import Tensor, fx
 
 from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.builder import Builder, onnx_dtype
-from kvxform.codegen.onnx.capability import IR_VERSION, OPSET
 from kvxform.codegen.onnx.emission import Emission, Inputs, Size
 from kvxform.codegen.onnx.export import emit_call
 from kvxform.codegen.onnx.fallback import Fallback
+from kvxform.codegen.onnx.forms import Form
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.plan import CachePlan
@@ -29,6 +29,7 @@ from kvxform.runtime.onnx_session import OnnxSession
 
 SYMBOLS = PROGRAM_SYMBOLS | {BATCH + TOKENS: "B + S"}
 
+FORM = Form("L1", 23, "cpu", "1.30", "grow", "all", "source")
 MakeArgs = Callable[[int, int], tuple[Any, ...]]
 
 
@@ -99,7 +100,7 @@ def emit(node: fx.Node, sources: list[fx.Node]) -> ir.Model:
         inputs.append(value)
         values[source] = Size(value) if is_size else value
     with e.builder.scope("m"):
-        result = emit_call(e, node, values, Fallback(OPSET))
+        result = emit_call(e, node, values, Fallback(FORM.opset))
     items = result if isinstance(result, tuple) else (result,)
     outputs = [e.builder.op("Identity", x.value if isinstance(x, Size) else x) for x in items]
     return make_model(e.builder, inputs, outputs)
@@ -122,7 +123,7 @@ def make_emission() -> Emission:
     program = Program(fx.Graph(), {}, (), ModelInfo("toy", "toy", 48))
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["b", "s"]))
     store, ports = WeightStore.of(program), CachePorts(CachePlan(()))
-    return Emission(program, Builder(), Inputs(ids, ids, ids), store, ports)
+    return Emission(program, Builder(), Inputs(ids, ids, ids), store, ports, form=FORM)
 
 
 def make_model(builder: Builder, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
@@ -132,10 +133,10 @@ def make_model(builder: Builder, inputs: list[ir.Value], outputs: list[ir.Value]
         outputs,
         nodes=builder.nodes,
         initializers=list(builder.initializers.values()),
-        opset_imports={"": OPSET},
+        opset_imports={"": FORM.opset},
         name="one",
     )
-    return ir.Model(graph, ir_version=IR_VERSION)
+    return ir.Model(graph, ir_version=FORM.ir_version)
 
 
 def run_model(model: ir.Model, arrays: list[np.ndarray]) -> list[Tensor]:

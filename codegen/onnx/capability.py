@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import torch
-
-from kvxform.codecs.base import layers_of, make_codec
+from kvxform.codecs.base import dtype_name, layers_of, make_codec
 from kvxform.codecs.packing import BITS
 from kvxform.codegen.onnx import (
     aten_index,
@@ -20,14 +18,13 @@ from kvxform.codegen.onnx import (
 from kvxform.codegen.onnx.codecs import CODEC_EMITTERS
 from kvxform.codegen.onnx.emission import find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
+from kvxform.codegen.onnx.forms import Form, OnnxOptions, Provider, check_options, choose_form
+from kvxform.codegen.onnx.levels import ALL_DTYPES
 from kvxform.codegen.onnx.ports import has_tail
 from kvxform.errors import CodegenError
 from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import StreamPlan
-
-OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
-IR_VERSION = 11
 
 EMITTER_MODULES = (
     aten_index,
@@ -38,34 +35,50 @@ EMITTER_MODULES = (
     dialect,
     rotations,
 )  # they fill EMITTERS
-DTYPES = {torch.float32: "float32", torch.float16: "float16"}  # what Attention takes on CPU
 PAYLOADS = ("kv", "k", "latent")
 
 
-def check_program(program: Program) -> Fallback:
-    """Refuse what this lowering cannot express.
+def check_program(program: Program, options: OnnxOptions | None = None) -> tuple[Form, Fallback]:
+    """Choose the form of a package and refuse what this lowering cannot express.
+
+    Args:
+        program: What is to be exported.
+        options: What is asked of the package; the best that is legal on the CPU if None.
 
     Returns:
-        Translations of the operations that have no emitter, ready for the emission.
+        The form, and translations of the operations that have no emitter, ready for the emission.
 
     Raises:
-        CodegenError: KVX401 with the operation or the layer, and what is supported.
+        CodegenError: KVX401 with the operation or the layer, and what is supported; KVX403 if the
+            options are not legal for this program.
+    """
+    wanted = options or OnnxOptions()
+    check_options(wanted)
+    check_plan(program, wanted.provider)
+    form = choose_form(program, wanted)
+    fallback = Fallback(form.opset)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and find_emitter(node) is None:
+            fallback.prepare(node)
+    return form, fallback
+
+
+def check_plan(program: Program, provider: Provider = "cpu") -> None:
+    """Refuse a cache plan that no level can express.
+
+    Raises:
+        CodegenError: KVX401 with the layer, and what is supported.
     """
     if program.plan is None or not program.is_cached:
         _refuse("an ONNX package needs a program with a cache", "none", "", "add insert-cache")
-    if program.dtype not in DTYPES:
-        supported = " or ".join(DTYPES.values())
+    if program.dtype not in ALL_DTYPES[provider]:
+        supported = " or ".join(dtype_name(dtype) for dtype in ALL_DTYPES[provider])
         _refuse(f"the compute dtype must be {supported}", program.info.dtype, "", "convert first")
     if program.plan.layout.kind == "checkpoint":
         rule = "a package keeps the K and V of all tokens in its inputs"
         _refuse(rule, str(program.plan.layout), "", "run it eagerly")
     for site in program.plan.sites:
         _check_site(site)
-    fallback = Fallback(OPSET)
-    for node in program.graph.nodes:
-        if node.op == "call_function" and find_emitter(node) is None:
-            fallback.prepare(node)
-    return fallback
 
 
 def takes_padding(plan: CachePlan) -> bool:

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from kvxform.codegen.onnx.builder import INT64, Builder, Number, onnx_dtype
-from kvxform.codegen.onnx.forms import Form, OnnxOptions, choose_form
+from kvxform.codegen.onnx.forms import Form
+from kvxform.codegen.onnx.paged_ports import PagedInputs
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.program import Program
@@ -31,7 +32,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs that every exported graph has.
+    """The tokens of a call. Over a paged cache all of them are one row, and there is no mask.
 
     Attributes:
         input_ids: int64 `[batch_size, sequence_length]`.
@@ -87,12 +88,13 @@ class Emission:
     Attributes:
         program: What is emitted.
         builder: Where nodes go.
-        inputs: Inputs of the graph that every model has.
+        inputs: The tokens of a call.
         weights: How the weights are stored.
         ports: Cache inputs and outputs.
+        form: What the package is to be.
         caches: What each cache_append leaves for the attention that reads it, by owner layer.
         memo: Values that layers share, for instance masks, by a key that says what they are.
-        form: What the package is to be; the default form of the program if None is given.
+        paged: Inputs of a graph over a paged cache, or None.
     """
 
     program: Program
@@ -100,9 +102,11 @@ class Emission:
     inputs: Inputs
     weights: WeightStore
     ports: CachePorts
+    form: Form
     caches: dict[int, Any] = field(default_factory=dict)
     memo: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     form: Form = field(default=None)  # type: ignore[assignment]
+    paged: PagedInputs | None = None
 
     def __post_init__(self) -> None:
         """Choose the default form, where none is given."""

@@ -11,11 +11,13 @@ from torch import fx
 
 from kvxform.atomic import atomic_folder
 from kvxform.codegen.onnx.builder import INT64, Builder
-from kvxform.codegen.onnx.capability import IR_VERSION, check_program
+from kvxform.codegen.onnx.capability import check_program
+from kvxform.codegen.onnx.description import model_name
 from kvxform.codegen.onnx.emission import Emission, Emitted, Inputs, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
-from kvxform.codegen.onnx.forms import Form, OnnxOptions, choose_form
-from kvxform.codegen.onnx.package import model_name, write_package
+from kvxform.codegen.onnx.forms import Form, OnnxOptions
+from kvxform.codegen.onnx.node_map import note_absorbed
+from kvxform.codegen.onnx.package import write_package
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.provenance import provenance_notes
 from kvxform.codegen.onnx.weights import WeightStore
@@ -51,12 +53,11 @@ def export_onnx(
         The folder.
 
     Raises:
-        CodegenError: KVX401 if the program has something that cannot be expressed; nothing has been
-            written then.
+        CodegenError: KVX401 if the program has something that cannot be expressed, KVX403 if the
+            options are not legal for it; nothing has been written then.
     """
     say = progress or (lambda _: None)
-    fallback = check_program(program)
-    form = choose_form(program, options or OnnxOptions())
+    form, fallback = check_program(program, options)
     say("emit graph")
     model = emit_model(program, fallback, form)
     say("write package")
@@ -84,11 +85,14 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
     )
     ports = CachePorts(program.plan)
     e = Emission(program, Builder(), inputs, WeightStore.of(program), ports, form=form)
-    logits = _emit_nodes(e, fallback)
+    notes = provenance_notes(program)
+    values: dict[fx.Node, Emitted] = {}
+    logits = _emit_nodes(e, fallback, notes, values)
     logits.name = "logits"
     logits.shape = ir.Shape(["batch_size", "sequence_length", program.info.vocab_size])
     outputs = [logits, *ports.present.values()]
     e.builder.prune(outputs)
+    note_absorbed(notes, values, e.builder.nodes)
     graph = ir.Graph(
         [inputs.input_ids, inputs.attention_mask, inputs.position_ids, *ports.past.values()],
         outputs,
@@ -97,7 +101,7 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
         opset_imports=e.builder.opset_imports(form.opset),
         name=model_name(program),
     )
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="kvxform")
+    return ir.Model(graph, ir_version=form.ir_version, producer_name="kvxform")
 
 
 def _input(name: str, length: str) -> ir.Value:
@@ -105,14 +109,18 @@ def _input(name: str, length: str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(INT64), shape=shape)
 
 
-def _emit_nodes(e: Emission, fallback: Fallback) -> ir.Value:
-    """Emit every node of the graph in order; return the logits."""
-    values: dict[fx.Node, Emitted] = {
+def _emit_nodes(
+    e: Emission,
+    fallback: Fallback,
+    notes: Mapping[fx.Node, Mapping[str, str]],
+    values: dict[fx.Node, Emitted],
+) -> ir.Value:
+    """Emit every node of the graph in order into `values`; return the logits."""
+    values |= {
         e.program.placeholder("input_ids"): e.inputs.input_ids,
         e.program.placeholder("position_ids"): e.inputs.position_ids,
         e.program.placeholder("cache"): None,
     }
-    notes = provenance_notes(e.program)
     for node in e.program.graph.nodes:
         if node.op == "get_attr":
             values[node] = e.weight(str(node.target))

@@ -12,11 +12,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn, get_args
 
-from kvxform.codegen.onnx.builder import onnx_dtype
-from kvxform.codegen.onnx.ports import is_plain
+from kvxform.codegen.onnx.levels import (
+    LAST_OPSET,
+    LEVELS,
+    PREFERENCE,
+    reason_against,
+    takes_buffers,
+)
+from kvxform.errors import CodegenError
 from kvxform.ir.program import Program
 
 Level = Literal["L0", "L1", "L2", "L3", "L4", "L5"]
@@ -25,6 +32,17 @@ CacheKind = Literal["grow", "buffer", "paged"]
 LogitsKind = Literal["all", "last"]
 WeightKind = Literal["source", "int4"]
 MICROSOFT = "com.microsoft"
+LEVEL_NAMES: tuple[Level, ...] = get_args(Level)
+CHOICES = {
+    "level": LEVEL_NAMES,
+    "provider": get_args(Provider),
+    "logits": get_args(LogitsKind),
+    "weights": get_args(WeightKind),
+}
+FIRST_OPSET, COMPOSITE_OPSET, BUFFER_OPSET = 18, 23, 24
+# Nodes have metadata from version 10 on, so older opsets come with that one.
+IR_VERSIONS = {**dict.fromkeys(range(18, 23), 10), 23: 11, 24: 12, 25: 13}
+FIXED_KINDS: dict[Level, CacheKind] = {"L0": "grow", "L3": "buffer", "L4": "paged", "L5": "grow"}
 
 
 @dataclass(frozen=True)
@@ -72,14 +90,88 @@ class Form:
     logits: LogitsKind
     weights: WeightKind
 
+    @property
+    def is_primitive(self) -> bool:
+        """Whether norms, RoPE and attention must be taken apart into primitives."""
+        return self.level == "L0" or self.opset < COMPOSITE_OPSET
+
+    @property
+    def ir_version(self) -> int:
+        """Version of the file format that belongs to the opset."""
+        return IR_VERSIONS[self.opset]
+
 
 def choose_form(program: Program, options: OnnxOptions) -> Form:
-    """Return the best legal form of a checked program."""
-    assert program.plan is not None, "checked"
-    plain = all(
-        is_plain(stream, onnx_dtype(program.dtype))
-        for site in program.plan.owners
-        for stream in site.streams.values()
+    """Return the form of a package of a checked program.
+
+    Raises:
+        CodegenError: KVX403 if what is asked for is not legal, with the reason.
+    """
+    check_options(options)
+    level = options.level or _best_level(program, options)
+    reason = reason_against(level, program, options)
+    if reason is not None:
+        _refuse_level(level, reason, program, options)
+    rules = LEVELS[level]
+    opset = options.opset or rules.opset[options.provider]
+    kind = _cache_kind(level, opset, program)
+    return Form(
+        level, opset, options.provider, rules.runtime, kind, options.logits, options.weights
     )
-    level: Level = "L1" if plain else "L2"
-    return Form(level, 23, options.provider, "1.30", "grow", options.logits, options.weights)
+
+
+def legal_levels(
+    program: Program, options: OnnxOptions | None = None
+) -> tuple[tuple[Level, str | None], ...]:
+    """Return every level, with the reason why it is not legal, or None if it is.
+
+    Args:
+        program: A checked program.
+        options: What else is asked of the export; its `level` does not matter.
+    """
+    wanted = options or OnnxOptions()
+    check_options(wanted)
+    return tuple((level, reason_against(level, program, wanted)) for level in LEVEL_NAMES)
+
+
+def check_options(options: OnnxOptions) -> None:
+    """Refuse values that mean nothing.
+
+    Raises:
+        CodegenError: KVX403 with what is known.
+    """
+    for name, known in CHOICES.items():
+        value = getattr(options, name)
+        if value not in known and (name, value) != ("level", None):
+            rule = f"{name} must be one of {', '.join(known)}"
+            raise CodegenError("KVX403", rule, where="onnx", got=value)
+    if options.opset is not None and not FIRST_OPSET <= options.opset <= LAST_OPSET:
+        rule = f"opset must be {FIRST_OPSET} to {LAST_OPSET}"
+        raise CodegenError("KVX403", rule, where="onnx", got=options.opset)
+    if not re.fullmatch(r"[0-9]+\.[0-9]+", options.runtime):
+        rule = "runtime must be a version such as 1.31"
+        raise CodegenError("KVX403", rule, where="onnx", got=repr(options.runtime))
+
+
+def _best_level(program: Program, options: OnnxOptions) -> Level:
+    legal = [n for n in PREFERENCE if reason_against(n, program, options) is None]
+    if legal:
+        return legal[0]
+    reason = reason_against(PREFERENCE[-1], program, options)
+    assert reason is not None, "no level is legal"
+    return _refuse_level(PREFERENCE[-1], reason, program, options)
+
+
+def _refuse_level(level: Level, reason: str, program: Program, options: OnnxOptions) -> NoReturn:
+    legal = [name for name, against in legal_levels(program, options) if against is None]
+    hint = f"legal with these options: {', '.join(legal)}" if legal else "ask for other options"
+    raise CodegenError(
+        "KVX403", f"level {level} is not legal here: {reason}", where="onnx", hint=hint
+    )
+
+
+def _cache_kind(level: Level, opset: int, program: Program) -> CacheKind:
+    """Return how planes are kept; buffers need TensorScatter, and rows that never move."""
+    if level in FIXED_KINDS:
+        return FIXED_KINDS[level]
+    return "buffer" if opset >= BUFFER_OPSET and takes_buffers(program) else "grow"

@@ -41,7 +41,7 @@ def lowering_table() -> dict[str, dict[str, str]]:
         },
         "compute dtypes": {
             "eager": "any float",
-            "onnx": names(list(onnx.DTYPES.values())),
+            "onnx": "float16, float32; bfloat16 on CUDA",
             "triton": names(triton.DTYPES),
         },
         "keys cached before RoPE": {"eager": "yes", "onnx": "yes", "triton": "no"},

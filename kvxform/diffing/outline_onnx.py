@@ -17,7 +17,6 @@ from torch import fx
 from kvxform.codegen.onnx.builder import TRANSPOSED
 from kvxform.codegen.onnx.capability import check_program
 from kvxform.codegen.onnx.export import emit_model
-from kvxform.codegen.onnx.forms import OnnxOptions, choose_form
 from kvxform.diffing.layering import assign_layers
 from kvxform.diffing.metrics import measure
 from kvxform.diffing.onnx_nodes import constants_of, outline_nodes, type_text
@@ -67,7 +66,7 @@ def read_onnx(path: str | Path) -> OnnxSide:
     place = Path(path)
     folder = place if place.is_dir() else place.parent
     is_package = place.is_dir() or (place.name == MODEL and (folder / DESCRIPTION).is_file())
-    description = check_package(folder) if is_package else None
+    description = check_package(folder, is_edited=True) if is_package else None
     try:
         model = ir.load(folder / MODEL if is_package else place)
     except Exception as error:  # protobuf and onnx_ir have errors of many kinds
@@ -87,8 +86,8 @@ def exported_side(program: Program) -> OnnxSide:
     Raises:
         CodegenError: KVX401 if it cannot be exported.
     """
-    fallback = check_program(program)
-    model = emit_model(program, fallback, choose_form(program, OnnxOptions()))
+    form, fallback = check_program(program)
+    model = emit_model(program, fallback, form)
     return onnx_side(model, program.info.name)
 
 
