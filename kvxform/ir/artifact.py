@@ -9,7 +9,6 @@ canonical: equal programs give equal bytes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from kvxform.atomic import atomic_folder, safe_join
 from kvxform.codecs.base import dtype_name
 from kvxform.errors import ArtifactError, KvxformError
+from kvxform.ir.checksums import hash_file
 from kvxform.ir.facts import Facts
 from kvxform.ir.parse import parse_graph
 from kvxform.ir.plan import CachePlan
@@ -89,7 +89,7 @@ def check_artifact(folder: Path) -> None:
         if name not in checksums.files:
             raise ArtifactError("KVX602", f"the checksums must name {name}", where=CHECKSUMS)
     for name, digest in checksums.files.items():
-        if _hash_file(_member(folder, name)) != digest:
+        if hash_file(_member(folder, name)) != digest:
             raise ArtifactError(
                 "KVX602",
                 "a file of an artifact must be as it was saved",
@@ -197,17 +197,12 @@ def weight_table(weights: Mapping[str, Tensor]) -> dict[str, WeightEntry]:
 
 def _make_checksums(folder: Path) -> bytes:
     files = {
-        path.relative_to(folder).as_posix(): _hash_file(path)
+        path.relative_to(folder).as_posix(): hash_file(path)
         for path in folder.rglob("*")
         if path.is_file()
     }
     made_with = {name: metadata.version(name) for name in _MADE_WITH}
     return canonical_json({"version": VERSION, "made_with": made_with, "files": files})
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_bytes(folder: Path, name: str) -> bytes:

@@ -64,9 +64,9 @@ class Verdict:
 
     def record(self, folder: Path) -> None:
         """Write the verdict into the description of a package."""
-        path = folder / DESCRIPTION
-        data = json.loads(path.read_text(encoding="utf-8")) | {VERDICT: self.to_data()}
-        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        from kvxform.codegen.onnx.writing import amend_description
+
+        amend_description(folder, **{VERDICT: self.to_data()})
 
 
 def export_package(

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from kvxform.atomic import safe_join
 from kvxform.errors import ArtifactError
+from kvxform.ir.checksums import hash_file, is_sealed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 MODEL, DESCRIPTION = "model.onnx", "kvxform.json"
-PACKAGE_VERSION = 1
+PACKAGE_VERSION = 2
 MODEL_KEYS = {"vocab_size", "eos_token_ids", "pad_token_id", "context_length"}
 REMAKE = "copy the folder again or make it again"
 
 
-def check_package(folder: Path) -> dict[str, Any]:
+def check_package(folder: Path, *, is_edited: bool = False) -> dict[str, Any]:
     """Check that a package is whole and return its description.
+
+    Args:
+        folder: The package.
+        is_edited: Whether files may be other than they were written, as long as they fit together.
 
     Raises:
         ArtifactError: KVX601 for missing, KVX602 for damaged files, KVX603 for a reference that
@@ -30,6 +35,8 @@ def check_package(folder: Path) -> dict[str, Any]:
 
     description = _read_description(folder)
     path = _existing(folder, MODEL)
+    if not is_edited:
+        _check_seals(folder, description)
     try:
         model = onnx_ir.load(path)
         tensors = list(_external_tensors(model))
@@ -42,6 +49,15 @@ def check_package(folder: Path) -> dict[str, Any]:
         if size < needed:
             raise _damaged(location, f"{size} bytes where {needed} are needed")
     return description
+
+
+def _check_seals(folder: Path, description: dict[str, Any]) -> None:
+    """Check the hash of the description, and of all files that it names."""
+    if not is_sealed(description) or not isinstance(description.get("files"), dict):
+        raise _damaged(DESCRIPTION, "entries are not as they were written")
+    for name, digest in description["files"].items():
+        if hash_file(_existing(folder, name)) != digest:
+            raise _damaged(name, "bytes are not as they were written")
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

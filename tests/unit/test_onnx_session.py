@@ -14,6 +14,8 @@ from programs import token_ids
 
 from kvxform.codegen.onnx import export_onnx
 from kvxform.errors import ArtifactError, CacheFullError, KvxformError
+from kvxform.ir.checksums import hash_file, sealed
+from kvxform.ir.schema import canonical_json
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_session import OnnxSession
 
@@ -136,6 +138,11 @@ def cut(folder, name):
 
 def edit_description(folder, **changes):
     path = folder / "kvxform.json"
+    path.write_bytes(canonical_json(sealed(json.loads(path.read_text()) | changes)))
+
+
+def edit_unsealed(folder, **changes):
+    path = folder / "kvxform.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -146,6 +153,14 @@ def point_to(folder, location):
             if entry.key == "location":
                 entry.value = location
     (folder / "model.onnx").write_bytes(model.SerializeToString())
+    files = json.loads((folder / "kvxform.json").read_text())["files"]
+    edit_description(folder, files=files | {"model.onnx": hash_file(folder / "model.onnx")})
+
+
+def flip(folder, name, place):
+    content = bytearray((folder / name).read_bytes())
+    content[place] ^= 1
+    (folder / name).write_bytes(content)
 
 
 DAMAGE = {
@@ -160,6 +175,8 @@ DAMAGE = {
     "another version": (lambda f: edit_description(f, version=99), "KVX604"),
     "no model": (lambda f: edit_description(f, model=None), "KVX602"),
     "no vocabulary": (lambda f: edit_description(f, model={}), "KVX602"),
+    "a weight with another bit": (lambda f: flip(f, "model.onnx.data", -1), "KVX602"),
+    "an entry of another value": (lambda f: edit_unsealed(f, passes=["x"]), "KVX602"),
     "no padding": (lambda f: edit_description(f, onnx={}), "KVX602"),
     "a parent folder": (lambda f: point_to(f, "../model.onnx.data"), "KVX603"),
     "an absolute path": (lambda f: point_to(f, "/etc/hostname"), "KVX603"),

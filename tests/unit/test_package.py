@@ -12,7 +12,6 @@ from cached import cached_program
 from programs import apply, llama_program
 
 from kvxform.codegen.onnx import export_onnx
-from kvxform.codegen.onnx.package import genai_config
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.passes.base.insert_cache import InsertCache
@@ -163,10 +162,10 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     assert not (folder / "pytorch_model.bin").exists()
 
 
-def test_genai_config_describes_geometry_and_a_plain_cache():
+def test_genai_config_describes_geometry_and_a_plain_cache(tmp_path):
     program, _ = apply(InsertCache(), llama_program(dtype=torch.float32))
     program.info = dataclasses.replace(program.info, eos_token_ids=(7,), bos_token_id=1)
-    config = genai_config(program)
+    config = read(export_onnx(program, tmp_path / "out"), "genai_config.json")
     decoder = config["model"]["decoder"]
     assert decoder["filename"] == "model.onnx"
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 2)
@@ -177,8 +176,9 @@ def test_genai_config_describes_geometry_and_a_plain_cache():
     assert config["search"]["past_present_share_buffer"] is False
 
 
-def test_genai_config_names_no_cache_that_genai_cannot_keep():
-    decoder = genai_config(toy(INT4))["model"]["decoder"]
+def test_genai_config_names_no_cache_that_genai_cannot_keep(tmp_path):
+    config = read(export_onnx(toy(INT4), tmp_path / "out"), "genai_config.json")
+    decoder = config["model"]["decoder"]
     assert "past_key_names" not in decoder["inputs"]
 
 
