@@ -78,6 +78,7 @@ def test_nodes_are_named_after_layer_and_role_and_know_their_origin(tmp_path):
     found = {p.key: p.value for p in attention.metadata_props}
     assert found.pop("kvxform.origin").startswith("attention")
     assert found == {
+        "kvxform.also": "1/kvx.cache_append/0",
         "kvxform.layer": "1",
         "kvxform.module": "layers.1.attn",
         "kvxform.node": "1/kvx.cached_attention/0",
