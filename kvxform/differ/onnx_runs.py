@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import Program
+from kvxform.runtime.onnx_engine import import_runtime
 from kvxform.runtime.onnx_rows import OnnxModel
-from kvxform.runtime.onnx_session import OnnxSession, import_runtime
+from kvxform.runtime.onnx_session import OnnxSession
 
 PAST = "past_key_values."
 DTYPES = {

@@ -18,7 +18,8 @@ from kvxform.ir.logical import unrotate_pair
 from kvxform.ir.plan import CachePlan, SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import StreamPlan
-from kvxform.runtime.onnx_session import PAST, OnnxSession
+from kvxform.runtime.onnx_engine import PAST
+from kvxform.runtime.onnx_session import OnnxSession
 from kvxform.runtime.state import LogicalCache
 
 Planes = dict[str, dict[str, Tensor]]
@@ -107,12 +108,14 @@ class OnnxRows:
         drops = {n - keep for n, keep in zip(before, wanted, strict=True)}
         if len(drops) > 1:
             _refuse("rows of a package are cropped by the same number of tokens", wanted)
-        columns = self._session.mask.shape[1] - drops.pop()
+        drop, mask = drops.pop(), self._session.mask
+        # The newest tokens are the last ones of each row; padding is before or behind them.
+        kept, columns = mask * (mask.flip(1).cumsum(1).flip(1) > drop), mask.shape[1] - drop
         planes = {
             name: plane[:, :, : self._rows_of(name, columns)]
             for name, plane in self._session.cache_planes().items()
         }
-        self._session.replace_rows(planes, self._session.mask[:, :columns])
+        self._session.replace_rows(planes, kept[:, :columns])
 
     def sequence_lengths(self) -> tuple[int, ...]:
         """Return cached tokens of each row."""
@@ -124,7 +127,7 @@ class OnnxRows:
 
     def planned_bytes(self) -> int:
         """Return bytes that the plan asks for with so many rows and columns."""
-        rows, columns = self._session.mask.shape
+        rows, columns = self._session.planned_rows()
         return rows * sum(
             _stream_bytes(stream, site.num_kv_heads, columns)
             for site in self._model.plan.owners
