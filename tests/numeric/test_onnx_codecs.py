@@ -12,6 +12,7 @@ from onnx_codecs import check_codec, check_empty, decoded, encoded, plane_inputs
 from onnx_tools import make_model, run_model
 
 from kvxform.codecs.integer import IntCodec
+from kvxform.codecs.static_int import StaticIntCodec
 from kvxform.codegen.onnx.builder import Builder
 from kvxform.codegen.onnx.segments import FoldedSegment, can_fold
 
@@ -69,6 +70,17 @@ def test_encode_and_decode_equal_the_codec(codec, count, scale, shift):
 def test_groups_across_heads_equal_the_codec(codec):
     check_codec(codec, torch.randn(2, 3, 9, HEAD_DIM))
     check_empty(codec, HEAD_DIM)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("axis", ["tensor", "channel"])
+def test_static_scales_equal_the_codec(bits, axis):
+    count = 1 if axis == "tensor" else 3 * HEAD_DIM
+    codec = StaticIntCodec(bits, axis, scale=tuple(torch.linspace(0.01, 0.5, count).tolist()))
+    x = torch.randn(2, 3, 9, HEAD_DIM) * 2
+    x[:, :, 0] = torch.arange(HEAD_DIM) / 2 * codec.scale[0]  # ties, and beyond the last code
+    check_codec(codec, x)
+    check_empty(codec, HEAD_DIM, 3)
 
 
 FOLDABLE = [

@@ -40,6 +40,8 @@ STREAMS = [
     klt_codec((tuple(i % 3 for i in range(HEAD_DIM)),) * HEADS, memory=2, gain=True).to_dict(),
     {"codec": "nuq", "bits": 4, "levels": "normal", "center": RANGES, "width": RANGES},
     {"codec": "none", "dtype": "float16"},
+    {"codec": "static-int", "bits": 4, "scale": [0.5]},
+    {"codec": "static-int", "bits": 8, "axis": "channel", "scale": [0.05] * HEAD_DIM * HEADS},
 ]
 RANKED_PAIR = [RANKED, {**RANKED, "separable": True}]  # K and V are ranked alike
 

@@ -86,6 +86,39 @@ def test_values_are_in_the_stored_basis_and_gradients_follow():
         assert found.envelope is None
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_at_other_positions_are_turned_with_their_pairs(interleaved):
+    program = calibrated()
+    program.info = dataclasses.replace(program.info, context_length=1500)
+    rope = dataclasses.replace(program.sites[1].rope, rotary_dim=6, interleaved=interleaved)
+    program.sites = tuple(dataclasses.replace(s, rope=rope) for s in program.sites)
+    inv_freq = torch.tensor([1.0, 0.3, 0.002])
+    program.weights[rope.inv_freq] = inv_freq
+    found = samples(program, "key")
+    pairs = [(0, 1), (2, 3), (4, 5)] if interleaved else [(0, 3), (1, 4), (2, 5)]
+    here, there = (
+        torch.view_as_complex(x[..., pairs].contiguous()) for x in (found.x, found.elsewhere)
+    )
+    moved = ((there / here).angle()[0, :, 2].double() / 0.002).round()  # less than half a turn
+    drawn = moved + torch.arange(TOKENS)
+    assert 0 <= float(drawn.min()) < 200
+    assert 1300 < float(drawn.max()) < 1500
+    angles = moved[:, None] * inv_freq.double()
+    expected = here * torch.polar(torch.ones_like(angles), angles).to(here)
+    torch.testing.assert_close(there, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found.x[..., 6:], found.elsewhere[..., 6:])
+    assert samples(program, "key", rope="pre").elsewhere is None
+    assert samples(program, "value", rope="none").elsewhere is None
+
+
+def test_keys_at_other_positions_are_in_the_stored_basis():
+    program = calibrated()
+    plain = samples(program, "key").elsewhere
+    turned = samples(program, "key", basis=Basis("hadamard", 16)).elsewhere
+    matrix = Basis("hadamard", 16).matrix(WIDTH, torch.float32)
+    torch.testing.assert_close(turned, plain @ matrix)
+
+
 def test_keys_before_a_rope_of_a_part_are_refused():
     program = calibrated()
     layers = program.calibration.layers
