@@ -33,7 +33,8 @@ class PackageCache(Protocol):
 
         Returns:
             Logits `[B, S, vocab]` in the columns of `batch` if `every`, else those of the last
-            token of each row, `[B, vocab]`. Nothing has changed if it raises.
+            token of each row, `[B, vocab]`. At padding stands anything. Nothing has changed if it
+            raises.
         """
 
     def step(self, token_ids: Tensor) -> Tensor:
