@@ -105,12 +105,7 @@ class Emission:
     form: Form
     caches: dict[int, Any] = field(default_factory=dict)
     memo: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
-    form: Form = field(default=None)  # type: ignore[assignment]
     paged: PagedInputs | None = None
-
-    def __post_init__(self) -> None:
-        """Choose the default form, where none is given."""
-        self.form = self.form or choose_form(self.program, OnnxOptions())
 
     def shared(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value for `key`; it is made once, outside of any layer."""
