@@ -2,7 +2,7 @@
 
 A package says which program it was exported from. That program is compared like any other, so that
 changes are in the words of the dialect. No trust is put into it: the file is compared, operation by
-operation, with the graph that the program would be exported to now.
+operation, with the graph that the program would be exported to now, in the form of the file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kvxform.pipeline import apply_pass
 from kvxform.recipe import PassStep
 
 if TYPE_CHECKING:
+    from kvxform.codegen.onnx.forms import OnnxOptions
     from kvxform.diffing.outline_onnx import OnnxSide
 
 CACHE_PASS = "insert-cache"
@@ -81,9 +82,11 @@ def compare_exports(a: Side, b: Side, *, is_same: bool) -> ExportDiff:
     if a.program is None or b.program is None or (a.onnx is None and b.onnx is None):
         return ExportDiff()
     if is_same:
-        return _compare(_as_onnx(a), _as_onnx(b))
+        return _compare(_as_onnx(a, _form(b)), _as_onnx(b, _form(a)))
     found = [
-        _compare(_export(side.exportable()), side.onnx) for side in (a, b) if side.onnx is not None
+        _compare(_export(side.exportable(), _form(side)), side.onnx)
+        for side in (a, b)
+        if side.onnx is not None
     ]
     return ExportDiff(
         tuple(s for part in found for s in part.structures),
@@ -98,7 +101,7 @@ def _compare(a: OnnxSide, b: OnnxSide) -> ExportDiff:
     return ExportDiff((structure,), weights)
 
 
-def _as_onnx(side: Side) -> OnnxSide:
+def _as_onnx(side: Side, options: OnnxOptions | None = None) -> OnnxSide:
     """Return the ONNX graph of a side: its file, or what its program would be exported to."""
     if side.onnx is not None:
         return side.onnx
@@ -106,13 +109,18 @@ def _as_onnx(side: Side) -> OnnxSide:
     if program.plan is None:
         planned = PlannedPass(PassStep(CACHE_PASS), InsertCache())
         program, _ = apply_pass(program, planned)
-    return _export(program)
+    return _export(program, options)
 
 
-def _export(program: Program) -> OnnxSide:
+def _form(side: Side) -> OnnxOptions | None:
+    """Return what gives a package of the form of a side; None if it is no package."""
+    return None if side.onnx is None else side.onnx.options
+
+
+def _export(program: Program, options: OnnxOptions | None) -> OnnxSide:
     from kvxform.diffing.outline_onnx import exported_side  # slow to import
 
-    return exported_side(program)
+    return exported_side(program, options)
 
 
 def _as_graph(side: OnnxSide) -> Graph:

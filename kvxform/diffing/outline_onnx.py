@@ -7,7 +7,7 @@ its layers are told from the flow of data.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import fx
 from kvxform.codegen.onnx.builder import TRANSPOSED
 from kvxform.codegen.onnx.capability import check_program
 from kvxform.codegen.onnx.export import emit_model
+from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.diffing.layering import assign_layers
 from kvxform.diffing.metrics import measure
 from kvxform.diffing.onnx_nodes import constants_of, outline_nodes, type_text
@@ -42,6 +43,7 @@ class OnnxSide:
         program: What it was exported from; None if no package says.
         recipe: Name of the recipe that made the program, or empty.
         steps: Passes of that recipe, or None.
+        options: What gives a package of the same form; None if no package says.
     """
 
     outline: Outline
@@ -49,6 +51,7 @@ class OnnxSide:
     program: Program | None = None
     recipe: str = ""
     steps: list[Any] | None = None
+    options: OnnxOptions | None = None
 
 
 def outline_onnx(path: str | Path) -> Outline:
@@ -77,16 +80,27 @@ def read_onnx(path: str | Path) -> OnnxSide:
     program, recipe = package_program(model, description), description.get("recipe") or {}
     side, steps = onnx_side(model, program.info.name), recipe.get("passes")
     name = str(recipe.get("name", ""))
-    return dataclasses.replace(side, program=program, recipe=name, steps=steps)
+    options = _options_of(description["onnx"])
+    return dataclasses.replace(side, program=program, recipe=name, steps=steps, options=options)
 
 
-def exported_side(program: Program) -> OnnxSide:
+def _options_of(form: Mapping[str, Any]) -> OnnxOptions:
+    """Return what to ask for to get a package of this form."""
+    fields = ("level", "opset", "provider", "logits", "weights")
+    return OnnxOptions(**{name: form[name] for name in fields if name in form})
+
+
+def exported_side(program: Program, options: OnnxOptions | None = None) -> OnnxSide:
     """Return the graph that a program would be exported to.
 
+    Args:
+        program: What would be exported.
+        options: What would be asked of the package.
+
     Raises:
-        CodegenError: KVX401 if it cannot be exported.
+        CodegenError: KVX401 if it cannot be exported, KVX403 not with these options.
     """
-    form, fallback = check_program(program)
+    form, fallback = check_program(program, options)
     model = emit_model(program, fallback, form)
     return onnx_side(model, program.info.name)
 

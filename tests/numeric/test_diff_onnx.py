@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 import kvxform
 from kvxform.codegen.onnx import export_onnx
+from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.diffing.records import DiffResult
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import Program
@@ -83,6 +84,15 @@ def test_the_other_way_round_and_two_packages_too(program, package):
     assert differ(package, program, numeric=False).exit_code == 0
     result = differ(package, package)
     assert (result.exit_code, result.numeric.logits.max_abs) == (0, 0.0)
+
+
+@pytest.mark.parametrize("options", [{"level": "L0", "opset": 18}, {"opset": 24}])
+def test_a_package_is_compared_with_an_export_of_its_form(options, tmp_path):
+    before = toy(KV4)
+    folder = export_onnx(before, tmp_path / "package", OnnxOptions(**options))
+    assert differ(before, folder, numeric=False).exit_code == 0
+    plain = export_onnx(before, tmp_path / "plain")
+    assert differ(plain, folder, numeric=False).structure.nodes
 
 
 @pytest.mark.parametrize("options", [{"tied": True}, {"weight_offset": 1.0}])
