@@ -1,7 +1,8 @@
 """Emitters of `kvx::cache_append` and `kvx::cached_attention`.
 
-Three forms, chosen from the plan and the options of the node, never by trial:
+Four forms, chosen from what the package is, the plan and the options of the node, never by trial:
 
+- one PagedAttention over a paged cache;
 - one Attention that appends by itself: plain streams that one layer reads;
 - append, then one Attention over all values: streams that are decoded first, and in which every
   query sees the same copy of a token;
@@ -19,6 +20,7 @@ from torch import fx
 import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
 from kvxform.codegen.onnx.masks import attention_mask
+from kvxform.codegen.onnx.paged import PagedTokens, append_paged, attend_paged
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
 from kvxform.codegen.onnx.ranked import append_ranked, is_ranked
@@ -74,7 +76,9 @@ def emit_cache_append(
     """Emit the append of both streams, or leave it to the Attention of the layer."""
     assert e.program.plan is not None, "insert-cache has run"
     site = e.program.plan.site(layer)
-    if v is not None and appends_itself(e, node):
+    if v is not None and e.paged is not None:
+        append_paged(e, node, layer, k, v)
+    elif v is not None and appends_itself(e, node):
         e.caches[layer] = NewTokens(k, v)
     elif is_ranked(site):
         e.caches[layer] = WaitingTokens(k, v)
@@ -109,6 +113,8 @@ def emit_cached_attention(
     site = e.program.plan.site(layer)
     scoring = Scoring(scale, Span(causal, window, chunk), **others)
     found = e.caches[site.owner]
+    if isinstance(found, PagedTokens):
+        return attend_paged(e, node, site, q, found, scoring)
     if isinstance(found, NewTokens):
         return _fused(e, site, q, found, scoring)
     if isinstance(found, WaitingTokens):

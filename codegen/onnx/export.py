@@ -10,12 +10,13 @@ import onnx_ir as ir
 from torch import fx
 
 from kvxform.atomic import atomic_folder
-from kvxform.codegen.onnx.builder import INT64, Builder
+from kvxform.codegen.onnx.builder import Builder
 from kvxform.codegen.onnx.capability import check_program
 from kvxform.codegen.onnx.description import model_name
-from kvxform.codegen.onnx.emission import Emission, Emitted, Inputs, find_emitter
+from kvxform.codegen.onnx.emission import Emission, Emitted, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.forms import Form, OnnxOptions
+from kvxform.codegen.onnx.frames import make_frame
 from kvxform.codegen.onnx.node_map import note_absorbed
 from kvxform.codegen.onnx.package import write_package
 from kvxform.codegen.onnx.ports import CachePorts
@@ -78,35 +79,26 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
         form: What the package is to be.
     """
     assert program.plan is not None, "checked"
-    inputs = Inputs(
-        _input("input_ids", "sequence_length"),
-        _input("attention_mask", "total_sequence_length"),
-        _input("position_ids", "sequence_length"),
-    )
-    ports = CachePorts(program.plan)
-    e = Emission(program, Builder(), inputs, WeightStore.of(program), ports, form=form)
+    builder, ports = Builder(), CachePorts(program.plan)
+    frame = make_frame(form, builder)
+    store = WeightStore.of(program, form.weights)
+    e = Emission(program, builder, frame.inputs, store, ports, form=form, paged=frame.paged)
     notes = provenance_notes(program)
     values: dict[fx.Node, Emitted] = {}
-    logits = _emit_nodes(e, fallback, notes, values)
-    logits.name = "logits"
-    logits.shape = ir.Shape(["batch_size", "sequence_length", program.info.vocab_size])
+    last = _emit_nodes(e, fallback, notes, values)
+    logits = frame.logits(builder, last, program.info.vocab_size)
     outputs = [logits, *ports.present.values()]
-    e.builder.prune(outputs)
-    note_absorbed(notes, values, e.builder.nodes)
+    builder.prune(outputs)
+    note_absorbed(notes, values, builder.nodes)
     graph = ir.Graph(
-        [inputs.input_ids, inputs.attention_mask, inputs.position_ids, *ports.past.values()],
+        [*frame.graph_inputs(builder.nodes), *ports.past.values()],
         outputs,
-        nodes=e.builder.nodes,
-        initializers=list(e.builder.initializers.values()),
-        opset_imports=e.builder.opset_imports(form.opset),
+        nodes=builder.nodes,
+        initializers=list(builder.initializers.values()),
+        opset_imports=builder.opset_imports(form.opset),
         name=model_name(program),
     )
     return ir.Model(graph, ir_version=form.ir_version, producer_name="kvxform")
-
-
-def _input(name: str, length: str) -> ir.Value:
-    shape = ir.Shape(["batch_size", length])
-    return ir.Value(name=name, type=ir.TensorType(INT64), shape=shape)
 
 
 def _emit_nodes(
@@ -131,7 +123,7 @@ def _emit_nodes(
             (logits,) = node.all_input_nodes
             found = values[logits]
             assert isinstance(found, ir.Value), "a program has one output, the logits"
-            return e.builder.op("Identity", found, role="logits")
+            return found
     raise AssertionError("a graph has an output")
 
 
