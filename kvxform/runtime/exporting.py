@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from kvxform.codegen.onnx.forms import Form, OnnxOptions
+from kvxform.codegen.onnx.levels import version_of
 from kvxform.runtime.onnx_files import DESCRIPTION
 
 if TYPE_CHECKING:
@@ -120,7 +123,10 @@ def _judge(
         return Verdict(reason=reason)
     from kvxform.runtime.package_check import check_export
 
-    run, left_out = check_export(model, package, lambda name: say(f"verify package: {name}"))
+    provider = form.provider if has_cuda() else "cpu"
+    run, left_out = check_export(
+        model, package, provider, lambda name: say(f"verify package: {name}")
+    )
     return Verdict(run, left_out=left_out)
 
 
@@ -136,9 +142,9 @@ def why_not_here(form: Form, dtype: str) -> str:
     import onnxruntime
 
     version = ".".join(onnxruntime.__version__.split(".")[:2])
-    if _numbers(version) < _numbers(form.runtime):
+    if version_of(version) < version_of(form.runtime):
         return f"it needs onnxruntime {form.runtime}, {version} is installed"
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if form.provider == "cpu" or has_cuda():
         return ""
     if form.level == "L4":
         return "PagedAttention runs on CUDA, which onnxruntime does not have here"
@@ -147,5 +153,9 @@ def why_not_here(form: Form, dtype: str) -> str:
     return ""
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")]
+def has_cuda() -> bool:
+    """Whether the installed ONNX Runtime and torch have a GPU."""
+    import onnxruntime
+
+    available = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return available and torch.cuda.is_available()

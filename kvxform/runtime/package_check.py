@@ -24,6 +24,7 @@ from kvxform.verify.suites import Fit, Suite, make_suites
 from kvxform.verify.tolerances import tolerance_for
 
 if TYPE_CHECKING:
+    from kvxform.codegen.onnx.forms import Provider
     from kvxform.runtime.model import OptimizedModel
     from kvxform.runtime.onnx_rows import OnnxModel
 
@@ -32,13 +33,14 @@ EXPORT_STEPS = 8  # of the long decode
 
 
 def check_export(
-    model: OptimizedModel, folder: Path, talk: Talk
+    model: OptimizedModel, folder: Path, provider: Provider, talk: Talk
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Run a package in the schedules of an export.
 
     Args:
         model: What it was made from.
         folder: The package.
+        provider: Where it runs.
         talk: Called with the name of each schedule before it runs.
 
     Returns:
@@ -53,7 +55,7 @@ def check_export(
 
     leader = OptimizedModel(model.program)
     assert leader.plan is not None, "packages have a cache"
-    package = OnnxModel(leader.program, OnnxSession(folder))
+    package = OnnxModel(leader.program, OnnxSession(folder, provider=provider))
     fit = export_fit(leader.program, is_ragged=package.takes_padding)
     write = functools.partial(rewrite_probe, leader, leader.program.info.vocab_size)
     suites = make_suites(fit, write, EXPORT_SCHEDULES)

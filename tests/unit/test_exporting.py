@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -92,12 +93,14 @@ def test_what_cannot_run_here_says_why(monkeypatch):
     assert why_not_here(HERE, "float32") == ""
     assert why_not_here(HERE, "float16") == ""
     paged = Form("L4", 23, "cuda", "1.30", "paged", "all", "source")
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("kvxform.runtime.exporting.has_cuda", lambda: False)
     assert "PagedAttention" in why_not_here(paged, "float16")
-    assert "bfloat16" in why_not_here(HERE, "bfloat16")
+    half = dataclasses.replace(paged, level="L3")
+    assert "bfloat16" in why_not_here(half, "bfloat16")
+    assert why_not_here(half, "float16") == ""
     newer = Form("L1", 25, "cpu", "9.9", "grow", "all", "source")
     assert why_not_here(newer, "float32").startswith("it needs onnxruntime 9.9, 1.")
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("kvxform.runtime.exporting.has_cuda", lambda: True)
     assert why_not_here(paged, "float16") == ""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert why_not_here(HERE, "float32") == "onnxruntime is not installed"
