@@ -9,21 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import fx
 
-import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.block_formats import BlockFormat, block_format
 from kvxform.codegen.onnx.emission import Emission
+from kvxform.codegen.onnx.fused_rope import FusedRope, before_rope, fuse_rope
 from kvxform.codegen.onnx.paged_ports import enter_blocks, leave_blocks
 from kvxform.codegen.onnx.parts import Scoring
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.stream_plan import StreamPlan
-
-TABLE_BYTES = 1 << 28  # larger tables of cosines are not stored: positions are turned in the graph
 
 
 @dataclass(frozen=True)
@@ -71,12 +67,9 @@ def attend_paged(
     """
     assert e.paged is not None, "the inputs are those of a paged cache"
     b, width = e.builder, site.key.head_dim
-    tables: tuple[ir.Value | None, ir.Value | None] = (None, None)
-    rope = _common_rope(e, node.args[0], new.k_node)
-    k = new.k
+    k, rope = new.k, fuse_rope(e, node.args[0], new.k_node)
     if rope is not None:
-        q, k = (_before_rope(x) for x in (q, k))
-        tables = _rotary_tables(e, rope)
+        q, k = before_rope(q), before_rope(k)
     formats = {name: _format_of(e, plan) for name, plan in site.streams.items()}
     past = {n: enter_blocks(e.ports, site, n, f.dtype, f.width) for n, f in formats.items()}
     queries = _rows_of_heads(e, q, site.num_q_heads * width)
@@ -87,7 +80,7 @@ def attend_paged(
         *(queries, keys, values),
         *(past["key"], past["value"]),
         *(e.paged.bounds, e.paged.past, e.paged.table),
-        *tables,
+        *((None, None) if rope is None else rope.tables),
         None,  # where tokens are written follows from the table
         None if sinks is None else b.cast(sinks, _dtype(queries)),
         *(None, None),  # norms of queries and keys are nodes of their own
@@ -108,7 +101,7 @@ def _attributes(
     site: SitePlan,
     formats: Mapping[str, BlockFormat],
     scoring: Scoring,
-    rope: fx.Node | None,
+    rope: FusedRope | None,
 ) -> dict[str, int | float | str]:
     key, value = formats["key"], formats["value"]
     found: dict[str, int | float | str] = {
@@ -121,8 +114,7 @@ def _attributes(
     if scoring.softcap is not None:
         found["softcap"] = scoring.softcap
     if rope is not None:
-        interleaved = bool(rope.kwargs.get("interleaved", False))
-        found |= {"do_rotary": 1, "rotary_interleaved": int(interleaved)}
+        found |= rope.attributes
     for side, format_ in (("k", key), ("v", value)):
         if format_.element:
             found[f"{side}_quant_type"] = format_.granularity
@@ -134,48 +126,6 @@ def _format_of(e: Emission, plan: StreamPlan) -> BlockFormat:
     found = block_format(plan, e.program.dtype)
     assert found is not None, "checked by the table of levels"
     return found
-
-
-def _common_rope(e: Emission, q: Any, k: fx.Node) -> fx.Node | None:
-    """Return the `kvx::rope` of the keys, if that of the queries is alike and a table can be made.
-
-    The table has a row for each position of the context.
-    """
-    if q.target is not kvx.ROPE or k.target is not kvx.ROPE or q.kwargs != k.kwargs:
-        return None
-    inv_freq, context = k.args[2], e.program.info.context_length
-    assert isinstance(inv_freq, fx.Node), "frequencies come from the graph"
-    is_weight = inv_freq.op == "get_attr" and q.args[2].target == inv_freq.target
-    at = e.program.placeholder("position_ids")
-    if not is_weight or q.args[1] is not at or k.args[1] is not at or context is None:
-        return None
-    turned = int(k.kwargs["rotary_dim"])  # type: ignore[arg-type]
-    fits = turned % 16 == 0 and context * turned * e.program.dtype.itemsize <= TABLE_BYTES
-    return k if fits else None
-
-
-def _before_rope(x: ir.Value) -> ir.Value:
-    node = x.producer()
-    assert node is not None, "made by kvx::rope"
-    assert node.op_type == "RotaryEmbedding", node.op_type
-    return _source(node)
-
-
-def _rotary_tables(e: Emission, rope: fx.Node) -> tuple[ir.Value, ir.Value]:
-    """Return cosines and sines of all positions, each `[context, rotary_dim / 2]`."""
-    source, context = rope.args[2], e.program.info.context_length
-    assert isinstance(source, fx.Node), "checked"
-    assert context is not None, "checked"
-    name = e.weights.name(str(source.target))
-    inv_freq = e.program.weights[name]
-    scaling = float(rope.kwargs.get("attention_scaling", 1.0))  # type: ignore[arg-type]
-    found = []
-    for kind, function in (("cos", torch.cos), ("sin", torch.sin)):
-        at = torch.arange(context).to(inv_freq.dtype)
-        table = function(at[:, None] * inv_freq) * scaling
-        full = f"{name}/{kind}/scaling={scaling}/positions={context}"
-        found.append(e.builder.tensor(full, table.to(e.program.dtype)))
-    return found[0], found[1]
 
 
 def _rows_of_heads(e: Emission, x: ir.Value, width: int) -> ir.Value:
