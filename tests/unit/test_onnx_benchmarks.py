@@ -1,0 +1,109 @@
+"""Benchmarks of ONNX packages: their table, and the process that holds one model."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def load(name: str):
+    return importlib.import_module(name)
+
+
+def at(prefill: float | None, decode: float) -> dict:
+    rates = {"prefill": prefill, "decode": decode}
+    found = {k: dict.fromkeys(("median", "slowest", "fastest"), v) for k, v in rates.items() if v}
+    return {**found, "memory": {"peak": 700_000_000, "resident": 1, "cache": 94_000_000}}
+
+
+ROWS = [
+    {"name": "huggingface", "contexts": {"256": at(400.0, 14.0), "8192": at(None, 7.0)}},
+    {"name": "l3-int8", "contexts": {"256": at(500.0, 28.0), "8192": at(None, 21.0)}},
+    {"name": "plain", "error": "RuntimeError: no memory"},
+]
+
+
+def test_the_table_compares_with_hugging_face_and_tells_what_failed():
+    lines = load("onnx_tables").cpu_table(ROWS).splitlines()
+    header, ours = (
+        [c.strip() for c in line.strip("|").split("|")] for line in (lines[0], lines[3])
+    )
+    row = dict(zip(header, ours, strict=True))
+    assert row["prefill 256"] == "500 (1.25x)"
+    assert row["decode 256"] == "28.0 (2.00x)"
+    assert row["decode 8k"] == "21.0 (3.00x)"
+    assert row["cache MB 8k"] == "94"
+    assert "prefill 8k" not in header  # nobody prefilled so much
+    assert lines[-1] == "`torch.onnx.export`: RuntimeError: no memory"
+
+
+def test_a_table_without_the_baseline_has_no_ratios():
+    assert "x)" not in load("onnx_tables").cpu_table(ROWS[1:])
+
+
+def test_a_cache_is_filled_with_copies_of_its_tokens():
+    x = torch.arange(6.0).reshape(1, 1, 3, 2)
+    filled = load("onnx_subjects")._repeat(x, 7)
+    assert torch.equal(filled[0, 0], x[0, 0, [0, 1, 2, 0, 1, 2, 0]])
+
+
+class Counter:
+    """A subject that adds up its tokens."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def reset(self) -> None:
+        self.seen = []
+
+    def prefill(self, ids) -> int:
+        self.seen += ids
+        return sum(self.seen)
+
+    def decode(self, token: int) -> int:
+        return self.prefill([token])
+
+    def fill(self, length: int) -> None:
+        self.seen += [0] * (length - len(self.seen))
+
+    def cache_bytes(self) -> int:
+        return len(self.seen)
+
+
+def test_a_worker_answers_commands_and_goes_on_after_an_error(monkeypatch):
+    worker = load("onnx_worker")
+    monkeypatch.setattr(worker, "make_subject", lambda runtime, **options: Counter())
+    monkeypatch.setattr(worker, "IMPORTS", {"counter": ("json",)})
+    commands = [
+        {"do": "load", "runtime": "counter", "folder": "", "threads": 1, "capacity": 9},
+        {"do": "prefill", "ids": [1, 2]},
+        {"do": "unknown"},
+        {"do": "decode", "ids": [3, 4]},
+        {"do": "fill", "length": 8},
+        {"do": "decode", "ids": [1]},
+        {"do": "memory"},
+    ]
+    answers = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, commands))))
+    monkeypatch.setattr(sys, "stdout", answers)
+    worker.main()
+    _, first, failed, rest, _, last, memory = map(json.loads, answers.getvalue().splitlines())
+    assert first["token"] == 3
+    assert "unknown" in failed["error"]
+    assert rest["tokens"] == [6, 10]
+    assert len(rest["seconds"]) == 2
+    assert last["cache_bytes"] == 9
+    assert memory["peak"] >= memory["resident"]
