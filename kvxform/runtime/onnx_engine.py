@@ -44,6 +44,14 @@ ELEMENTS = {  # numbers of TensorProto.DataType; numpy has no name for some of t
 }
 
 
+# CUDA has kernels of these for all our dtypes; the runtime leaves them on the CPU where they compute
+# sizes, that is a few integers whose consumers want them there.
+SIZE_OPS = frozenset(
+    "Add Cast Concat Div Equal Gather Identity Max Min Mul ReduceMax ReduceMin ReduceProd Reshape Shape "
+    "Size Slice Squeeze Sub Unsqueeze Where".split()
+)
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output: its name, its shape with symbols, its dtype."""
@@ -114,7 +122,7 @@ class Engine:
             options.intra_op_num_threads = threads
         settings: dict[str, str] = {}
         if self.provider == "cuda":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             settings = {"enable_cuda_graph": str(int(cuda_graph))}
         providers = [(PROVIDERS[self.provider], settings)]
         try:
@@ -127,6 +135,8 @@ class Engine:
                 "only the CPU provider",
                 "put the libraries of CUDA 13 on LD_LIBRARY_PATH, or take provider cpu",
             )
+        if self.provider == "cuda":
+            _check_placement(session.get_provider_graph_assignment_info())
         return session
 
     def run(self, binding: Binding, graph: int | None = None) -> None:
@@ -234,16 +244,25 @@ def _port(x: Any) -> Port:
     return Port(x.name, tuple(x.shape), DTYPES[x.type])
 
 
+def _check_placement(parts: Sequence[Any]) -> None:
+    """Refuse a graph with a node that fell back to the CPU."""
+    off = [n for part in parts if part.ep_name != CUDA for n in part.get_nodes()]
+    for node in off:
+        if node.op_type not in SIZE_OPS:
+            hint = "export the package with --provider cuda, or take provider cpu"
+            _refuse("every node must run on CUDA", f"{node.op_type} on the CPU", hint)
+
+
 def _cannot_load(error: Exception) -> KvxformError:
     """Return what the runtime said of a graph that it refused, in one line."""
     reason = _first_line(error)
-    if "fallback to CPU EP has been explicitly disabled" in reason:
+    if "cannot use the graph capture feature" in reason:
         return KvxformError(
             "KVX704",
-            "every node must run on CUDA",
+            "a CUDA graph needs every node on CUDA",
             where="onnx",
-            got="nodes without a CUDA kernel",
-            hint="export the package with --provider cuda, or take provider cpu",
+            got=reason.rpartition("as all ")[2],
+            hint="export the package with --provider cuda, or take cuda_graph=False",
         )
     return ArtifactError("KVX602", "ONNX Runtime must be able to load model.onnx", got=reason)
 
