@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from kvxform.codegen.onnx.emission import (
 )
 
 aten = torch.ops.aten
+GELU_OPSET = 20  # the first that has the operator
 
 _BINARY = {
     "Add": (aten.add.Tensor, aten.add.Scalar),
@@ -160,8 +162,21 @@ def emit_silu(e: Emission, node: fx.Node, x: ir.Value) -> ir.Value:
 
 @emits(aten.gelu.default)
 def emit_gelu(e: Emission, node: fx.Node, x: ir.Value, *, approximate: str = "none") -> ir.Value:
-    """Emit GELU, exact or by tanh."""
-    return e.builder.op("Gelu", x, approximate=approximate)
+    """Emit GELU, exact or by tanh; the operator is of opset 20."""
+    if e.form.opset >= GELU_OPSET:
+        return e.builder.op("Gelu", x, approximate=approximate)
+    b, dtype = e.builder, dtype_of(node)
+
+    def scaled(value: ir.Value, factor: float) -> ir.Value:
+        return b.op("Mul", value, b.const(factor, dtype))
+
+    if approximate == "tanh":
+        cube = b.op("Mul", b.op("Mul", x, x), x)
+        inner = scaled(b.op("Add", x, scaled(cube, 0.044715)), math.sqrt(2 / math.pi))
+        step = b.op("Tanh", inner)
+    else:
+        step = b.op("Erf", scaled(x, math.sqrt(0.5)))
+    return b.op("Mul", scaled(x, 0.5), b.op("Add", step, b.const(1.0, dtype)))
 
 
 @emits(aten.where.self)

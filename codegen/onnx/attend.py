@@ -19,12 +19,12 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
-from kvxform.codegen.onnx.masks import attention_mask
+from kvxform.codegen.onnx.masks import attention_mask, written_lengths
 from kvxform.codegen.onnx.paged import PagedTokens, append_paged, attend_paged
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
 from kvxform.codegen.onnx.ranked import append_ranked, is_ranked
-from kvxform.codegen.onnx.streams import append_both
+from kvxform.codegen.onnx.streams import StreamView, append_both
 from kvxform.codegen.onnx.turning import KeyRead, values_as_read
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.scoring import Span
@@ -66,7 +66,8 @@ def appends_itself(e: Emission, node: fx.Node) -> bool:
     options = e.program.attention_node(site.layer).kwargs
     plain = all(is_plain(plan, dtype) for plan in site.streams.values())
     special = any(options.get(name) is not None for name in NOT_OF_ATTENTION)
-    return plain and len(readers) == 1 and not special
+    grows = e.form.cache == "grow" and not e.form.is_primitive
+    return grows and plain and len(readers) == 1 and not special
 
 
 @emits(kvx.CACHE_APPEND)
@@ -122,15 +123,31 @@ def emit_cached_attention(
     key, value = found
     read = KeyRead(inv_freq, rotary_dim, attention_scaling, interleaved, key_basis)
     key, value = read.apply(e, site, key), values_as_read(e, site, value, value_basis)
-    if scoring.is_plain and key.values is not None and value.values is not None:
-        mask = attention_mask(e, scoring.span)
-        y = e.builder.op(
-            "Attention", q, key.values, value.values, mask, role="attention", scale=scale
-        )
+    is_whole = key.values is not None and value.values is not None
+    if scoring.is_plain and is_whole and not e.form.is_primitive:
+        y = _attend_whole(e, q, key, value, scoring)
     else:
         y = attend_by_parts(e, site, q, key, value, scoring)
     # Where values are the first channels of the keys, these were read whole.
     return e.slice(y, 0, v_head_dim, axis=3) if isinstance(site.value, KeyView) else y
+
+
+def _attend_whole(
+    e: Emission, q: ir.Value, key: StreamView, value: StreamView, scoring: Scoring
+) -> ir.Value:
+    """Emit one Attention over all values, `[B, Hk, T, D]` each.
+
+    Over buffers, causal attention needs no mask: it ends at the last slot that was written.
+    """
+    span = scoring.span
+    operands, causal = [q, key.values, value.values], 0
+    if e.form.capacity and span == Span(causal=True):
+        operands, causal = [*operands, None, None, None, written_lengths(e)], 1
+    else:
+        operands.append(attention_mask(e, span))
+    return e.builder.op(
+        "Attention", *operands, role="attention", scale=scoring.scale, is_causal=causal
+    )
 
 
 def _fused(e: Emission, site: SitePlan, q: ir.Value, new: NewTokens, scoring: Scoring) -> ir.Value:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 from torch import fx
 
 import kvxform.ir.ops as kvx
+from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits, type_of
 
@@ -28,7 +31,7 @@ def emit_rms_norm(
     wide = onnx_dtype(compute_dtype or type_of(node).dtype)
     if weight is not None and weight_offset:
         weight = b.op("Add", weight, e.operand(weight_offset, dtype_of(node)))
-    if wide == ir.DataType.FLOAT:
+    if wide == ir.DataType.FLOAT and not e.form.is_primitive:
         gain = weight if weight is not None else _ones(b, size, type_of(node).dtype)
         return b.op("RMSNormalization", x, gain, axis=-1, epsilon=eps, role="rms_norm")
     y = b.cast(x, wide)
@@ -52,6 +55,23 @@ def emit_rope(
 ) -> ir.Value:
     """Emit RotaryEmbedding with cosines and sines of the positions, shared by all layers."""
     tables = rotary_tables(e, positions, inv_freq, attention_scaling, dtype_of(node))
+    return turn_pairs(e, x, tables, rotary_dim, interleaved=interleaved)
+
+
+def turn_pairs(
+    e: Emission, x: ir.Value, tables: Sequence[ir.Value], rotary_dim: int, *, interleaved: bool
+) -> ir.Value:
+    """Emit RoPE of the first `rotary_dim` channels of x `[B, H, S, D]`.
+
+    Args:
+        e: The emission.
+        x: Vectors.
+        tables: Cosines and sines, each `[B, S, rotary_dim / 2]`.
+        rotary_dim: Channels that turn; the rest pass through.
+        interleaved: Pairs are neighbours instead of halves.
+    """
+    if e.form.is_primitive:
+        return _turned(e, x, tables, rotary_dim, interleaved)
     return e.builder.op(
         "RotaryEmbedding",
         x,
@@ -75,6 +95,30 @@ def rotary_tables(
         )
         for function in ("Cos", "Sin")
     )
+
+
+def _turned(
+    e: Emission, x: ir.Value, tables: Sequence[ir.Value], rotary_dim: int, interleaved: bool
+) -> ir.Value:
+    """Return what `turn_pairs` does from products, sums and differences."""
+    b, half = e.builder, rotary_dim // 2
+    cos, sin = (b.op("Unsqueeze", table, b.const([1])) for table in tables)
+    if interleaved:
+        ends, step = b.const([rotary_dim]), b.const([2])
+        first, second = (
+            b.op("Slice", x, b.const([start]), ends, b.const([3]), step) for start in (0, 1)
+        )
+    else:
+        first, second = e.slice(x, 0, half, 3), e.slice(x, half, rotary_dim, 3)
+    left = b.op("Sub", b.op("Mul", first, cos), b.op("Mul", second, sin))
+    right = b.op("Add", b.op("Mul", second, cos), b.op("Mul", first, sin))
+    if interleaved:
+        pairs = [b.op("Unsqueeze", part, b.const([4])) for part in (left, right)]
+        joined = b.op("Concat", *pairs, axis=4)
+        parts = [b.op("Reshape", joined, b.const([0, 0, 0, rotary_dim]))]
+    else:
+        parts = [left, right]
+    return b.op("Concat", *parts, e.slice(x, rotary_dim, END, 3), axis=3, role="rope")
 
 
 def _ones(b: Builder, size: int, dtype: torch.dtype) -> ir.Value:

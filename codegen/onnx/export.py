@@ -79,7 +79,7 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
         form: What the package is to be.
     """
     assert program.plan is not None, "checked"
-    builder, ports = Builder(), CachePorts(program.plan)
+    builder, ports = Builder(), CachePorts(program.plan, form.capacity)
     frame = make_frame(form, builder)
     store = WeightStore.of(program, form.weights)
     e = Emission(program, builder, frame.inputs, store, ports, form=form, paged=frame.paged)

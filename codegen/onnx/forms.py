@@ -39,6 +39,7 @@ CHOICES = {
     "logits": get_args(LogitsKind),
     "weights": get_args(WeightKind),
 }
+CAPACITY = "max_sequence_length"
 FIRST_OPSET, COMPOSITE_OPSET, BUFFER_OPSET = 18, 23, 24
 # Nodes have metadata from version 10 on, so older opsets come with that one.
 IR_VERSIONS = {**dict.fromkeys(range(18, 23), 10), 23: 11, 24: 12, 25: 13}
@@ -94,6 +95,11 @@ class Form:
     def is_primitive(self) -> bool:
         """Whether norms, RoPE and attention must be taken apart into primitives."""
         return self.level == "L0" or self.opset < COMPOSITE_OPSET
+
+    @property
+    def capacity(self) -> str | None:
+        """The symbol of the rows of planes that are written in place, or None."""
+        return CAPACITY if self.cache == "buffer" else None
 
     @property
     def ir_version(self) -> int:

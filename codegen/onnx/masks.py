@@ -2,15 +2,19 @@
 
 Masks and distances are shared by all layers.
 
-A slot is a place in the cached sequence, padding included: the new tokens take the last slots. A
-slot that `attention_mask` leaves out is seen by nobody but itself, so that no row of a softmax is
-empty and padding never turns into NaN.
+A slot is a place in the cached sequence. In a cache that grows, padding takes slots too, and the
+new tokens take the last ones. A slot that `attention_mask` leaves out is seen by nobody but itself,
+so that no row of a softmax is empty and padding never turns into NaN.
+
+In buffers that are written in place, the slot of a token is its position. Behind the tokens of a
+row there is padding, which no token sees.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.builder import BOOL
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.ir.scoring import Span
@@ -18,8 +22,24 @@ from kvxform.ir.stream_plan import StreamPlan
 
 
 def total_length(e: Emission) -> ir.Value:
-    """Return the number of slots after this call, int64 `[1]`."""
-    return e.shared(("total",), lambda: e.dim(e.inputs.attention_mask, 1))
+    """Return the number of slots that are looked at in this call, int64 `[1]`.
+
+    Of buffers, those that `attention_mask` has a column for; on CUDA all of them, since a slice
+    would be a copy.
+    """
+
+    def capacity() -> ir.Value:
+        return e.dim(next(iter(e.ports.past.values())), 2)
+
+    def columns() -> ir.Value:
+        return e.dim(e.inputs.attention_mask, 1)
+
+    return e.shared(("total",), capacity if reads_whole_buffers(e) else columns)
+
+
+def reads_whole_buffers(e: Emission) -> bool:
+    """Whether attention reads buffers with the room behind their tokens."""
+    return e.form.capacity is not None and e.form.provider == "cuda"
 
 
 def past_length(e: Emission) -> ir.Value:
@@ -39,7 +59,8 @@ def key_slots(e: Emission) -> ir.Value:
 
 def attention_mask(e: Emission, span: Span) -> ir.Value:
     """Return the mask of one kind of attention, bool `[batch, 1, sequence, total]`."""
-    return e.shared(("mask", span), lambda: _mask(e, span))
+    make = _mask if e.form.capacity is None else _mask_in_place
+    return e.shared(("mask", span), lambda: make(e, span))
 
 
 def key_distance(e: Emission) -> ir.Value:
@@ -50,17 +71,45 @@ def key_distance(e: Emission) -> ir.Value:
     return e.shared(("distance",), lambda: e.builder.op("Sub", *_rows_and_columns(e, 1)))
 
 
+def first_positions(e: Emission) -> ir.Value:
+    """Return the position of the first new token of each row, int64 `[batch]`."""
+
+    def make() -> ir.Value:
+        first = e.slice(e.inputs.position_ids, 0, 1, axis=1)
+        return e.builder.op("Squeeze", first, e.builder.const([1]))
+
+    return e.shared(("first positions",), make)
+
+
+def written_lengths(e: Emission) -> ir.Value:
+    """Return how many slots of each row have been written after this call, int64 `[batch]`.
+
+    They include padding behind new tokens, so that query i of S sees `written - S + i + 1` slots.
+    """
+
+    def make() -> ir.Value:
+        last = e.slice(e.inputs.position_ids, -1, END, axis=1)
+        count = e.builder.op("Add", last, e.builder.const(1))
+        return e.builder.op("Squeeze", count, e.builder.const([1]))
+
+    return e.shared(("written",), make)
+
+
 def key_positions(e: Emission) -> ir.Value:
     """Return the position of every slot, int64 `[batch, total_sequence_length]`.
 
-    Padding does not count; before the first token it is at -1.
+    Padding before tokens does not count; before the first token it is at -1.
     """
+
+    def slots() -> ir.Value:
+        sizes = e.builder.op("Concat", e.symbol("B"), total_length(e), axis=0)
+        return e.builder.op("Expand", key_slots(e), sizes)
 
     def make() -> ir.Value:
         counts = e.builder.op("CumSum", e.inputs.attention_mask, e.builder.const(1))
         return e.builder.op("Sub", counts, e.builder.const(1))
 
-    return e.shared(("chunks", 1), make)
+    return e.shared(("chunks", 1), make if e.form.capacity is None else slots)
 
 
 def slot_range(e: Emission, start: ir.Value, stop: ir.Value) -> ir.Value:
@@ -91,6 +140,24 @@ def _mask(e: Emission, span: Span) -> ir.Value:
     return b.op("Or", mask, itself)
 
 
+def _mask_in_place(e: Emission, span: Span) -> ir.Value:
+    """Return the mask over buffers; a query sees its own slot and none behind it, if causal."""
+    b = e.builder
+    queries, keys = _rows_and_columns(e, 1)
+    if span.causal:
+        mask = b.op("LessOrEqual", keys, queries, dtype=BOOL)
+    else:
+        lengths = b.op("ReduceSum", e.inputs.attention_mask, b.const([1]), keepdims=1)
+        mask = b.op("Less", keys, b.op("Unsqueeze", lengths, b.const([1, 2])), dtype=BOOL)
+    if span.window is not None:
+        within = b.op("Less", key_distance(e), b.const(span.window), dtype=BOOL)
+        mask = b.op("And", mask, within)
+    if span.chunk is not None:
+        same = b.op("Equal", *_rows_and_columns(e, span.chunk), dtype=BOOL)
+        mask = b.op("And", mask, same)
+    return mask
+
+
 def _rows_and_columns(e: Emission, chunk: int) -> tuple[ir.Value, ir.Value]:
     """Return chunks of queries `[batch, 1, sequence, 1]` and of keys `[batch, 1, 1, total]`.
 
@@ -102,7 +169,11 @@ def _rows_and_columns(e: Emission, chunk: int) -> tuple[ir.Value, ir.Value]:
         return b.op("Div", key_positions(e), b.const(chunk))
 
     every = key_positions(e) if chunk == 1 else e.shared(("chunks", chunk), chunks)
-    new = e.slice(every, past_length(e), total_length(e), axis=1)
+    if e.form.capacity is None:
+        new = e.slice(every, past_length(e), total_length(e), axis=1)
+    else:
+        new = e.inputs.position_ids
+        new = new if chunk == 1 else b.op("Div", new, b.const(chunk))
     return b.op("Unsqueeze", new, b.const([1, 3])), b.op("Unsqueeze", every, b.const([1, 2]))
 
 

@@ -49,11 +49,14 @@ class CachePorts:
 
     Attributes:
         plan: What is cached.
+        capacity: Symbol of the rows of all planes where these are written in place; None where
+            they grow.
         past: Inputs by `<layer>.<stream>[_<plane>]`.
         present: Outputs by the same keys.
     """
 
     plan: CachePlan
+    capacity: str | None = None
     past: dict[str, ir.Value] = field(default_factory=dict)
     present: dict[str, ir.Value] = field(default_factory=dict)
 
@@ -65,7 +68,7 @@ class CachePorts:
         entered = {}
         for spec in plane_specs(site.streams[stream]):
             key = _key(site, stream, spec.name)
-            rows = f"past_{self._rows(site, stream, spec)}"
+            rows = self.capacity or f"past_{self._rows(site, stream, spec)}"
             entered[spec.name] = ir.Value(
                 name=f"{PAST}.{key}",
                 type=ir.TensorType(onnx_dtype(dtype_from_name(spec.dtype))),
@@ -77,8 +80,8 @@ class CachePorts:
     def leave(self, site: SitePlan, stream: str, plane: str, value: ir.Value) -> ir.Value:
         """Make `value` the output of one plane."""
         spec = next(s for s in plane_specs(site.streams[stream]) if s.name == plane)
-        key, rows = _key(site, stream, plane), self._rows(site, stream, spec)
-        total = f"total_{rows}"
+        key = _key(site, stream, plane)
+        total = self.capacity or f"total_{self._rows(site, stream, spec)}"
         value.name = f"{PRESENT}.{key}"
         heads = spec.heads(site.num_kv_heads)
         value.shape = ir.Shape(["batch_size", heads, total, spec.width])

@@ -1,7 +1,8 @@
 """Append to one stream of the cache: planes in, new tokens joined, planes out.
 
 A stream with `t` cached tokens is stored as its first `sink` tokens unencoded, `body_tokens(t)`
-tokens encoded, and the rest unencoded. Planes grow along their token axis by concatenation.
+tokens encoded, and the rest unencoded. Planes grow along their token axis by concatenation, or are
+buffers with room that tokens are written into.
 
 A token that is encoded in this call was still exact for the earlier queries of the same call. So a
 view has `segments`, every token as the last query sees it, and `fresh`, exact copies of the tokens
@@ -21,7 +22,13 @@ from kvxform.codecs.integer import IntCodec
 from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.codecs import codec_emitter
 from kvxform.codegen.onnx.emission import Emission
-from kvxform.codegen.onnx.masks import body_length, past_length, total_length
+from kvxform.codegen.onnx.masks import (
+    body_length,
+    first_positions,
+    past_length,
+    reads_whole_buffers,
+    total_length,
+)
 from kvxform.codegen.onnx.ports import has_tail
 from kvxform.codegen.onnx.segments import ExactSegment, FoldedSegment, Segment, can_fold
 from kvxform.ir.plan import SitePlan
@@ -146,8 +153,8 @@ def store(
         tail = e.ports.leave(site, stream, "recent", e.slice(hand, count, END, TOKENS))
     encoded, planes = encode(leaving), {}
     for spec in plan.planes:
-        joined = b.op("Concat", past[spec.name], encoded[spec.name], axis=TOKENS)
-        planes[spec.name] = e.ports.leave(site, stream, spec.name, joined)
+        joined = join_tokens(e, past[spec.name], encoded[spec.name])
+        planes[spec.name] = in_use(e, e.ports.leave(site, stream, spec.name, joined))
     exact = [None if x is None else b.cast(x, dtype) for x in (sink, tail)]
     fresh = None if tail is None else ExactSegment(b.cast(leaving, dtype))
     body = _folded(plan, planes)
@@ -157,6 +164,20 @@ def store(
     parts = [x for x in (exact[0], decoded, exact[1]) if x is not None]
     values = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=TOKENS)
     return StreamView(plan, (ExactSegment(values),), (), fresh)
+
+
+def join_tokens(e: Emission, past: ir.Value, new: ir.Value) -> ir.Value:
+    """Return a plane with new rows: behind the old ones, or written in place."""
+    if e.form.capacity is None:
+        return e.builder.op("Concat", past, new, axis=TOKENS)
+    return e.builder.op("TensorScatter", past, new, first_positions(e), axis=TOKENS)
+
+
+def in_use(e: Emission, plane: ir.Value) -> ir.Value:
+    """Return the rows of a plane that attention looks at; see `masks.total_length`."""
+    if e.form.capacity is None or reads_whole_buffers(e):
+        return plane
+    return e.slice(plane, 0, total_length(e), TOKENS)
 
 
 def _folded(plan: StreamPlan, planes: Mapping[str, ir.Value]) -> Segment | None:

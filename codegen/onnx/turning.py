@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvxform.codegen.onnx.dialect import rotary_tables
+from kvxform.codegen.onnx.dialect import rotary_tables, turn_pairs
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_end, key_positions
 from kvxform.codegen.onnx.rotations import rotate_heads
@@ -53,14 +53,7 @@ class KeyRead:
         tables = rotary_tables(e, positions, self.inv_freq, scaling, x.dtype)
         if bounds is not None:
             tables = tuple(e.slice(table, *bounds, axis=1) for table in tables)
-        return e.builder.op(
-            "RotaryEmbedding",
-            x,
-            *tables,
-            role="rope",
-            rotary_embedding_dim=self.rotary_dim,
-            interleaved=int(self.interleaved),
-        )
+        return turn_pairs(e, x, tables, self.rotary_dim, interleaved=self.interleaved)
 
 
 def values_as_read(
