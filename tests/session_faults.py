@@ -125,12 +125,12 @@ def leave_buffers(session: Session) -> None:
 
 def write_shared_pages(session: Session) -> None:
     """Forked rows go on writing to the same pages."""
-    session._pool._shared_from = lambda sequence, first: []
+    session._pool._shared = lambda sequence, pages: []
 
 
 def copy_all_pages(session: Session) -> None:
     """A row that writes gets copies of pages that it does not write to."""
-    session._first_written = lambda before, after: 0
+    session._written = lambda before, after: set(range(-(-after // session._pool.page_size)))
 
 
 def crop_and_remember(session: Session) -> None:

@@ -339,6 +339,8 @@ def attend(
         sink_logits: `[H]`, one more softmax column without a value.
         alibi_slopes: `[H]`.
         slot_bias: `[Hk, at least n]`.
+
+    Where no token is seen, the output is zero and the log-sum-exp minus infinity.
     """
     length, groups = keys.shape[1], q.shape[0] // keys.shape[0]
     if length == 0:
@@ -363,7 +365,8 @@ def attend(
     if sink_logits is not None:
         scores = torch.cat([scores, sink_logits.double()[:, None]], 1)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse[:, None]).exp()[:, :length]
+    is_empty = lse.isneginf()[:, None]  # every token is left out by its bias
+    weights = (scores - lse[:, None]).masked_fill(is_empty, -math.inf).exp()[:, :length]
     return torch.einsum("hn,hnd->hd", weights, v), lse
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,13 +88,15 @@ class PagePool:
         return tuple(self._owned.get(sequence, ()))
 
     def grow(
-        self, wanted: Mapping[Hashable, int], written: Mapping[Hashable, int] | None = None
+        self,
+        wanted: Mapping[Hashable, int],
+        written: Mapping[Hashable, Collection[int]] | None = None,
     ) -> list[PageCopy]:
         """Give each sequence so many pages in all; all of them, or none and an error.
 
         Args:
             wanted: Pages of each sequence.
-            written: Index of the first page that a sequence will write to; such pages get one
+            written: Indices of the pages that a sequence will write to; such pages get one
                 owner. Sequences not named write only to new pages.
 
         Returns:
@@ -104,9 +106,7 @@ class PagePool:
             CacheFullError: KVX702 if there are not enough free pages; nothing has changed then.
         """
         missing = {s: max(0, n - len(self._owned.get(s, ()))) for s, n in wanted.items()}
-        shared = [
-            (s, i) for s, first in (written or {}).items() for i in self._shared_from(s, first)
-        ]
+        shared = [(s, i) for s, pages in (written or {}).items() for i in self._shared(s, pages)]
         writers = Counter(self._owned[s][i] for s, i in shared)
         copies = sum(min(n, self._owners[page] - 1) for page, n in writers.items())
         needed = sum(missing.values()) + copies
@@ -179,10 +179,10 @@ class PagePool:
         heapq.heappush(self._free, page)
         return True
 
-    def _shared_from(self, sequence: Hashable, first: int) -> list[int]:
-        """Return indices from `first` on of pages that other sequences own too."""
+    def _shared(self, sequence: Hashable, pages: Collection[int]) -> list[int]:
+        """Return which of the pages of a sequence other sequences own too, in order."""
         own = self._owned.get(sequence, [])
-        return [index for index in range(first, len(own)) if self._owners[own[index]] > 1]
+        return [i for i in sorted(pages) if i < len(own) and self._owners[own[i]] > 1]
 
     def _unshare(self, sequence: Hashable, index: int) -> PageCopy | None:
         old = self._owned[sequence][index]

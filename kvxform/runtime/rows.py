@@ -204,14 +204,14 @@ class RowStore:
     def _pages_needed(self, length: int) -> int:
         return -(-self._body_tokens(length) // self._pool.page_size)
 
-    def _first_written(self, before: int, after: int) -> int:
-        """Return the first page that tokens `before` to `after` - 1 make an append write to.
+    def _written(self, before: int, after: int) -> set[int]:
+        """Return the pages that tokens `before` to `after` - 1 make an append write to.
 
         Tokens that wait for the rest of their group write to none.
         """
+        size = self._pool.page_size
         bodies = [(rule.body_tokens(before), rule.body_tokens(after)) for rule in self._rules]
-        growing = [old // self._pool.page_size for old, new in bodies if new > old]
-        return min(growing, default=self._pages_needed(after))
+        return {i for old, new in bodies for i in range(old // size, -(-new // size)) if new > old}
 
     def _length(self, row: int) -> int:
         return self._rows[row].physical_length if row in self._rows else 0
@@ -270,8 +270,8 @@ class RowStore:
                 hint="make a session with a larger max_seq_len, or shorten the prompt",
             )
         wanted: dict[Hashable, int] = {row: self._pages_needed(end) for row, end in ends.items()}
-        written: dict[Hashable, int] = {
-            row: self._first_written(self._length(row), end) for row, end in ends.items()
+        written: dict[Hashable, set[int]] = {
+            row: self._written(self._length(row), end) for row, end in ends.items()
         }
         self._copies = self._pool.grow(wanted, written)
         if self._copies:

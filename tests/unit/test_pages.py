@@ -101,7 +101,7 @@ def forked(num_pages, owners):
 def test_forked_sequences_share_pages_until_one_writes():
     pool = forked(8, 3)
     assert (pool.num_used, pool.num_saved) == (3, 6)
-    copies = pool.grow({1: 4}, {1: 2})
+    copies = pool.grow({1: 4}, {1: [2, 3]})
     assert copies == [PageCopy(1, 2, 3, 5)]  # page 4 is the new one at the end
     assert pool.pages(0) == pool.pages(2) == (1, 2, 3)
     assert pool.pages(1) == (1, 2, 5, 4)
@@ -113,7 +113,7 @@ def test_forked_sequences_share_pages_until_one_writes():
 
 def test_the_last_owner_needs_no_copy_and_no_free_page():
     pool = forked(6, 3)
-    copies = pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), 2))
+    copies = pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), {2}))
     assert [c.sequence for c in copies] == [0, 1]
     assert pool.num_free == 0
     assert {pool.pages(s)[2] for s in range(3)} == {3, 4, 5}
@@ -123,13 +123,20 @@ def test_too_few_pages_for_copies_change_nothing():
     pool = forked(5, 3)
     before = [pool.pages(s) for s in range(3)]
     with pytest.raises(CacheFullError, match=r"needs 2 free pages .* got 1"):
-        pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), 2))
+        pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), {2}))
     assert before == [pool.pages(s) for s in range(3)]
+
+
+def test_a_shared_page_behind_a_written_one_stays_shared():
+    """Keys may end on an earlier page than values, which already fill the later one."""
+    pool = forked(8, 2)
+    assert [(c.index, c.old) for c in pool.grow({0: 3}, {0: {1}})] == [(1, 2)]
+    assert pool.pages(0)[2] == pool.pages(1)[2]
 
 
 def test_copies_are_undone():
     pool = forked(8, 2)
-    copies = pool.grow({0: 3, 1: 3}, {0: 1, 1: 1})
+    copies = pool.grow({0: 3, 1: 3}, {0: {1, 2}, 1: {1, 2}})
     assert pool.num_saved == 1
     assert pool.undo(copies) == [4, 5]
     assert pool.pages(0) == pool.pages(1) == (1, 2, 3)

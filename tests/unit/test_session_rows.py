@@ -151,6 +151,15 @@ def test_tokens_that_wait_for_their_group_leave_pages_shared():
     assert (session._pool.num_used, session.saved_pages) == (3, 1)
 
 
+def test_a_page_between_the_ends_of_keys_and_values_stays_shared():
+    plan = {"key": INT4, "value": INT4, "key_regions": {"recent": 30}}
+    session = OptimizedModel(cached_program(plan, PAGE)).new_session(2, LONGEST)
+    feed(session, 0, IDS[0, :40].tolist())
+    session.reorder([0, 0])
+    session.decode(IDS[1, :2])  # a key enters the first page, a value the third
+    assert (session._pool.num_used, session.saved_pages) == (5, 1)
+
+
 def test_a_fork_without_room_for_its_copy_loses_nothing():
     session = MODELS["exact"].new_session(2, LONGEST, num_pages=3)
     tokens = IDS[0, :40].tolist()
