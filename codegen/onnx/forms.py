@@ -40,6 +40,7 @@ CHOICES = {
     "weights": get_args(WeightKind),
 }
 CAPACITY = "max_sequence_length"
+BLOCK_TOKENS = 256  # GenAI's default
 FIRST_OPSET, COMPOSITE_OPSET, BUFFER_OPSET = 18, 23, 24
 # Nodes have metadata from version 10 on, so older opsets come with that one.
 IR_VERSIONS = {**dict.fromkeys(range(18, 23), 10), 23: 11, 24: 12, 25: 13}
@@ -81,6 +82,7 @@ class Form:
             of tokens and a block table.
         logits: Of all new tokens `[B, S, vocab]`, or of the last one of each row `[B, 1, vocab]`.
         weights: How matrices are stored.
+        block_size: Tokens a block of a `paged` cache; 0 for others.
     """
 
     level: Level
@@ -90,6 +92,7 @@ class Form:
     cache: CacheKind
     logits: LogitsKind
     weights: WeightKind
+    block_size: int = 0
 
     @property
     def is_primitive(self) -> bool:
@@ -122,7 +125,14 @@ def choose_form(program: Program, options: OnnxOptions) -> Form:
     opset = options.opset or rules.opset[options.provider]
     kind = _cache_kind(level, opset, program)
     return Form(
-        level, opset, options.provider, rules.runtime, kind, options.logits, options.weights
+        level,
+        opset,
+        options.provider,
+        rules.runtime,
+        kind,
+        options.logits,
+        options.weights,
+        block_size=_block_size(program) if kind == "paged" else 0,
     )
 
 
@@ -157,6 +167,12 @@ def check_options(options: OnnxOptions) -> None:
     if not re.fullmatch(r"[0-9]+\.[0-9]+", options.runtime):
         rule = "runtime must be a version such as 1.31"
         raise CodegenError("KVX403", rule, where="onnx", got=repr(options.runtime))
+
+
+def _block_size(program: Program) -> int:
+    """Return tokens a block of a paged cache: those of a page, if the plan has pages."""
+    assert program.plan is not None, "checked"
+    return program.plan.layout.page_size or BLOCK_TOKENS
 
 
 def _best_level(program: Program, options: OnnxOptions) -> Level:

@@ -56,7 +56,6 @@ INPUTS = (
     "past_sequence_lengths",
     "attention_metadata",
 )
-BLOCK_TOKENS = 256  # of a paged cache; GenAI's default, and what its kernels take
 SEARCH = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -97,7 +96,7 @@ def genai_config(program: Program, model: ir.Model, form: Form) -> dict[str, Any
     search = {**SEARCH, **shares, "max_length": info.context_length}
     config = {"model": _without_blanks(described), "search": _without_blanks(search)}
     if form.cache == "paged":
-        batching = {"block_size": BLOCK_TOKENS, "gpu_utilization_factor": 0.6}
+        batching = {"block_size": form.block_size, "gpu_utilization_factor": 0.6}
         config["engine"] = {"dynamic_batching": batching}
     return config
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvxform.codecs.base import dtype_name
+from kvxform.codegen.onnx.block_formats import block_format
 from kvxform.codegen.onnx.builder import onnx_dtype
 from kvxform.codegen.onnx.ports import has_tail, is_plain
 from kvxform.ir.plan import SitePlan
@@ -94,12 +95,23 @@ def fits_contrib(program: Program, stream: StreamPlan) -> bool:
     return is_unquantised(program, stream) or static
 
 
+def fits_blocks(program: Program, stream: StreamPlan) -> bool:
+    """Whether PagedAttention can keep a stream; it has fp8 besides."""
+    return block_format(stream, program.dtype) is not None
+
+
+def has_blocks(program: Program) -> bool:
+    """Whether PagedAttention can have blocks of the size of pages, if the plan has pages."""
+    assert program.plan is not None, "checked"
+    size = program.plan.layout.page_size
+    return program.plan.layout.kind != "paged" or (size >= 16 and size & (size - 1) == 0)
+
+
 PLAIN = SiteRule("streams must be unquantised, without regions", _streams(is_unquantised))
 CONTRIB = (
     SiteRule("K and V must be cached themselves", lambda _, site: site.payload == "kv"),
     SiteRule("each layer must have a cache of its own", lambda _, site: site.owner == site.layer),
     SiteRule("no tokens may be kept in regions", _streams(lambda _, s: not has_regions(s))),
-    SiteRule(f"streams must be unquantised or {STATIC}", _streams(fits_contrib)),
     SiteRule(
         "keys must be cached after RoPE, in the basis of the queries",
         _streams(lambda _, stream: not stream.is_turned_at_read),
@@ -109,11 +121,30 @@ CONTRIB = (
         lambda _, site: site.key.head_dim == site.value.head_dim,
     ),
     SiteRule(
+        "keys and values must be stored in one dtype",
+        lambda _, site: len({s.planes[0].dtype for s in site.streams.values()}) == 1,
+    ),
+    SiteRule(
         "attention must be causal",
         lambda program, site: bool(_options(program, site).get("causal", True)),
     ),
     SiteRule("attention in chunks has no attribute", _lacks("chunk")),
     SiteRule("ALiBi has no input", _lacks("alibi_slopes")),
+)
+BUFFERED = (
+    *CONTRIB,
+    SiteRule(f"streams must be unquantised or {STATIC}", _streams(fits_contrib)),
+)
+PAGED = (
+    *CONTRIB,
+    SiteRule(
+        f"streams must be unquantised, {STATIC}, or fp8 e4m3 without scales", _streams(fits_blocks)
+    ),
+    SiteRule("head_dim must be a multiple of 8", lambda _, site: site.key.head_dim % 8 == 0),
+    SiteRule(
+        "pages must hold a power of two of tokens, at least 16",
+        lambda program, _: has_blocks(program),
+    ),
 )
 
 LEVELS: dict[str, LevelRules] = {
@@ -137,7 +168,7 @@ LEVELS: dict[str, LevelRules] = {
         23,
         "1.31",
         {"cpu": FLOATS, "cuda": HALVES},
-        sites=CONTRIB,
+        sites=BUFFERED,
     ),
     "L4": LevelRules(
         "PagedAttention over blocks",
@@ -145,7 +176,7 @@ LEVELS: dict[str, LevelRules] = {
         23,
         "1.31",
         {"cuda": HALVES},
-        sites=CONTRIB,
+        sites=PAGED,
     ),
     "L5": LevelRules(
         "append and attention as functions of the domain kvx",

@@ -20,6 +20,7 @@ from kvxform.runtime.onnx_cache import PackageCache
 from kvxform.runtime.onnx_engine import Engine, Provider
 from kvxform.runtime.onnx_files import check_package
 from kvxform.runtime.onnx_growing import GrowingCache
+from kvxform.runtime.onnx_paged import PagedCache
 
 
 class OnnxSession:
@@ -66,7 +67,7 @@ class OnnxSession:
             got = f"cache {form['cache']} on {self.provider}"
             refuse("cuda_graph needs a package with buffers, on CUDA", got)
         engine = Engine(self.folder, form, self.provider, threads=threads, cuda_graph=captures)
-        self._cache = _make_cache(engine, form["cache"], max_length, self._limit, captures)
+        self._cache = _make_cache(engine, form, max_length, self._limit, captures)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -219,11 +220,18 @@ class OnnxSession:
 
 
 def _make_cache(
-    engine: Engine, kind: str, max_length: int | None, limit: int | None, cuda_graph: bool
+    engine: Engine,
+    form: Mapping[str, Any],
+    max_length: int | None,
+    limit: int | None,
+    cuda_graph: bool,
 ) -> PackageCache:
     """Return the cache that a package asks for."""
-    if kind == "buffer":
+    if form["cache"] == "buffer":
         return BufferCache(engine, max_length, limit, cuda_graph=cuda_graph)
+    if form["cache"] == "paged":
+        size = int(form["block_size"])
+        return PagedCache(engine, max_length, block_size=size, cuda_graph=cuda_graph)
     return GrowingCache(engine)
 
 
