@@ -1,8 +1,9 @@
 """Emitters of `kvx::cache_append` and `kvx::cached_attention`.
 
-Four forms, chosen from what the package is, the plan and the options of the node, never by trial:
+Five forms, chosen from what the package is, the plan and the options of the node, never by trial:
 
 - one PagedAttention over a paged cache;
+- one GroupQueryAttention over buffers;
 - one Attention that appends by itself: plain streams that one layer reads;
 - append, then one Attention over all values: streams that are decoded first, and in which every
   query sees the same copy of a token;
@@ -19,6 +20,7 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
+from kvxform.codegen.onnx.gqa import GroupedTokens, append_grouped, attend_grouped
 from kvxform.codegen.onnx.masks import attention_mask, written_lengths
 from kvxform.codegen.onnx.paged import PagedTokens, append_paged, attend_paged
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
@@ -79,6 +81,8 @@ def emit_cache_append(
     site = e.program.plan.site(layer)
     if v is not None and e.paged is not None:
         append_paged(e, node, layer, k, v)
+    elif e.form.level == "L3":
+        append_grouped(e, node, layer)
     elif v is not None and appends_itself(e, node):
         e.caches[layer] = NewTokens(k, v)
     elif is_ranked(site):
@@ -116,6 +120,8 @@ def emit_cached_attention(
     found = e.caches[site.owner]
     if isinstance(found, PagedTokens):
         return attend_paged(e, node, site, q, found, scoring)
+    if isinstance(found, GroupedTokens):
+        return attend_grouped(e, node, site, found, scoring)
     if isinstance(found, NewTokens):
         return _fused(e, site, q, found, scoring)
     if isinstance(found, WaitingTokens):

@@ -95,6 +95,8 @@ class Emission:
         caches: What each cache_append leaves for the attention that reads it, by owner layer.
         memo: Values that layers share, for instance masks, by a key that says what they are.
         paged: Inputs of a graph over a paged cache, or None.
+        values: What each node of the graph was emitted as, so far.
+        ready: What nodes further on are, where an emitter has done their work already.
     """
 
     program: Program
@@ -106,6 +108,8 @@ class Emission:
     caches: dict[int, Any] = field(default_factory=dict)
     memo: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     paged: PagedInputs | None = None
+    values: dict[fx.Node, Emitted] = field(default_factory=dict)
+    ready: dict[fx.Node, Emitted] = field(default_factory=dict)
 
     def shared(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value for `key`; it is made once, outside of any layer."""

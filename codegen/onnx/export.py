@@ -84,12 +84,11 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
     store = WeightStore.of(program, form.weights)
     e = Emission(program, builder, frame.inputs, store, ports, form=form, paged=frame.paged)
     notes = provenance_notes(program)
-    values: dict[fx.Node, Emitted] = {}
-    last = _emit_nodes(e, fallback, notes, values)
+    last = _emit_nodes(e, fallback, notes)
     logits = frame.logits(builder, last, program.info.vocab_size)
     outputs = [logits, *ports.present.values()]
     builder.prune(outputs)
-    note_absorbed(notes, values, builder.nodes)
+    note_absorbed(notes, e.values, builder.nodes)
     graph = ir.Graph(
         [*frame.graph_inputs(builder.nodes), *ports.past.values()],
         outputs,
@@ -102,19 +101,19 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
 
 
 def _emit_nodes(
-    e: Emission,
-    fallback: Fallback,
-    notes: Mapping[fx.Node, Mapping[str, str]],
-    values: dict[fx.Node, Emitted],
+    e: Emission, fallback: Fallback, notes: Mapping[fx.Node, Mapping[str, str]]
 ) -> ir.Value:
-    """Emit every node of the graph in order into `values`; return the logits."""
+    """Emit every node of the graph in order into `e.values`; return the logits."""
+    values = e.values
     values |= {
         e.program.placeholder("input_ids"): e.inputs.input_ids,
         e.program.placeholder("position_ids"): e.inputs.position_ids,
         e.program.placeholder("cache"): None,
     }
     for node in e.program.graph.nodes:
-        if node.op == "get_attr":
+        if node in e.ready:
+            values[node] = e.ready[node]
+        elif node.op == "get_attr":
             values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
             with e.builder.scope(node.meta["module"], notes[node]):
