@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from kvxform.codegen.onnx.emission import Emission, Size, dtype_of, emits, rank_of, type_of
+from kvxform.codegen.onnx.packed import emit_product, emit_rows
 
 aten = torch.ops.aten
 
@@ -28,6 +29,9 @@ def emit_linear(
     if matrix.op != "get_attr":
         turned = e.builder.op("Transpose", weight, perm=[1, 0])
         return _add_bias(e, e.builder.op("MatMul", x, turned), bias)
+    packed = emit_product(e, matrix, x)
+    if packed is not None:
+        return _add_bias(e, packed, bias)
     if e.weights.is_transposed(str(matrix.target)):
         return _add_bias(e, e.builder.op("MatMul", x, weight), bias)
     if rank_of(source) == 2:
@@ -51,13 +55,17 @@ def emit_addmm(
     alpha: float = 1,
 ) -> ir.Value:
     """Emit `beta b + alpha x W` of matrices."""
+    packed = emit_product(e, node.args[2], x)
+    if packed is not None:
+        return _add_bias(e, packed, bias)
     return e.builder.op("Gemm", x, weight, bias, alpha=float(alpha), beta=float(beta))
 
 
 @emits(aten.matmul.default, aten.mm.default, aten.bmm.default)
 def emit_matmul(e: Emission, node: fx.Node, a: ir.Value, b: ir.Value) -> ir.Value:
     """Emit a product of matrices, with leading axes that broadcast."""
-    return e.builder.op("MatMul", a, b)
+    packed = emit_product(e, node.args[1], a)
+    return e.builder.op("MatMul", a, b) if packed is None else packed
 
 
 @emits(aten.embedding.default)
@@ -65,7 +73,8 @@ def emit_embedding(
     e: Emission, node: fx.Node, weight: ir.Value, indices: ir.Value, *_: object
 ) -> ir.Value:
     """Emit rows of a table."""
-    return e.builder.op("Gather", weight, indices, axis=0)
+    packed = emit_rows(e, node.args[0], indices)
+    return e.builder.op("Gather", weight, indices, axis=0) if packed is None else packed
 
 
 @emits(aten.layer_norm.default)

@@ -133,6 +133,13 @@ class Builder:
             self._add(name, tensor)
         return self.initializers[name]
 
+    def stored(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """Return a tensor that has a name as an initialiser; equal names mean equal tensors."""
+        assert tensor.name, "it has a name"
+        if tensor.name not in self.initializers:
+            self._add(tensor.name, tensor)
+        return self.initializers[tensor.name]
+
     def constant(self, tensor: ir.TensorProtocol) -> ir.Value:
         """Return a foreign constant, named after its content."""
         digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:12]

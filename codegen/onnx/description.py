@@ -1,9 +1,9 @@
 """`kvxform.json`: everything that a package was made from, but for values of weights.
 
 `program` is as in the `program.json` of an artifact. There, `stored` of a weight names the
-initialiser that holds it; `.T` at its end means that it is stored transposed. `folded` has the
-values of weights that are in no initialiser, since other constants were made from them. `onnx` is
-the form, which the runner reads.
+initialiser that holds it; `.T` at its end means that it is stored transposed, `.int4` and the like
+that it is packed, in three initialisers. `folded` has the values of weights that are in no
+initialiser, since other constants were made from them. `onnx` is the form, which the runner reads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kvxform.codecs.base import dtype_name
 from kvxform.codegen.onnx.builder import TRANSPOSED
 from kvxform.codegen.onnx.capability import takes_padding
 from kvxform.codegen.onnx.forms import Form
+from kvxform.codegen.onnx.nbits import PARTS
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.artifact import encode_program
 from kvxform.ir.program import Program
@@ -39,7 +40,7 @@ def describe(model: ir.Model, program: Program, recipe: Any, form: Form) -> dict
     assert program.plan is not None, "checked"
     info = dataclasses.asdict(program.info)
     info |= {"name": model_name(program), "tokenizer_path": None}  # no places on this machine
-    table = _weight_table(program)
+    table = _weight_table(program, WeightStore.of(program, form.weights))
     return {
         "version": PACKAGE_VERSION,
         "model": info,
@@ -75,22 +76,29 @@ def _seeds(recipe: Any) -> dict[str, Any]:
     return seeds
 
 
-def _weight_table(program: Program) -> dict[str, dict[str, Any]]:
-    store = WeightStore.of(program)
+def _weight_table(program: Program, store: WeightStore) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "dtype": dtype_name(weight.dtype),
             "shape": list(weight.shape),
-            "stored": store.name(name) + (TRANSPOSED if store.is_transposed(name) else ""),
+            "stored": store.name(name) + _suffix(store, name),
         }
         for name, weight in program.weights.items()
     }
 
 
+def _suffix(store: WeightStore, name: str) -> str:
+    """Return the end of the name of an initialiser that says how a weight is stored."""
+    packing = store.packing(name)
+    if packing is not None:
+        return packing.suffix
+    return TRANSPOSED if store.is_transposed(name) else ""
+
+
 def _folded(
     model: ir.Model, program: Program, table: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, list[float]]:
-    stored = model.graph.initializers
+    stored = {name.removesuffix(f".{PARTS[0]}") for name in model.graph.initializers}
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     missing = sorted(name for name in read if table[name]["stored"] not in stored)
     return {name: program.weights[name].double().flatten().tolist() for name in missing}

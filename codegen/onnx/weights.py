@@ -1,16 +1,32 @@
-"""How weights are stored: equal tensors once, weights of linear layers transposed."""
+"""How weights are stored: equal tensors once, those of linear layers transposed or packed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, fx
 
+from kvxform.codegen.onnx.nbits import BLOCK, MATRIX_BITS, TABLE_BITS, Packer, Packing
 from kvxform.ir.program import Program
 
+if TYPE_CHECKING:
+    from kvxform.codegen.onnx.forms import WeightKind
+
 COMPARED_BYTES = 1 << 16  # tensors up to here are compared by content, larger ones by storage
+Use = Literal["matrix", "turned", "table", "other"]
+
+aten = torch.ops.aten
+# Where an operation reads a weight as a matrix `[N, K]`, as one `[K, N]`, or as a table of rows.
+PLACES: dict[tuple[object, int], Use] = {
+    (aten.linear.default, 1): "matrix",
+    (aten.addmm.default, 2): "turned",
+    (aten.mm.default, 1): "turned",
+    (aten.embedding.default, 0): "table",
+}
 
 
 @dataclass(frozen=True)
@@ -20,21 +36,34 @@ class WeightStore:
     Attributes:
         names: Weight name -> name of the initialiser, the same for equal tensors.
         transposed: Initialisers that only linear layers read; they are stored as `W.T`.
+        packed: How initialisers are packed that are stored in few bits.
+        packer: Packs them.
     """
 
     names: dict[str, str]
     transposed: frozenset[str]
+    packed: Mapping[str, Packing] = field(default_factory=dict)
+    packer: Packer = field(default_factory=Packer)
 
     @classmethod
-    def of(cls, program: Program) -> WeightStore:
-        """Decide for every weight of `program`."""
+    def of(cls, program: Program, kind: WeightKind = "source") -> WeightStore:
+        """Decide for every weight of `program`.
+
+        Args:
+            program: Whose weights.
+            kind: `int4` packs what products read, as far as ONNX Runtime can.
+        """
         names = _shared_names(program.weights)
-        readers: dict[str, set[bool]] = defaultdict(set)
+        uses: dict[str, set[Use]] = defaultdict(set)
         for node in program.graph.nodes:
             if node.op == "get_attr":
-                users = {_is_linear_weight(node, user) for user in node.users}
-                readers[names[str(node.target)]] |= users
-        return cls(names, frozenset(n for n, linear in readers.items() if linear == {True}))
+                uses[names[str(node.target)]].update(_use(node, user) for user in node.users)
+        matrices = frozenset(name for name, found in uses.items() if found == {"matrix"})
+        if kind == "source":
+            return cls(names, matrices)
+        packings = {name: _packing(program.weights[name], found) for name, found in uses.items()}
+        packed = {name: packing for name, packing in packings.items() if packing is not None}
+        return cls(names, matrices - packed.keys(), packed)
 
     def name(self, weight: str) -> str:
         """Return the initialiser that holds `weight`."""
@@ -44,11 +73,30 @@ class WeightStore:
         """Whether `weight` is stored as `W.T`."""
         return self.names[weight] in self.transposed
 
+    def packing(self, weight: str) -> Packing | None:
+        """Return how `weight` is packed, or None if it is stored as it is."""
+        return self.packed.get(self.names[weight])
 
-def _is_linear_weight(node: fx.Node, user: fx.Node) -> bool:
-    """Whether `user` is a linear layer that reads `node` as its weight and nothing else."""
+
+def _use(node: fx.Node, user: fx.Node) -> Use:
+    """Return how `user` reads the weight `node`, if it reads it once and in a known place."""
     places = [i for i, arg in enumerate(user.args) if arg is node]
-    return user.target is torch.ops.aten.linear.default and places == [1]
+    if len(places) != 1 or not user.kwargs.keys() <= {"beta", "alpha"}:
+        return "other"
+    is_scaled = any(factor != 1 for factor in user.kwargs.values())
+    return "other" if is_scaled else PLACES.get((user.target, places[0]), "other")
+
+
+def _packing(weight: Tensor, uses: set[Use]) -> Packing | None:
+    """Return how a weight of such uses is packed; None if it cannot be."""
+    if weight.dim() != 2 or not weight.is_floating_point() or min(weight.shape) < BLOCK:
+        return None
+    if uses == {"matrix"}:
+        return Packing(MATRIX_BITS)
+    if uses == {"turned"}:
+        return Packing(MATRIX_BITS, is_turned=True)
+    is_tied_table = uses == {"matrix", "table"} and weight.shape[1] % BLOCK == 0
+    return Packing(TABLE_BITS) if is_tied_table else None
 
 
 def _shared_names(weights: dict[str, Tensor]) -> dict[str, str]:

@@ -28,7 +28,7 @@ DTYPES = {
 
 def package_model(program: Program, folder: Path) -> OnnxModel:
     """Return a package as a model with a cache; hidden states are those of its program."""
-    return OnnxModel(program, OnnxSession(folder))
+    return OnnxModel(program, OnnxSession(folder, is_edited=True))
 
 
 def file_logits(path: Path) -> FileRun | None:

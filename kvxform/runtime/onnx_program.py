@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from kvxform.codecs.base import dtype_from_name
 from kvxform.codegen.onnx.builder import TRANSPOSED
+from kvxform.codegen.onnx.nbits import PARTS, Packing, packing_from_name, unpack
 from kvxform.errors import ArtifactError
 from kvxform.ir.artifact import PROGRAM, decode_program
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.ir.schema import ProgramFile, WeightEntry, parse_file
 from kvxform.runtime.onnx_files import DESCRIPTION, REMAKE
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as a file has it.
+
+    Attributes:
+        shape: Of the weight.
+        dtype: Of the weight.
+        sources: The constants that hold it, one but for packed weights.
+        form: How they hold it: the end of their names.
+        load: Returns its values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: tuple[ir.TensorProtocol, ...]
+    form: str
+    load: Callable[[], Tensor]
 
 
 class Initialisers(dict[str, Tensor]):
@@ -29,38 +51,70 @@ class Initialisers(dict[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, ir.TensorProtocol]) -> None:
         super().__init__()
-        self._tensors: dict[str, tuple[ir.TensorProtocol, bool]] = {}
-        for stored, tensor in tensors.items():
-            self._enter(stored.removesuffix(TRANSPOSED), stored, tensor)
+        self._stored: dict[str, Stored] = {}
+        for name, tensor in tensors.items():
+            self._enter(name.removesuffix(TRANSPOSED), plain_weight(name, tensor))
 
-    def _enter(self, name: str, stored: str, tensor: ir.TensorProtocol) -> None:
-        is_turned = stored.endswith(TRANSPOSED)
-        sizes = tuple(tensor.shape.numpy())
-        dtype = ir.tensor_adapters.to_torch_dtype(tensor.dtype)
-        shape = sizes[::-1] if is_turned else sizes
-        self[name] = torch.empty(shape, dtype=dtype, device="meta")
-        self._tensors[name] = (tensor, is_turned)
+    def _enter(self, name: str, stored: Stored) -> None:
+        self[name] = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        self._stored[name] = stored
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a weight with its values, or with its shape alone if the file has none."""
-        if name not in self._tensors:
-            return super().__getitem__(name)
-        tensor, is_turned = self._tensors[name]
-        values = torch.from_numpy(tensor.numpy().copy())
-        return values.T.contiguous() if is_turned else values
+        return self._stored[name].load() if name in self._stored else super().__getitem__(name)
 
     def holds(self, name: str) -> bool:
         """Whether the file has the values of a weight."""
-        return name in self._tensors
+        return name in self._stored
 
     def load(self) -> dict[str, Tensor]:
         """Return what the file has, by name; weights that share a constant are one tensor."""
         loaded: dict[str, Tensor] = {}
-        first: dict[tuple[int, bool], str] = {}
-        for name, (tensor, is_turned) in self._tensors.items():
-            same = first.setdefault((id(tensor), is_turned), name)
+        first: dict[tuple[object, ...], str] = {}
+        for name, stored in self._stored.items():
+            places = tuple(id(source) for source in stored.sources)
+            same = first.setdefault((stored.form, *places) if places else (name,), name)
             loaded[name] = loaded[same] if same in loaded else self[name]
         return loaded
+
+
+def plain_weight(name: str, tensor: ir.TensorProtocol) -> Stored:
+    """Return the weight in a constant, which is transposed if the name ends in `.T`."""
+    is_turned = name.endswith(TRANSPOSED)
+    sizes = tuple(tensor.shape.numpy())
+
+    def load() -> Tensor:
+        values = read_constant(tensor)
+        return values.T.contiguous() if is_turned else values
+
+    shape = sizes[::-1] if is_turned else sizes
+    return Stored(
+        shape,
+        ir.tensor_adapters.to_torch_dtype(tensor.dtype),
+        (tensor,),
+        TRANSPOSED * is_turned,
+        load,
+    )
+
+
+def packed_weight(parts: Sequence[ir.TensorProtocol], packing: Packing, like: Tensor) -> Stored:
+    """Return the weight that packed parts stand for, of the shape and dtype of `like`."""
+    wanted = [packing.shape(part, like) for part in PARTS]
+    if [list(part.shape.numpy()) for part in parts] != wanted:
+        rule = "the parts of a packed weight must have the shapes of its packing"
+        raise ArtifactError("KVX602", rule, at=str(parts[0].name), hint=REMAKE)
+
+    def load() -> Tensor:
+        return unpack([read_constant(part) for part in parts], packing, like)
+
+    return Stored(tuple(like.shape), like.dtype, tuple(parts), packing.suffix, load)
+
+
+def read_constant(tensor: ir.TensorProtocol) -> Tensor:
+    """Return a copy of the values of a constant."""
+    dtype = ir.tensor_adapters.to_torch_dtype(tensor.dtype)
+    values = np.frombuffer(bytearray(tensor.tobytes()), np.uint8)
+    return torch.from_numpy(values).view(dtype).reshape(tuple(tensor.shape.numpy()))
 
 
 class PackageWeights(Initialisers):
@@ -85,17 +139,29 @@ class PackageWeights(Initialisers):
         for name, entry in table.items():
             like = torch.empty(entry.shape, dtype=dtype_from_name(entry.dtype), device="meta")
             self[name] = like
-            value = graph.initializers.get(entry.stored)
             if name in folded:
                 values = torch.tensor(folded[name], dtype=like.dtype).reshape(like.shape)
-                self._enter(name, name, ir.tensor_adapters.TorchTensor(values))
-            if value is None or value.const_value is None:
+                self._enter(name, Stored(tuple(like.shape), like.dtype, (), "", values.clone))
+            stored = _find(graph, entry.stored, like)
+            if stored is None:
                 continue
-            self._enter(name, entry.stored, value.const_value)
-            listed = self.get(name, like)
-            if (listed.shape, listed.dtype) != (like.shape, like.dtype):
+            self._enter(name, stored)
+            if (stored.shape, stored.dtype) != (tuple(like.shape), like.dtype):
                 rule = "an initialiser must have the shape and dtype of its weight"
                 raise ArtifactError("KVX602", rule, at=entry.stored, hint=REMAKE)
+
+
+def _find(graph: ir.Graph, name: str, like: Tensor) -> Stored | None:
+    """Return the weight that is stored as `name`, or None if the graph has none."""
+    packing = packing_from_name(name)
+    names = [name] if packing is None else [f"{name}.{part}" for part in PARTS]
+    values = [graph.initializers[n].const_value for n in names if n in graph.initializers]
+    tensors = [value for value in values if value is not None]
+    if len(tensors) != len(names):
+        return None
+    return (
+        plain_weight(name, tensors[0]) if packing is None else packed_weight(tensors, packing, like)
+    )
 
 
 def package_program(model: ir.Model, description: Mapping[str, Any]) -> Program:

@@ -17,7 +17,7 @@ from kvxform.runtime.generate import GenerationOptions, Streamer, eos_tuple, run
 from kvxform.runtime.inputs import Batch, check_tokens, make_batch, refuse
 from kvxform.runtime.onnx_buffers import BufferCache
 from kvxform.runtime.onnx_cache import PackageCache
-from kvxform.runtime.onnx_engine import Engine, Provider
+from kvxform.runtime.onnx_engine import Engine, refuse_here
 from kvxform.runtime.onnx_files import check_package
 from kvxform.runtime.onnx_growing import GrowingCache
 from kvxform.runtime.onnx_paged import PagedCache
@@ -33,6 +33,7 @@ class OnnxSession:
         max_length: Tokens that a row has room for; the context of the model by default, and
             buffers grow as they must.
         cuda_graph: Capture decode steps on CUDA; by default where the package allows it.
+        is_edited: Take a package whose files were changed since it was written.
 
     Attributes:
         folder: The package.
@@ -49,23 +50,27 @@ class OnnxSession:
         self,
         folder: str | Path,
         *,
-        provider: Provider | None = None,
+        provider: str | None = None,
         threads: int | None = None,
         max_length: int | None = None,
         cuda_graph: bool | None = None,
+        is_edited: bool = False,
     ) -> None:
         if max_length is not None and max_length < 1:
             refuse("max_length must be at least 1", max_length)
         self.folder = Path(folder)
-        self.description = check_package(self.folder)
+        self.description = check_package(self.folder, is_edited=is_edited)
         form = self.description["onnx"]
-        self.provider: Provider = provider or form["provider"]
+        self.provider = str(provider or form["provider"])
         self._limit = _least(max_length, self.info["context_length"])
         is_static = form["cache"] != "grow" and self.provider == "cuda"
         captures = is_static if cuda_graph is None else cuda_graph
         if captures and not is_static:
             got = f"cache {form['cache']} on {self.provider}"
             refuse("cuda_graph needs a package with buffers, on CUDA", got)
+        if form["cache"] == "paged" and self.provider == "cpu":
+            hint = "take provider cuda, or export level L3 for the CPU"
+            refuse_here("a package with pages runs on CUDA alone", self.provider, hint)
         engine = Engine(self.folder, form, self.provider, threads=threads, cuda_graph=captures)
         self._cache = _make_cache(engine, form, max_length, self._limit, captures)
 
