@@ -81,7 +81,8 @@ def place(site: Path, graphs: Sequence[Path]) -> list[dict[str, Any]]:
 
     Returns:
         For each graph `nodes` (how many), `off` (names of nodes off CUDA, by operator) and
-        `captures` (whether it can be a CUDA graph); or `error`. Operators of `SIZE_OPS` are off CUDA where they compute sizes.
+        `captures` (whether it can be a CUDA graph); or `error`. Operators of `SIZE_OPS` are off
+        CUDA where they compute sizes.
     """
     with tempfile.TemporaryDirectory() as folder:
         build_stubs(site, Path(folder))

@@ -5,7 +5,7 @@
 - `options`: options that several verbs share
 - `targets`: what a TARGET argument may be; `lowerings`: what each lowering can run
 - one module per verb: `optimize`, `export`, `generate`, `plan`, `explain`, `passes`, `recipes`,
-  `evaluate`, `demo`
+  `evaluate`, `bench`, `demo`
 
 Heavy imports (torch, transformers) stand inside `run`, so that help and listings are quick.
 """

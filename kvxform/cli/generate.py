@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvxform.cli.options import Json, OptionalRecipe, Target
+from kvxform.cli.options import Json, OptionalRecipe, RunProvider, Target
 from kvxform.cli.output import print_data, print_json
 from kvxform.cli.targets import need_tokenizer, open_target
 from kvxform.errors import KvxformError
@@ -38,6 +38,7 @@ def run(
     seed: Seed = 0,
     max_seq_len: SeqLen = None,
     chat: Chat = False,
+    provider: RunProvider = None,
     json: Json = False,
 ) -> None:
     """Continue a prompt and print the new text."""
@@ -46,7 +47,7 @@ def run(
     from kvxform.evaluate.runners import make_runner
     from kvxform.runtime.generate import GenerationOptions, run_loop
 
-    opened = open_target(target, recipe)
+    opened = open_target(target, recipe, provider=provider, max_length=max_seq_len)
     tokenizer = need_tokenizer(opened.tokenizer, target)
     input_ids = encode_prompt(tokenizer, prompt, chat=chat)
     options = GenerationOptions(
@@ -57,10 +58,9 @@ def run(
         top_p=top_p,
         eos_token_ids=opened.eos_token_ids,
     )
-    if max_seq_len is not None and not hasattr(opened.model, "new_session"):
-        raise KvxformError(
-            "KVX801", "--max-seq-len is for artifacts and recipes", got=repr(target), hint="drop it"
-        )
+    if max_seq_len is not None and isinstance(opened.model, torch.nn.Module):
+        rule = "--max-seq-len is for artifacts, packages and recipes"
+        raise KvxformError("KVX801", rule, got=repr(target), hint="drop it")
     runner = make_runner(opened.model, max_seq_len or input_ids.shape[1] + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     ids = run_loop(

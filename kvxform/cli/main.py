@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from kvxform.cli import (
+    bench,
     bisect,
     check,
     codegen,
@@ -60,6 +61,7 @@ app.command("check")(check.run)
 app.command("diff")(diff.run)
 app.command("verify")(verify.run)
 app.command("eval")(evaluate.run)
+app.command("bench")(bench.run)
 app.command("bisect")(bisect.run)
 app.command("demo")(demo.run)
 

@@ -48,6 +48,10 @@ Lowering = Annotated[
     str | None,
     typer.Option("--lowering", help="eager, triton or onnx, instead of that of the recipe."),
 ]
+RunProvider = Annotated[
+    str | None,
+    typer.Option("--provider", help="cpu or cuda, for a package; default: what it was made for."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; replaced as a whole.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 VerifyLevel = Annotated[

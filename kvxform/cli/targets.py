@@ -74,14 +74,34 @@ class Opened:
     eos_token_ids: tuple[int, ...]
 
 
-def open_target(target: str, recipe: str | None, *, calibration: Path | None = None) -> Opened:
-    """Open anything that can run; a model without a recipe is the source model itself."""
+def open_target(
+    target: str,
+    recipe: str | None,
+    *,
+    calibration: Path | None = None,
+    provider: str | None = None,
+    max_length: int | None = None,
+    threads: int | None = None,
+) -> Opened:
+    """Open anything that can run; a model without a recipe is the source model itself.
+
+    Args:
+        target: What the user named.
+        recipe: Recipe, where that is a model.
+        calibration: A text for passes that calibrate.
+        provider: Where an ONNX package runs; what it was made for if None.
+        max_length: Tokens that a row of an ONNX package has room for.
+        threads: Threads of ONNX Runtime within an operation.
+    """
+    if provider is not None and not is_onnx_package(target):
+        rule = "--provider is for ONNX packages"
+        raise KvxformError("KVX801", rule, got=repr(target), hint="export the model first")
     if is_onnx_package(target):
         from kvxform.runtime.onnx_session import OnnxSession
         from kvxform.tokenizer import load_tokenizer
 
         refuse_recipe(target, recipe)
-        session = OnnxSession(target)
+        session = OnnxSession(target, provider=provider, max_length=max_length, threads=threads)
         return Opened(session, load_tokenizer(target), tuple(session.info["eos_token_ids"]))
     if recipe is None and not is_artifact(target):
         return open_source_model(target)

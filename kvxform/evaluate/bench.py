@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ class Speed:
         prompt_tokens: Length of the prompt.
         new_tokens: Decode steps of one repeat.
         repeats: How often it was timed.
+        batch_size: Rows that ran together; rates count the tokens of all of them.
     """
 
     prefill: Rate
@@ -45,6 +48,18 @@ class Speed:
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    batch_size: int = 1
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from the prompt to the logits of its last tokens, median."""
+        return self.batch_size * self.prompt_tokens / self.prefill.median
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far (Linux counts in KiB)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure_speed(
@@ -62,7 +77,7 @@ def measure_speed(
 
     Args:
         runners: Models by name.
-        input_ids: Prompt, int64 `[1, S]`.
+        input_ids: Prompts, int64 `[B, S]`; all rows decode the tokens of the first one.
         new_tokens: Decode steps to time.
         repeats: Rounds; each runner is timed once a round.
         progress: Called with the number of rounds done.
@@ -79,14 +94,15 @@ def measure_speed(
             decode_s[name].append(rest)
         if progress is not None:
             progress(done + 1)
-    prompt_tokens = input_ids.shape[1]
+    batch_size, prompt_tokens = input_ids.shape
     return {
         name: Speed(
-            prefill=Rate.of(prompt_tokens, prefill_s[name]),
-            decode=Rate.of(new_tokens, decode_s[name]),
+            prefill=Rate.of(batch_size * prompt_tokens, prefill_s[name]),
+            decode=Rate.of(batch_size * new_tokens, decode_s[name]),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
+            batch_size=batch_size,
         )
         for name in runners
     }
@@ -98,5 +114,5 @@ def _time_once(runner: Runner, input_ids: Tensor, forced: Tensor) -> tuple[float
     runner.prefill(input_ids)
     middle = time.perf_counter()
     for position in range(len(forced)):
-        runner.decode(forced[position : position + 1])
+        runner.decode(forced[position].expand(len(input_ids)))
     return middle - start, time.perf_counter() - middle

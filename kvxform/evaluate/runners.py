@@ -115,6 +115,10 @@ class SessionRunner:
         out: Tensor = self._session.decode(token_ids)
         return out
 
+    def cache_bytes(self) -> int:
+        """Return bytes of the cache of the sequences."""
+        return int(self._session.cache_bytes())
+
 
 class OnnxRunner:
     """An OnnxSession; `prefill` starts it anew."""
@@ -138,6 +142,10 @@ class OnnxRunner:
         """Append one token a row, int64 `[B]`; logits `[B, vocab]`."""
         out: Tensor = self._session.decode(token_ids)
         return out
+
+    def cache_bytes(self) -> int:
+        """Return bytes of the cache of the sequences."""
+        return int(self._session.cache_bytes())
 
 
 class Remembered:

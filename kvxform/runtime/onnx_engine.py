@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.runtime.onnx_files import MODEL
 
-Provider = Literal["cpu", "cuda"]
 PAST, PRESENT = "past_key_values.", "present."
 CUDA = "CUDAExecutionProvider"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA}
@@ -44,12 +43,13 @@ ELEMENTS = {  # numbers of TensorProto.DataType; numpy has no name for some of t
 }
 
 
-# CUDA has kernels of these for all our dtypes; the runtime leaves them on the CPU where they compute
+# CUDA has kernels of these for all our dtypes. The runtime leaves them on the CPU where they make
 # sizes, that is a few integers whose consumers want them there.
-SIZE_OPS = frozenset(
-    "Add Cast Concat Div Equal Gather Identity Max Min Mul ReduceMax ReduceMin ReduceProd Reshape Shape "
-    "Size Slice Squeeze Sub Unsqueeze Where".split()
-)
+SIZE_OPS = {
+    *("Add", "Cast", "Concat", "Div", "Equal", "Gather", "Identity", "Max", "Min", "Mul"),
+    *("ReduceMax", "ReduceMin", "ReduceProd", "Reshape", "Shape", "Size", "Slice", "Squeeze"),
+    *("Sub", "Unsqueeze", "Where"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class Engine:
         self,
         folder: Path,
         onnx: Mapping[str, Any],
-        provider: Provider,
+        provider: str,
         *,
         threads: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
-        self.provider: Provider = provider
+        self.provider = provider
         self.device = torch.device("cuda" if provider == "cuda" else "cpu")
         self.level, self.is_last = str(onnx["level"]), onnx["logits"] == "last"
         self.runtime = import_runtime()
@@ -130,7 +130,7 @@ class Engine:
         except Exception as error:  # the runtime has a class for each status code
             raise _cannot_load(error) from error
         if self.provider == "cuda" and CUDA not in session.get_providers():
-            _refuse(
+            refuse_here(
                 "ONNX Runtime must be able to load its CUDA provider",
                 "only the CPU provider",
                 "put the libraries of CUDA 13 on LD_LIBRARY_PATH, or take provider cpu",
@@ -215,7 +215,7 @@ def import_runtime() -> Any:
 def _check_version(installed: str, needed: str) -> None:
     if _numbers(installed) < _numbers(needed):
         rule = f"the package needs ONNX Runtime {needed} or newer"
-        _refuse(rule, installed, "pip install -U onnxruntime, or onnxruntime-gpu for CUDA")
+        refuse_here(rule, installed, "pip install -U onnxruntime, or onnxruntime-gpu for CUDA")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -223,21 +223,23 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version)[:2])
 
 
-def _check_provider(runtime: Any, provider: Provider) -> None:
+def _check_provider(runtime: Any, provider: str) -> None:
     if provider not in PROVIDERS:
-        _refuse("provider must be cpu or cuda", provider, "take one of them")
+        refuse_here("provider must be cpu or cuda", provider, "take one of them")
     if provider == "cpu":
         return
     available: Sequence[str] = runtime.get_available_providers()
     if CUDA not in available:
-        _refuse(
+        refuse_here(
             "provider cuda needs a build of ONNX Runtime for CUDA",
             ", ".join(available),
             "pip uninstall onnxruntime; pip install onnxruntime-gpu (a build for CUDA 13)",
         )
     if not torch.cuda.is_available():
         rule = "provider cuda needs a GPU that torch can use: it holds the cache"
-        _refuse(rule, f"torch {torch.__version__}", "install torch for CUDA, or take provider cpu")
+        refuse_here(
+            rule, f"torch {torch.__version__}", "install torch for CUDA, or take provider cpu"
+        )
 
 
 def _port(x: Any) -> Port:
@@ -250,7 +252,7 @@ def _check_placement(parts: Sequence[Any]) -> None:
     for node in off:
         if node.op_type not in SIZE_OPS:
             hint = "export the package with --provider cuda, or take provider cpu"
-            _refuse("every node must run on CUDA", f"{node.op_type} on the CPU", hint)
+            refuse_here("every node must run on CUDA", f"{node.op_type} on the CPU", hint)
 
 
 def _cannot_load(error: Exception) -> KvxformError:
@@ -271,5 +273,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _refuse(rule: str, got: object, hint: str) -> None:
+def refuse_here(rule: str, got: object, hint: str) -> NoReturn:
+    """Raise KVX704 for what a package, or the installed runtime, cannot do."""
     raise KvxformError("KVX704", rule, where="onnx", got=got, hint=hint)
