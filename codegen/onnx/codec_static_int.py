@@ -27,7 +27,10 @@ class StaticIntEmitter:
     def encode(self, b: Builder, x: ir.Value) -> dict[str, ir.Value]:
         """Emit codes."""
         half = float(self.codec.half)
-        scaled = b.op("Round", b.op("Div", b.cast(x, FLOAT), self._scales(b)))
+        values = b.cast(x, FLOAT)
+        if self.codec.center:
+            values = b.op("Sub", values, self._offsets(b))
+        scaled = b.op("Round", b.op("Div", values, self._scales(b)))
         codes = clip(b, scaled, -half, half - 1)
         return {"codes": b.cast(codes, INT8) if self.codec.bits == 8 else self._pack(b, codes)}
 
@@ -35,10 +38,16 @@ class StaticIntEmitter:
         """Emit values; everything is computed in float32."""
         packed = planes["codes"]
         codes = b.cast(packed, FLOAT) if self.codec.bits == 8 else self._unpack(b, packed)
-        return b.cast(b.op("Mul", codes, self._scales(b)), dtype)
+        values = b.op("Mul", codes, self._scales(b))
+        if self.codec.center:
+            values = b.op("Add", values, self._offsets(b))
+        return b.cast(values, dtype)
 
     def _scales(self, b: Builder) -> ir.Value:
         return b.table(self.codec.scales(self.head_dim))
+
+    def _offsets(self, b: Builder) -> ir.Value:
+        return b.table(self.codec.offsets(self.head_dim))
 
     def _pack(self, b: Builder, codes: ir.Value) -> ir.Value:
         """Return two codes a byte, neighbours, the first one in the low half."""

@@ -3,7 +3,11 @@
 With a scale s of a stream (`axis: tensor`) or of each channel of each head (`axis: channel`), and
 h = 2**(bits - 1):
 
-    q = round(x / s), clamped to [-h, h - 1],         x' = s q
+    q = round((x - c) / s), clamped to [-h, h - 1],         x' = s q + c
+
+c is zero, or with `center` the mean of each channel of each head. A constant that is taken from all
+keys takes the same from all scores of a query, which softmax does not see: lowerings to operators
+that know no c leave it out of keys, and add it to what attention returns of values.
 
 Nothing is stored beside codes. They are the bytes that GroupQueryAttention and PagedAttention of
 ONNX Runtime keep: int8, or two codes a byte as q + 8, element 2 i in the low half. `round` is half
@@ -44,7 +48,8 @@ from kvxform.codecs.base import (
 from kvxform.errors import PassError
 
 SMALLEST_SCALE = 2.0**-24  # of a channel of zeros
-FRACTIONS = tuple(i / 50 for i in range(50, 9, -1))  # of the largest magnitude, tried by `mse`
+STEPS = (0.1, 0.02)  # between fractions of the largest magnitude that `mse` tries, coarse to fine
+MOST_VALUES = 1 << 18  # of a scale for its search; more of them cost time and change nothing
 
 
 @register_codec
@@ -58,7 +63,9 @@ class StaticIntCodec(Codec):
         threshold: How the scale is chosen: `minmax`, `percentile` or `mse`.
         percentile: Share of magnitudes below the threshold, in percent; for `percentile`.
         any_position: Choose scales of keys after RoPE for all positions of the context.
+        center: Take the mean of each channel away first.
         scale: The scales, one number, or head by head one for each channel; fitted.
+        offset: The means, head by head one for each channel; fitted.
     """
 
     name: ClassVar[str] = "static-int"
@@ -67,7 +74,9 @@ class StaticIntCodec(Codec):
     threshold: Literal["minmax", "percentile", "mse"] = "mse"
     percentile: float = 99.99
     any_position: bool = True
+    center: bool = False
     scale: tuple[float, ...] | None = None
+    offset: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the options on their own; `check` compares them with a head_dim."""
@@ -85,16 +94,18 @@ class StaticIntCodec(Codec):
             self._require(positive, "scale must be positive numbers", self.scale)
             rule = "scale must be one number on the tensor axis"
             self._require(self.axis == "channel" or len(self.scale) == 1, rule, len(self.scale))
+        rule = "offset must come with center"
+        self._require(self.center or self.offset is None, rule, self.offset)
 
     @property
     def is_headwise(self) -> bool:
-        """Whether all heads have one scale."""
-        return self.axis == "tensor"
+        """Whether no head has constants of its own."""
+        return self.axis == "tensor" and not self.center
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether scales are still to be fitted."""
-        return self.scale is None
+        """Whether scales or means are still to be fitted."""
+        return self.scale is None or (self.center and self.offset is None)
 
     @property
     def half(self) -> int:
@@ -106,10 +117,19 @@ class StaticIntCodec(Codec):
         if self.bits == 4 and head_dim % 2:
             rule = "4-bit codes need a head_dim that is a multiple of 2"
             raise PassError("KVX203", rule, got=head_dim, hint="use 8 bits")
-        if self.axis == "channel" and self.scale is not None and len(self.scale) % head_dim:
-            rule = f"codec static-int needs a scale for each of {head_dim} channels of each head"
-            hint = "leave scale out, to have it calibrated"
-            raise PassError("KVX203", rule, got=len(self.scale), hint=hint)
+        for name, numbers in self._by_channel.items():
+            if len(numbers) % head_dim:
+                rule = f"{name} of codec static-int must be of heads of {head_dim} channels"
+                hint = f"leave {name} out, to have it calibrated"
+                raise PassError("KVX203", rule, got=len(numbers), hint=hint)
+
+    def check_heads(self, num_heads: int, head_dim: int) -> None:
+        """Raise PassError KVX203 if constants are of another number of heads."""
+        for name, numbers in self._by_channel.items():
+            if len(numbers) != num_heads * head_dim:
+                rule = f"{name} of codec static-int must have {num_heads} x {head_dim} numbers"
+                hint = "take those of this model"
+                raise PassError("KVX203", rule, got=len(numbers), hint=hint)
 
     def planes(self, head_dim: int) -> tuple[PlaneSpec, ...]:
         """Return `codes`, int8 or two in a uint8."""
@@ -119,7 +139,10 @@ class StaticIntCodec(Codec):
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Encode `x`, `[..., Hk, T, D]`, in float32."""
-        codes = self._quantise(x.float(), self.scales(x.shape[-1]).to(x.device))
+        head_dim, x = x.shape[-1], x.float()
+        if self.center:
+            x = x - self.offsets(head_dim).to(x)
+        codes = self._quantise(x, self.scales(head_dim).to(x))
         if self.bits == 8:
             return {"codes": codes.to(torch.int8)}
         nibbles = (codes + self.half).to(torch.uint8)
@@ -129,25 +152,46 @@ class StaticIntCodec(Codec):
         """Decode to `dtype`; 16-bit dtypes are computed in float32."""
         wide = dtype if dtype.itemsize >= 4 else torch.float32
         codes = self._codes(planes["codes"], wide)
-        return (codes * self.scales(codes.shape[-1]).to(codes)).to(dtype)
+        values = codes * self.scales(codes.shape[-1]).to(codes)
+        if self.center:
+            values = values + self.offsets(codes.shape[-1]).to(codes)
+        return values.to(dtype)
 
     def fit(self, samples: CodecSamples) -> StaticIntCodec:
-        """Return the codec with scales for `samples`, unless it has some."""
+        """Return the codec with scales and means for `samples`, unless it has them."""
         if not self.needs_calibration:
             return self
+        if self.center and self.offset is None:
+            mean = self._seen(samples).mean(-2)
+            return dataclasses.replace(self, offset=_numbers(mean)).fit(samples)
         threshold = self._threshold(samples)
         scale = (threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE)
-        return dataclasses.replace(self, scale=tuple(scale.float().flatten().tolist()))
+        return dataclasses.replace(self, scale=_numbers(scale))
 
     def scales(self, head_dim: int) -> Tensor:
         """Return the scales, float32 `[1]`, or `[Hk, 1, D]` on the channel axis."""
         table = self._scale_table
         return table if self.axis == "tensor" else table.view(-1, 1, head_dim)
 
+    def offsets(self, head_dim: int) -> Tensor:
+        """Return the means, float32 `[Hk, 1, D]`; only with `center`."""
+        return self._offset_table.view(-1, 1, head_dim)
+
     @functools.cached_property
     def _scale_table(self) -> Tensor:
         assert self.scale is not None, "scales have been fitted"
         return torch.tensor(self.scale)
+
+    @functools.cached_property
+    def _offset_table(self) -> Tensor:
+        assert self.offset is not None, "means have been fitted"
+        return torch.tensor(self.offset)
+
+    @property
+    def _by_channel(self) -> dict[str, tuple[float, ...]]:
+        """Return the constants that have a number for each channel of each head."""
+        found = {"scale": self.scale if self.axis == "channel" else None, "offset": self.offset}
+        return {name: numbers for name, numbers in found.items() if numbers is not None}
 
     def _codes(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Return signed codes `[..., D]` of `dtype`."""
@@ -157,35 +201,46 @@ class StaticIntCodec(Codec):
         return nibbles.to(dtype) - self.half
 
     def _quantise(self, x: Tensor, scale: Tensor) -> Tensor:
-        return (x / scale).round().clamp(-self.half, self.half - 1)
+        return (x / scale).round_().clamp_(-self.half, self.half - 1)
+
+    def _seen(self, samples: CodecSamples) -> Tensor:
+        """Return what scales must hold for, float32 `[Hk, N, D]`."""
+        seen = [samples.x]
+        if self.any_position and samples.elsewhere is not None:
+            seen.append(samples.elsewhere)
+        return torch.cat(seen, -2).float()
 
     def _threshold(self, samples: CodecSamples) -> Tensor:
         """Return thresholds, float32 `[1]` or `[Hk, D]`."""
-        x = samples.x.float()
-        if self.any_position and samples.elsewhere is not None:
-            x = torch.cat([x, samples.elsewhere.float()], -2)
+        x = self._seen(samples)
+        center = self.offsets(x.shape[-1]).to(x) if self.center else torch.zeros_like(x[:, :1])
+        x = x - center
         largest = x.abs().amax(-2)
-        if self.any_position and samples.envelope is not None:
-            largest = torch.maximum(largest, samples.envelope.float())
+        if self.any_position and samples.envelope is not None and self.threshold == "minmax":
+            reach = samples.envelope.float() + center[:, 0].abs()
+            largest = torch.maximum(largest, reach)
         if self.axis == "tensor":
             x, largest = x.reshape(-1, 1), largest.max()[None]
         if self.threshold == "minmax":
             return largest
         if self.threshold == "percentile":
             return _quantile(x.abs(), self.percentile / 100)
-        return self._least_error(x, largest)
+        return self._least_error(x[..., :: -(-x.shape[-2] // MOST_VALUES), :], largest)
 
     def _least_error(self, x: Tensor, largest: Tensor) -> Tensor:
-        """Return which fraction of `largest` leaves the least squared error, row by row of `x`."""
-        best, least = largest, torch.full_like(largest, torch.inf, dtype=torch.float64)
-        for fraction in FRACTIONS:
-            tried = largest * fraction
-            scale = (tried / (self.half - 0.5)).clamp_min(SMALLEST_SCALE).unsqueeze(-2)
-            off = self._quantise(x, scale) * scale - x
-            error = off.square().sum(-2, dtype=torch.float64)
-            best = torch.where(error < least, tried, best)
-            least = torch.minimum(error, least)
-        return best
+        """Return which share of `largest` leaves the least squared error, column by column."""
+        best, least = torch.full_like(largest, 0.6), torch.full_like(largest, torch.inf)
+        for step in STEPS:
+            middle = best
+            for i in range(-4, 5):
+                share = middle + i * step
+                scale = (largest * share / (self.half - 0.5)).clamp_min(SMALLEST_SCALE)[
+                    ..., None, :
+                ]
+                error = self._quantise(x, scale).mul_(scale).sub_(x).square_().sum(-2)
+                best = torch.where(error < least, share, best)
+                least = torch.minimum(error, least)
+        return largest * best
 
     def _require(self, condition: bool, rule: str, got: object) -> None:
         require_option(condition, self.name, rule, got)
@@ -195,3 +250,7 @@ def _quantile(x: Tensor, share: float) -> Tensor:
     """Return the smallest values that at least `share` of those along axis -2 do not exceed."""
     count = x.shape[-2]
     return x.kthvalue(min(count, math.ceil(share * count)), -2).values
+
+
+def _numbers(table: Tensor) -> tuple[float, ...]:
+    return tuple(table.float().flatten().tolist())

@@ -76,7 +76,14 @@ def test_groups_across_heads_equal_the_codec(codec):
 @pytest.mark.parametrize("axis", ["tensor", "channel"])
 def test_static_scales_equal_the_codec(bits, axis):
     count = 1 if axis == "tensor" else 3 * HEAD_DIM
-    codec = StaticIntCodec(bits, axis, scale=tuple(torch.linspace(0.01, 0.5, count).tolist()))
+    scale, offset = (
+        tuple(torch.linspace(a, 0.5, n).tolist()) for a, n in ((0.01, count), (-1, 48))
+    )
+    check_codec(
+        StaticIntCodec(bits, axis, center=True, scale=scale, offset=offset),
+        torch.randn(1, 3, 9, 16),
+    )
+    codec = StaticIntCodec(bits, axis, scale=scale)
     x = torch.randn(2, 3, 9, HEAD_DIM) * 2
     x[:, :, 0] = torch.arange(HEAD_DIM) / 2 * codec.scale[0]  # ties, and beyond the last code
     check_codec(codec, x)

@@ -41,7 +41,14 @@ STREAMS = [
     {"codec": "nuq", "bits": 4, "levels": "normal", "center": RANGES, "width": RANGES},
     {"codec": "none", "dtype": "float16"},
     {"codec": "static-int", "bits": 4, "scale": [0.5]},
-    {"codec": "static-int", "bits": 8, "axis": "channel", "scale": [0.05] * HEAD_DIM * HEADS},
+    {
+        "codec": "static-int",
+        "bits": 8,
+        "axis": "channel",
+        "scale": [0.05] * HEAD_DIM * HEADS,
+        "center": True,
+        "offset": [0.1] * HEAD_DIM * HEADS,
+    },
 ]
 RANKED_PAIR = [RANKED, {**RANKED, "separable": True}]  # K and V are ranked alike
 

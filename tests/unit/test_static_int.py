@@ -112,6 +112,30 @@ def test_keys_at_other_positions_and_their_reach_widen_the_scales():
     torch.testing.assert_close(scales[1], scales[0] * 5)
 
 
+def test_means_are_taken_away_first():
+    x = values() + 30 * torch.randn(HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(5))
+    for bits, axis in FORMATS:
+        plain = StaticIntCodec(bits, axis).fit(CodecSamples(x))
+        centred = StaticIntCodec(bits, axis, center=True).fit(CodecSamples(x))
+        torch.testing.assert_close(centred.offsets(WIDTH)[:, 0], x.mean(1))
+        assert not centred.is_headwise
+        errors = [float(round_trip(c, x).sub(x).square().sum()) for c in (plain, centred)]
+        assert errors[1] < errors[0] / 20
+        still = dataclasses.replace(centred, center=False, offset=None)
+        moved = still.decode(centred.encode(x), x.dtype) + x.mean(1, keepdim=True)
+        torch.testing.assert_close(round_trip(centred, x), moved)
+        assert make_codec(centred.to_dict()) == centred
+
+
+def test_reach_of_keys_holds_around_their_means():
+    x = values() + 2.0
+    codec = StaticIntCodec(8, "channel", "minmax", center=True)
+    fitted = codec.fit(CodecSamples(x, envelope=x.abs().amax(1)))
+    both_ends = x.abs().amax(1, keepdim=True) * torch.tensor([1.0, -1.0]).view(1, 2, 1)
+    steps = round_trip(fitted, both_ends).sub(both_ends).abs() / fitted.scales(WIDTH)
+    assert float(steps.max()) <= 0.5 + 1e-4
+
+
 def test_zeros_stay_zeros_and_given_scales_stay():
     zeros = torch.zeros(HEADS, 4, WIDTH)
     codec = StaticIntCodec(4, "channel").fit(CodecSamples(zeros))
@@ -144,6 +168,7 @@ def test_plain_data_and_planes(bits, axis):
         ({"scale": (0.0,)}, "scale must be positive numbers"),
         ({"scale": ()}, "scale must be positive numbers"),
         ({"scale": (1.0, 2.0)}, "scale must be one number on the tensor axis"),
+        ({"offset": (1.0,)}, "offset must come with center"),
     ],
 )
 def test_options_are_checked(options, rule):
@@ -155,5 +180,9 @@ def test_heads_that_do_not_fit_are_refused():
     StaticIntCodec(8).check(7)
     with pytest.raises(PassError, match="KVX203 4-bit codes need"):
         StaticIntCodec(4).check(7)
-    with pytest.raises(PassError, match="KVX203 codec static-int needs a scale for each of 8"):
+    with pytest.raises(PassError, match="KVX203 scale of codec static-int must be of heads of 8"):
         StaticIntCodec(8, "channel", scale=(1.0,) * 12).check(WIDTH)
+    right = StaticIntCodec(8, "channel", scale=(1.0,) * 16)
+    right.check_heads(2, WIDTH)
+    with pytest.raises(PassError, match="KVX203 scale of codec static-int must have 4 x 8"):
+        right.check_heads(4, WIDTH)
