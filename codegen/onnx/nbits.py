@@ -7,7 +7,7 @@ tied to the head is read by `GatherBlockQuantized` from the same constants. That
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,7 +136,7 @@ def _nibbles(x: Tensor, bits: int) -> Tensor:
     return x.float()
 
 
-def _quantisers() -> dict[int, object]:
+def _quantisers() -> dict[int, Callable[..., None]]:
     try:
         from onnxruntime.capi import _pybind_state as state
     except ImportError as error:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, fx
 
-from kvxform.codegen.onnx.nbits import BLOCK, MATRIX_BITS, TABLE_BITS, Packer, Packing
+from kvxform.codegen.onnx.nbits import (
+    BLOCK,
+    MATRIX_BITS,
+    TABLE_BITS,
+    Packer,
+    Packing,
+    pack,
+    unpack,
+)
 from kvxform.ir.program import Program
 
 if TYPE_CHECKING:
@@ -76,6 +84,16 @@ class WeightStore:
     def packing(self, weight: str) -> Packing | None:
         """Return how `weight` is packed, or None if it is stored as it is."""
         return self.packed.get(self.names[weight])
+
+
+def unpacked_program(program: Program) -> Program:
+    """Return `program` with the values that its weights have in an int4 package."""
+    changed, store = program.clone(), WeightStore.of(program, "int4")
+    for name, weight in program.weights.items():
+        packing = store.packing(name)
+        if packing is not None:
+            changed.weights[name] = unpack(pack(weight, packing), packing, weight)
+    return changed
 
 
 def _use(node: fx.Node, user: fx.Node) -> Use:

@@ -122,11 +122,13 @@ def _judge(
     if reason:
         return Verdict(reason=reason)
     from kvxform.runtime.package_check import check_export
+    from kvxform.runtime.packed_weights import comparable
 
     provider = form.provider if has_cuda() else "cpu"
-    run, left_out = check_export(
-        model, package, provider, lambda name: say(f"verify package: {name}")
-    )
+    with comparable(model, package, form) as (leader, folder):
+        run, left_out = check_export(
+            leader, folder, provider, lambda name: say(f"verify package: {name}")
+        )
     return Verdict(run, left_out=left_out)
 
 

@@ -55,7 +55,7 @@ def check_export(
 
     leader = OptimizedModel(model.program)
     assert leader.plan is not None, "packages have a cache"
-    package = OnnxModel(leader.program, OnnxSession(folder, provider=provider))
+    package = OnnxModel(leader.program, OnnxSession(folder, provider=provider, is_edited=True))
     fit = export_fit(leader.program, is_ragged=package.takes_padding)
     write = functools.partial(rewrite_probe, leader, leader.program.info.vocab_size)
     suites = make_suites(fit, write, EXPORT_SCHEDULES)

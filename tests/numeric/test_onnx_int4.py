@@ -16,9 +16,10 @@ from programs import apply, gpt2_program, token_ids
 from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.codegen.onnx.nbits import Packing, pack, unpack
-from kvxform.codegen.onnx.weights import WeightStore
-from kvxform.errors import ArtifactError
+from kvxform.codegen.onnx.weights import WeightStore, unpacked_program
+from kvxform.errors import ArtifactError, VerifyError
 from kvxform.passes.base.insert_cache import InsertCache
+from kvxform.runtime.exporting import Verdict
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_program import package_program
 from kvxform.runtime.onnx_session import OnnxSession
@@ -32,16 +33,6 @@ def toy(**model):
 
 def gpt2():
     return apply(InsertCache(), gpt2_program(dtype=torch.float32))[0]
-
-
-def unpacked(program):
-    """Return the program with the weights that an int4 package has."""
-    changed, store = program.clone(), WeightStore.of(program, "int4")
-    for name, weight in program.weights.items():
-        packing = store.packing(name)
-        if packing is not None:
-            changed.weights[name] = unpack(pack(weight, packing), packing, weight)
-    return changed
 
 
 def load(folder):
@@ -82,7 +73,7 @@ def test_logits_are_those_of_the_unpacked_weights(options, tmp_path):
     session = OnnxSession(export_onnx(program, tmp_path / "out", INT4), threads=1)
     ids = token_ids(program, 2, 6)
     found = session.prefill(ids)
-    exact = OptimizedModel(unpacked(program)).new_session(2).prefill(ids)
+    exact = OptimizedModel(unpacked_program(program)).new_session(2).prefill(ids)
     source = OptimizedModel(program).new_session(2).prefill(ids)
     scale = exact.abs().max()
     assert (found - exact).abs().max() < 0.02 * scale  # activations have 8 bits
@@ -115,7 +106,7 @@ def test_matrices_that_stand_the_other_way_round(tmp_path):
     assert turned
     ids = token_ids(program, 1, 5)
     found = OnnxSession(folder, threads=1).prefill(ids)
-    exact = OptimizedModel(unpacked(program)).new_session(1).prefill(ids)
+    exact = OptimizedModel(unpacked_program(program)).new_session(1).prefill(ids)
     assert (found - exact).abs().max() < 0.02 * exact.abs().max()
 
 
@@ -125,7 +116,7 @@ def test_a_package_knows_the_values_of_packed_weights(tmp_path):
     description = json.loads((folder / "kvxform.json").read_text("utf-8"))
     assert description["onnx"]["weights"] == "int4"
     found = package_program(ir.load(folder / "model.onnx"), description).weights
-    for name, weight in unpacked(program).weights.items():
+    for name, weight in unpacked_program(program).weights.items():
         assert torch.equal(found[name], weight), name
 
 
@@ -152,3 +143,17 @@ def test_matrices_narrower_than_a_block_stay_as_they_are(tmp_path):
     assert WeightStore.of(program, "int4").packing(name)
     program.weights[name] = torch.zeros(16, 32)
     assert WeightStore.of(program, "int4").packing(name) is None
+
+
+def test_an_export_is_verified_against_the_unpacked_weights(tmp_path, monkeypatch):
+    model = OptimizedModel(toy(layers=1))
+    folder = model.export_onnx(tmp_path / "out", INT4)
+    assert Verdict.of(folder).is_verified
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+    def wrong(parts, packing, like):
+        return unpack(parts, packing, like) * 1.01
+
+    monkeypatch.setattr("kvxform.codegen.onnx.weights.unpack", wrong)
+    with pytest.raises(VerifyError, match=r"^KVX503"):
+        model.export_onnx(tmp_path / "other", INT4)
