@@ -1,4 +1,4 @@
-# make test | locks | demo | lint | nightly | coverage-table | clean. The first of them sets up .venv; later calls are quick.
+# make test | locks | demo | lint | nightly | coverage-table | onnx-table | clean. The first of them sets up .venv; later calls are quick.
 #
 # Variables: PYTHON (default python3, 3.11 or newer), TORCH_INDEX_URL (package index for torch, for
 # instance that of the CPU builds; default: pip's own settings), ARGS (more arguments for pytest).
@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test locks demo lint nightly coverage-table clean
+.PHONY: help setup test locks demo lint nightly coverage-table onnx-table clean
 
 help:
 	@echo "make test     unit, golden and numeric tests (no GPU, at most 12 minutes on 2 cores)"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint     formatting, types, import arrows, spelling, file sizes"
 	@echo "make nightly  every test, slow ones and those for a GPU included; needs lm_eval, 500 MB"
 	@echo "make coverage-table  measure all decoder families; writes docs/coverage.md (30 minutes)"
+	@echo "make onnx-table      run all of them as ONNX packages of every form; writes docs/onnx-coverage.md (20 minutes)"
 	@echo "make clean    remove .venv, caches and everything that was made"
 
 # torch first and alone: a later step must never pick another build of it.
@@ -59,6 +60,9 @@ nightly: $(STAMP)
 
 coverage-table: $(STAMP)
 	$(BIN)/python benchmarks/coverage.py $(ARGS)
+
+onnx-table: $(STAMP)
+	$(BIN)/python benchmarks/coverage.py --page onnx $(ARGS)
 
 # Idle threads sleep: where other work runs beside it, spinning ones make every operation wait.
 demo: export OMP_WAIT_POLICY = PASSIVE
