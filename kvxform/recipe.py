@@ -11,26 +11,21 @@ import importlib.resources
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from kvxform.errors import RecipeError, nearest_hint
-from kvxform.recipe_steps import PassStep, as_recipe_error, build_pass, check_keys, parse_step
+from kvxform.recipe_parts import RecipePart, source_of
+from kvxform.recipe_steps import PassStep, as_recipe_error, build_pass, parse_step
+from kvxform.recipe_target import Target
 from kvxform.recipe_text import KeyPath, SourceMap, format_yaml, read_recipe_file
 
 __all__ = [
     "PassStep",
     "Recipe",
     "RecipeLike",
+    "Target",
     "build_pass",
     "bundled_recipes",
     "load_recipe",
@@ -40,44 +35,7 @@ __all__ = [
 RECIPE_VERSION = 1
 
 
-class _Part(BaseModel):
-    """Base of the parts of a recipe: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    place: ClassVar[KeyPath] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, data: Any, info: ValidationInfo) -> Any:
-        if isinstance(data, Mapping):
-            check_keys(data, cls.model_fields, cls.place, _source(info), "recipe")
-        return data
-
-
-class Target(_Part):
-    """What the optimised model is lowered to."""
-
-    place: ClassVar[KeyPath] = ("target",)
-    lowering: Literal["eager", "onnx", "triton"] = "eager"
-    compile: bool = Field(
-        default=False,
-        description="Run the rest of a decode step through torch.compile (triton only).",
-    )
-
-    @model_validator(mode="after")
-    def _check_compile(self, info: ValidationInfo) -> Self:
-        if self.compile and self.lowering != "triton":
-            raise RecipeError(
-                "KVX107",
-                "compile belongs to lowering: triton",
-                where="recipe",
-                got=f"lowering: {self.lowering}",
-                at=_source(info).at(("target", "compile")),
-            )
-        return self
-
-
-class Bounds(_Part):
+class Bounds(RecipePart):
     """Limits that the finished model must keep; a broken one is an error."""
 
     place: ClassVar[KeyPath] = ("bounds",)
@@ -92,7 +50,7 @@ class Bounds(_Part):
     )
 
 
-class CalibrationText(_Part):
+class CalibrationText(RecipePart):
     """How much text statistics are collected on, where a pass needs any."""
 
     place: ClassVar[KeyPath] = ("calibration",)
@@ -103,7 +61,7 @@ class CalibrationText(_Part):
     seed: int = Field(default=0, ge=0, description="Seed of the choice of samples.")
 
 
-class Recipe(_Part):
+class Recipe(RecipePart):
     """What to do to the cache of a model, in order."""
 
     version: Literal[1]
@@ -121,7 +79,7 @@ class Recipe(_Part):
     @classmethod
     def _check_version(cls, version: Any, info: ValidationInfo) -> Any:
         if version != RECIPE_VERSION or isinstance(version, bool):
-            at = _source(info).at(("version",))
+            at = source_of(info).at(("version",))
             rule = f"recipe version must be {RECIPE_VERSION}"
             raise RecipeError("KVX106", rule, got=repr(version), at=at)
         return version
@@ -129,7 +87,7 @@ class Recipe(_Part):
     @field_validator("passes", mode="plain", json_schema_input_type=list[Any])
     @classmethod
     def _parse_passes(cls, steps: Any, info: ValidationInfo) -> tuple[PassStep, ...]:
-        source = _source(info)
+        source = source_of(info)
         if not isinstance(steps, list | tuple) or not steps:
             rule = "passes must be a list of at least one pass"
             raise RecipeError("KVX107", rule, got=repr(steps), at=source.at(("passes",)))
@@ -208,7 +166,3 @@ def _validate(data: Any, source: SourceMap) -> Recipe:
         return Recipe.model_validate(data, context=source)
     except ValidationError as error:
         raise as_recipe_error(error, (), source, "recipe") from error
-
-
-def _source(info: ValidationInfo) -> SourceMap:
-    return info.context if isinstance(info.context, SourceMap) else SourceMap()

@@ -52,15 +52,24 @@ def check_program(program: Program, options: OnnxOptions | None = None) -> tuple
         CodegenError: KVX401 with the operation or the layer, and what is supported; KVX403 if the
             options are not legal for this program.
     """
-    wanted = options or OnnxOptions()
-    check_options(wanted)
-    check_plan(program, wanted.provider)
-    form = choose_form(program, wanted)
+    form = check_form(program, options or OnnxOptions())
     fallback = Fallback(form.opset)
     for node in program.graph.nodes:
         if node.op == "call_function" and find_emitter(node) is None:
             fallback.prepare(node)
     return form, fallback
+
+
+def check_form(program: Program, options: OnnxOptions) -> Form:
+    """Choose the form of a package; shapes are enough.
+
+    Raises:
+        CodegenError: KVX401 with the layer, and what is supported; KVX403 if the options are not
+            legal for this program.
+    """
+    check_options(options)
+    check_plan(program, options.provider)
+    return choose_form(program, options)
 
 
 def check_plan(program: Program, provider: Provider = "cpu") -> None:

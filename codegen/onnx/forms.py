@@ -25,12 +25,13 @@ from kvxform.codegen.onnx.levels import (
 )
 from kvxform.errors import CodegenError
 from kvxform.ir.program import Program
+from kvxform.onnx_options import Level as Level
+from kvxform.onnx_options import LogitsKind as LogitsKind
+from kvxform.onnx_options import OnnxOptions as OnnxOptions
+from kvxform.onnx_options import Provider as Provider
+from kvxform.onnx_options import WeightKind as WeightKind
 
-Level = Literal["L0", "L1", "L2", "L3", "L4", "L5"]
-Provider = Literal["cpu", "cuda"]
 CacheKind = Literal["grow", "buffer", "paged"]
-LogitsKind = Literal["all", "last"]
-WeightKind = Literal["source", "int4"]
 MICROSOFT = "com.microsoft"
 LEVEL_NAMES: tuple[Level, ...] = get_args(Level)
 CHOICES = {
@@ -45,27 +46,6 @@ FIRST_OPSET, COMPOSITE_OPSET, BUFFER_OPSET = 18, 23, 24
 # Nodes have metadata from version 10 on, so older opsets come with that one.
 IR_VERSIONS = {**dict.fromkeys(range(18, 23), 10), 23: 11, 24: 12, 25: 13}
 FIXED_KINDS: dict[Level, CacheKind] = {"L0": "grow", "L3": "buffer", "L4": "paged", "L5": "grow"}
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """What the user asks of an export; None means the best that is legal.
-
-    Attributes:
-        level: Emission level.
-        opset: Version of the default domain: 18, or 23 and up.
-        provider: The execution provider that the package is made for.
-        runtime: Version of ONNX Runtime, `major.minor`.
-        logits: Of all new tokens, or of the last one of each row.
-        weights: As in the program, or `int4`: products by `MatMulNBits`.
-    """
-
-    level: Level | None = None
-    opset: int | None = None
-    provider: Provider = "cpu"
-    runtime: str = "1.31"
-    logits: LogitsKind = "all"
-    weights: WeightKind = "source"
 
 
 @dataclass(frozen=True)

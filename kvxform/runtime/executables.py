@@ -32,12 +32,17 @@ def check_target(program: Program, target: Target) -> None:
     """Refuse a finished program that its target cannot run; shapes are enough.
 
     Raises:
-        CodegenError: KVX401 with what is supported.
+        CodegenError: KVX401 with what is supported, KVX403 if the options of a package are not
+            legal for the program.
     """
     if target.lowering == "triton":
         from kvxform.codegen.triton.capability import check_program
 
         check_program(program)
+    if target.lowering == "onnx":
+        from kvxform.codegen.onnx.capability import check_form
+
+        check_form(program, target.onnx_options)
 
 
 def check_place(target: Target, device: torch.device | None) -> None:

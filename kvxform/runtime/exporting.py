@@ -85,13 +85,14 @@ def export_package(
     Args:
         model: A model with a cache.
         folder: Where to write; an older package there is replaced at once or not at all.
-        options: What is asked of the package; the best that is legal on the CPU if None.
+        options: What is asked of the package; what the recipe says if None.
         verify: `probe` runs the package, `none` does not. What cannot run here is written
             unverified; `Verdict.of` tells.
         progress: Called with a line of text as the work goes on.
 
     Raises:
-        CodegenError: KVX401 if the program has something that cannot be expressed.
+        CodegenError: KVX401 if the program has something that cannot be expressed, KVX403 if the
+            options are not legal for it.
         VerifyError: KVX503 if the package is not as the eager lowering; nothing is written then.
     """
     from kvxform.codegen.onnx import export_onnx
@@ -104,13 +105,18 @@ def export_package(
     return export_onnx(
         model.program,
         folder,
-        options,
+        options or recipe_options(model),
         tokenizer_path=model.program.info.tokenizer_path,
         recipe=model.recipe,
         report=model.report,
         progress=progress,
         check=check,
     )
+
+
+def recipe_options(model: OptimizedModel) -> OnnxOptions:
+    """Return what the recipe of a model asks of packages."""
+    return OnnxOptions() if model.recipe is None else model.recipe.target.onnx_options
 
 
 def _judge(

@@ -216,12 +216,13 @@ class OptimizedModel:
 
         Args:
             path: Where to write.
-            options: What is asked of the package; the best that is legal if None.
+            options: What is asked of the package; what the recipe says if None.
             verify: `probe` runs it against the eager lowering before it gets its place.
             progress: Called with a line of text as the work goes on.
 
         Raises:
-            CodegenError: KVX401 if the program has something that cannot be expressed.
+            CodegenError: KVX401 if the program has something that cannot be expressed, KVX403 if
+                the options are not legal for it.
             VerifyError: KVX503 if the package is not as the eager lowering; nothing is written.
         """
         from kvxform.runtime.exporting import export_package
