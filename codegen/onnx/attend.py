@@ -19,10 +19,11 @@ import onnx_ir as ir
 from torch import fx
 
 import kvxform.ir.ops as kvx
+from kvxform.codegen.onnx.contrib import NewNodes
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits
-from kvxform.codegen.onnx.gqa import GroupedTokens, append_grouped, attend_grouped
+from kvxform.codegen.onnx.gqa import attend_grouped
 from kvxform.codegen.onnx.masks import attention_mask, written_lengths
-from kvxform.codegen.onnx.paged import PagedTokens, append_paged, attend_paged
+from kvxform.codegen.onnx.paged import attend_paged
 from kvxform.codegen.onnx.parts import Scoring, attend_by_parts
 from kvxform.codegen.onnx.ports import is_plain
 from kvxform.codegen.onnx.ranked import append_ranked, is_ranked
@@ -41,6 +42,8 @@ NOT_OF_ATTENTION = (
     "key_basis",
     "value_basis",
 )
+
+CONTRIB_ATTENTION = {"L3": attend_grouped, "L4": attend_paged}  # by level
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,8 @@ def emit_cache_append(
     """Emit the append of both streams, or leave it to the Attention of the layer."""
     assert e.program.plan is not None, "insert-cache has run"
     site = e.program.plan.site(layer)
-    if v is not None and e.paged is not None:
-        append_paged(e, node, layer, k, v)
-    elif e.form.level == "L3":
-        append_grouped(e, node, layer)
+    if e.form.level in CONTRIB_ATTENTION:
+        e.caches[layer] = NewNodes.of(node)
     elif v is not None and appends_itself(e, node):
         e.caches[layer] = NewTokens(k, v)
     elif is_ranked(site):
@@ -118,10 +119,8 @@ def emit_cached_attention(
     site = e.program.plan.site(layer)
     scoring = Scoring(scale, Span(causal, window, chunk), **others)
     found = e.caches[site.owner]
-    if isinstance(found, PagedTokens):
-        return attend_paged(e, node, site, q, found, scoring)
-    if isinstance(found, GroupedTokens):
-        return attend_grouped(e, node, site, found, scoring)
+    if isinstance(found, NewNodes):
+        return CONTRIB_ATTENTION[e.form.level](e, node, site, found, scoring)
     if isinstance(found, NewTokens):
         return _fused(e, site, q, found, scoring)
     if isinstance(found, WaitingTokens):

@@ -151,7 +151,8 @@ class PagedCache:
         logits = self._new_logits(len(new) if self._engine.is_last else sum(counts))
         binding.write("logits", logits)
         self._engine.run(binding)
-        return logits.split([1] * len(new) if self._engine.is_last else counts)
+        sizes = [1] * len(new) if self._engine.is_last else counts
+        return torch.split_with_sizes(logits, sizes)
 
     def _new_logits(self, count: int) -> Tensor:
         return self._engine.new_logits(count, 1)[:, 0]
@@ -163,7 +164,7 @@ class PagedCache:
         needed = sum(max(0, n) for n in missing.values())
         if needed > self._pool.num_free:
             self._enlarge(len(lengths), needed)
-        self._pool.grow(wanted)
+        self._pool.grow({**wanted})
 
     def _enlarge(self, rows: int, needed: int) -> None:
         """Make the pool larger: to what `max_length` asks for, else at least double."""
