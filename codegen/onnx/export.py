@@ -17,6 +17,7 @@ from kvxform.codegen.onnx.emission import Emission, Emitted, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.forms import Form, OnnxOptions
 from kvxform.codegen.onnx.frames import make_frame
+from kvxform.codegen.onnx.head import head_input, last_tokens
 from kvxform.codegen.onnx.node_map import note_absorbed
 from kvxform.codegen.onnx.package import write_package
 from kvxform.codegen.onnx.ports import CachePorts
@@ -104,7 +105,7 @@ def _emit_nodes(
     e: Emission, fallback: Fallback, notes: Mapping[fx.Node, Mapping[str, str]]
 ) -> ir.Value:
     """Emit every node of the graph in order into `e.values`; return the logits."""
-    values = e.values
+    values, cut = e.values, head_input(e.program) if e.form.logits == "last" else None
     values |= {
         e.program.placeholder("input_ids"): e.inputs.input_ids,
         e.program.placeholder("position_ids"): e.inputs.position_ids,
@@ -117,12 +118,13 @@ def _emit_nodes(
             values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
             with e.builder.scope(node.meta["module"], notes[node]):
-                values[node] = emit_call(e, node, values, fallback)
+                found = emit_call(e, node, values, fallback)
+                values[node] = last_tokens(e, found) if node is cut else found
         elif node.op == "output":
             (logits,) = node.all_input_nodes
-            found = values[logits]
-            assert isinstance(found, ir.Value), "a program has one output, the logits"
-            return found
+            last = values[logits]
+            assert isinstance(last, ir.Value), "a program has one output, the logits"
+            return last
     raise AssertionError("a graph has an output")
 
 
