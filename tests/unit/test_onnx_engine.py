@@ -1,0 +1,128 @@
+"""What a package needs from the installed runtime: one clear error for each missing thing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from buffer_graphs import FORM, write_graph
+
+from kvxform.errors import ArtifactError, KvxformError
+from kvxform.runtime import onnx_engine
+from kvxform.runtime.onnx_engine import CUDA, SIZE_OPS, Engine, import_runtime
+
+CPU = "CPUExecutionProvider"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_graph(tmp_path_factory.mktemp("graph"))
+
+
+class FakeRuntime:
+    """A build for CUDA, by default one that works.
+
+    `placed` are nodes as (provider, operator); `fails` is what the runtime says of the graph.
+    """
+
+    __version__ = "1.31.0"
+
+    def __init__(self, available=(CUDA, CPU), loaded=(CUDA, CPU), placed=(), fails="") -> None:
+        self.available, self.loaded = list(available), list(loaded)
+        self.placed, self.fails = placed, fails
+        self.entries, self.settings = {}, {}
+
+    def get_available_providers(self):
+        return self.available
+
+    def SessionOptions(self):  # noqa: N802
+        return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+
+    def InferenceSession(self, path, options, providers):  # noqa: N802
+        self.settings = dict(providers)
+        if self.fails:
+            raise RuntimeError(self.fails)
+        parts = [
+            SimpleNamespace(ep_name=ep, get_nodes=lambda op=op: [SimpleNamespace(op_type=op)])
+            for ep, op in self.placed
+        ]
+        logits = SimpleNamespace(name="logits", shape=["b", "s", 9], type="tensor(float16)")
+        return SimpleNamespace(
+            get_providers=lambda: self.loaded,
+            get_provider_graph_assignment_info=lambda: parts,
+            get_inputs=list,
+            get_outputs=lambda: [logits],
+        )
+
+
+def load(monkeypatch, runtime, provider="cuda", has_gpu=True, **options):
+    monkeypatch.setattr(onnx_engine, "import_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    return Engine(Path("somewhere"), FORM, provider, **options)
+
+
+def test_a_build_that_fits_is_taken_with_the_settings_that_were_asked_for(monkeypatch):
+    runtime = FakeRuntime(placed=[(CUDA, "MatMul"), (CPU, "Squeeze")])
+    engine = load(monkeypatch, runtime, cuda_graph=True)
+    assert engine.device.type == "cuda"
+    assert runtime.settings == {CUDA: {"enable_cuda_graph": "1"}}
+    assert engine.logits.dtype is torch.float16
+    load(monkeypatch, runtime, cuda_graph=False)
+    assert runtime.settings == {CUDA: {"enable_cuda_graph": "0"}}
+
+
+REFUSED = {
+    "no build for CUDA": (FakeRuntime(available=[CPU]), True, r"KVX704 .*build.*for CUDA; got CPU"),
+    "no GPU": (FakeRuntime(), False, r"KVX704 .*a GPU that torch can use"),
+    "no libraries": (FakeRuntime(loaded=[CPU]), True, r"KVX704 .*load its CUDA provider"),
+    "a node on the CPU": (
+        FakeRuntime(placed=[(CPU, "Shape"), (CPU, "BitShift")]),
+        True,
+        r"KVX704 .*every node must run on CUDA; got BitShift on the CPU",
+    ),
+    "no graph": (
+        FakeRuntime(fails="cannot use the graph capture feature as all nodes are elsewhere"),
+        True,
+        r"KVX704 .*CUDA graph needs every node on CUDA; got nodes are elsewhere",
+    ),
+    "another fault": (FakeRuntime(fails="no such op\nsecond line"), True, "KVX602.*no such op"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cuda_needs(name, monkeypatch):
+    runtime, has_gpu, message = REFUSED[name]
+    with pytest.raises(KvxformError, match=f"^{message}") as caught:
+        load(monkeypatch, runtime, has_gpu=has_gpu)
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_may_be_computed_on_the_cpu_and_nothing_else():
+    heavy = {"MatMul", "Attention", "Softmax", "Floor", "GroupQueryAttention", "TensorScatter"}
+    assert not SIZE_OPS & heavy
+
+
+def test_an_unknown_provider(folder):
+    with pytest.raises(KvxformError, match=r"^KVX704 .*cpu or cuda; got tpu"):
+        Engine(folder, FORM, "tpu")
+
+
+def test_an_old_runtime(folder):
+    with pytest.raises(KvxformError, match=r"^KVX704 .*needs ONNX Runtime 9\.2 or newer; got 1\."):
+        Engine(folder, FORM | {"runtime": "9.2"}, "cpu")
+    assert Engine(folder, FORM | {"runtime": "1.9"}, "cpu").level == "L3", "numbers, not text"
+
+
+def test_no_runtime_at_all(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(KvxformError, match=r"^KVX704 .*needs the package onnxruntime"):
+        import_runtime()
+
+
+def test_a_graph_that_the_runtime_cannot_load(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match=r"^KVX602"):
+        Engine(tmp_path, FORM, "cpu")
