@@ -6,7 +6,7 @@ no padding and go on together. Block 0 belongs to nobody; it fills up the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -159,12 +159,14 @@ class PagedCache:
 
     def _reserve(self, lengths: Sequence[int]) -> None:
         """Give rows of `lengths` tokens their blocks; what is cached stays."""
-        wanted = {row: self._blocks(length) for row, length in enumerate(lengths)}
+        wanted: dict[Hashable, int] = {
+            row: self._blocks(length) for row, length in enumerate(lengths)
+        }
         missing = {row: n - len(self._pool.pages(row)) for row, n in wanted.items()}
         needed = sum(max(0, n) for n in missing.values())
         if needed > self._pool.num_free:
             self._enlarge(len(lengths), needed)
-        self._pool.grow({**wanted})
+        self._pool.grow(wanted)
 
     def _enlarge(self, rows: int, needed: int) -> None:
         """Make the pool larger: to what `max_length` asks for, else at least double."""
