@@ -12,6 +12,7 @@ from torch import fx
 from kvxform.atomic import atomic_folder
 from kvxform.codegen.onnx.builder import Builder
 from kvxform.codegen.onnx.capability import check_program
+from kvxform.codegen.onnx.centers import lift_centers
 from kvxform.codegen.onnx.description import model_name
 from kvxform.codegen.onnx.emission import Emission, Emitted, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
@@ -22,6 +23,7 @@ from kvxform.codegen.onnx.node_map import note_absorbed
 from kvxform.codegen.onnx.package import write_package
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.provenance import provenance_notes
+from kvxform.codegen.onnx.roles import scope_paths
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.program import Program
 
@@ -79,6 +81,8 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
         fallback: What `check_program` returned: translations of operations without an emitter.
         form: What the package is to be.
     """
+    if form.level in ("L3", "L4"):
+        program = lift_centers(program)
     assert program.plan is not None, "checked"
     builder, ports = Builder(), CachePorts(program.plan, form.capacity)
     frame = make_frame(form, builder)
@@ -106,6 +110,7 @@ def _emit_nodes(
 ) -> ir.Value:
     """Emit every node of the graph in order into `e.values`; return the logits."""
     values, cut = e.values, head_input(e.program) if e.form.logits == "last" else None
+    paths = scope_paths(e.program)
     values |= {
         e.program.placeholder("input_ids"): e.inputs.input_ids,
         e.program.placeholder("position_ids"): e.inputs.position_ids,
@@ -117,7 +122,7 @@ def _emit_nodes(
         elif node.op == "get_attr":
             values[node] = e.weight(str(node.target))
         elif node.op == "call_function":
-            with e.builder.scope(node.meta["module"], notes[node]):
+            with e.builder.scope(paths[node], notes[node]):
                 found = emit_call(e, node, values, fallback)
                 values[node] = last_tokens(e, found) if node is cut else found
         elif node.op == "output":

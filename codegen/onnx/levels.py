@@ -15,6 +15,7 @@ import torch
 from kvxform.codecs.base import dtype_name
 from kvxform.codegen.onnx.block_formats import block_format
 from kvxform.codegen.onnx.builder import onnx_dtype
+from kvxform.codegen.onnx.centers import are_centers_free
 from kvxform.codegen.onnx.ports import has_tail, is_plain
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
@@ -130,6 +131,7 @@ CONTRIB = (
     ),
     SiteRule("attention in chunks has no attribute", _lacks("chunk")),
     SiteRule("ALiBi has no input", _lacks("alibi_slopes")),
+    SiteRule("means may not be taken from keys under a softcap or beside a sink", are_centers_free),
 )
 BUFFERED = (
     *CONTRIB,

@@ -162,7 +162,7 @@ class StaticIntCodec(Codec):
         if not self.needs_calibration:
             return self
         if self.center and self.offset is None:
-            mean = self._seen(samples).mean(-2)
+            mean = self._seen(samples).mean(-2).half()  # exact in models of either width
             return dataclasses.replace(self, offset=_numbers(mean)).fit(samples)
         threshold = self._threshold(samples)
         scale = (threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE)
