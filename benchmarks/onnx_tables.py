@@ -50,6 +50,39 @@ def cpu_table(rows: Sequence[Row]) -> str:
     return format_table(header, lines) + notes
 
 
+GPU_NAMES = {
+    "l1-fp16": "L1 `Attention`, fp16",
+    "l2-int4": "L2 `Attention` over unpacked bytes, int4",
+    "l3-fp16": "L3 `GroupQueryAttention`, fp16",
+    "l3-int8": "L3 `GroupQueryAttention`, int8",
+    "l3-int4": "L3 `GroupQueryAttention`, int4",
+    "l4-fp16": "L4 `PagedAttention`, fp16",
+    "l4-int8": "L4 `PagedAttention`, int8",
+    "l4-int4": "L4 `PagedAttention`, int4",
+    "triton-fp16": "our Triton kernels, fp16",
+    "triton-int8": "our Triton kernels, int8",
+    "triton-int4": "our Triton kernels, int4",
+}
+
+
+def gpu_table(rows: Sequence[Row]) -> str:
+    """Return microseconds of a decode step, a column for each shape."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    table: dict[str, dict[str, str]] = {}
+    notes: dict[str, str] = {}
+    for row in rows:
+        name = GPU_NAMES.get(row["name"], row["name"])
+        cells = table.setdefault(name, {})
+        if "error" in row:
+            notes.setdefault(name, row["error"])
+            cells[row["shape"]] = "-"
+        else:
+            cells[row["shape"]] = f"{row['step_us']:.0f}"
+    lines = [[name, *(cells.get(shape) for shape in shapes)] for name, cells in table.items()]
+    said = "".join(f"\n\n{name}: {error}" for name, error in notes.items())
+    return format_table(["us a step", *shapes], lines) + said
+
+
 def at(row: Row, context: int) -> Mapping[str, Any]:
     """Return what a row has at a context."""
     found: Mapping[str, Any] = row["contexts"].get(str(context), {})

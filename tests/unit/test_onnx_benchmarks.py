@@ -107,3 +107,43 @@ def test_a_worker_answers_commands_and_goes_on_after_an_error(monkeypatch):
     assert len(rest["seconds"]) == 2
     assert last["cache_bytes"] == 9
     assert memory["peak"] >= memory["resident"]
+
+
+def test_the_gpu_table_has_a_column_for_each_shape_and_says_what_failed():
+    rows = [
+        {"shape": "8x8k", "name": "l3-int8", "step_us": 411.6},
+        {"shape": "8x32k", "name": "l3-int8", "step_us": 900.2},
+        {"shape": "8x8k", "name": "l4-int8", "error": "RuntimeError: no kernel"},
+    ]
+    lines = load("onnx_tables").gpu_table(rows).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[:4]]
+    assert cells[0] == ["us a step", "8x8k", "8x32k"]
+    assert cells[2] == ["L3 `GroupQueryAttention`, int8", "412", "900"]
+    assert cells[3] == ["L4 `PagedAttention`, int8", "-", ""]
+    assert lines[-1] == "L4 `PagedAttention`, int8: RuntimeError: no kernel"
+
+
+@pytest.mark.parametrize(("text", "size"), [("8x32k", (8, 32768)), ("2x64", (2, 64))])
+def test_shapes_are_rows_and_tokens(text, size):
+    assert load("onnx_gpu").parse_shape(text) == size
+
+
+@pytest.mark.slow
+def test_a_tiny_layer_decodes_from_a_package_and_from_our_kernels(tmp_path, monkeypatch):
+    bench = load("onnx_gpu")
+    file = tmp_path / "rows.json"
+    only = "l2-int4,l3-int8,triton-int4"
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["onnx_gpu.py", "--tiny", "--models", "layer", "--shapes", "2x64", "--only", only]
+        + ["--json", str(file)],
+    )
+    bench.main()
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert sorted(rows) == sorted(only.split(","))
+    for row in rows.values():
+        assert row["finite"], row
+        assert row["cache_bytes"] > 0
+    # codes are packed: two a byte, with a scale and a zero point of 4 bytes for 16 of them
+    assert rows["l2-int4"]["cache_bytes"] < rows["l3-int8"]["cache_bytes"]
