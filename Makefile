@@ -24,7 +24,7 @@ help:
 	@echo "make locks    build all recipes on the models of the examples, compare with .ci/locks"
 	@echo "make demo     SmolLM2-135M through the whole compiler; files go to demo-out/"
 	@echo "make lint     formatting, types, import arrows, spelling, file sizes"
-	@echo "make nightly  every test, slow ones and those for a GPU included; needs lm_eval, 500 MB"
+	@echo "make nightly  every test, slow ones and those for a GPU included; needs lm_eval, onnxruntime-genai, 500 MB"
 	@echo "make coverage-table  measure all decoder families; writes docs/coverage.md (30 minutes)"
 	@echo "make onnx-table      run all of them as ONNX packages of every form; writes docs/onnx-coverage.md (20 minutes)"
 	@echo "make clean    remove .venv, caches and everything that was made"
@@ -55,7 +55,7 @@ locks: $(STAMP)
 	$(BIN)/kvxform check .ci/locks/*.lock --jobs 2 $(ARGS)
 
 nightly: $(STAMP)
-	@$(PIP) -c constraints.txt -e '.[lm-eval]'
+	@$(PIP) -c constraints.txt -e '.[lm-eval,genai]'
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 coverage-table: $(STAMP)

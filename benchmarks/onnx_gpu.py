@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from gpu_timing import WARM_STEPS, time_steps
 from llama import Step, free_memory, make_config, make_session_step, preload
-from onnx_tables import gpu_table
+from onnx_tables import gpu_table, parse_shape
 from results import (
     ResultFile,
     Row,
@@ -219,13 +219,6 @@ class Bench:
     def free_bytes(self) -> int:
         """Return free memory of the device."""
         return torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else 0
-
-
-def parse_shape(shape: str) -> tuple[int, int]:
-    """Return rows and tokens of `8x32k`."""
-    rows, tokens = shape.split("x")
-    thousands = tokens.endswith("k")
-    return int(rows), int(tokens.removesuffix("k")) * (1024 if thousands else 1)
 
 
 def main() -> None:

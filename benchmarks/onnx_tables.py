@@ -108,3 +108,10 @@ def megabytes(found: Mapping[str, Any], what: str) -> str | None:
 def size(tokens: int) -> str:
     """Return a length as it is said."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def parse_shape(shape: str) -> tuple[int, int]:
+    """Return rows and tokens of `8x32k`."""
+    rows, tokens = shape.split("x")
+    thousands = tokens.endswith("k")
+    return int(rows), int(tokens.removesuffix("k")) * (1024 if thousands else 1)

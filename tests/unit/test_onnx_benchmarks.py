@@ -125,7 +125,7 @@ def test_the_gpu_table_has_a_column_for_each_shape_and_says_what_failed():
 
 @pytest.mark.parametrize(("text", "size"), [("8x32k", (8, 32768)), ("2x64", (2, 64))])
 def test_shapes_are_rows_and_tokens(text, size):
-    assert load("onnx_gpu").parse_shape(text) == size
+    assert load("onnx_tables").parse_shape(text) == size
 
 
 @pytest.mark.slow
@@ -133,12 +133,8 @@ def test_a_tiny_layer_decodes_from_a_package_and_from_our_kernels(tmp_path, monk
     bench = load("onnx_gpu")
     file = tmp_path / "rows.json"
     only = "l2-int4,l3-int8,triton-int4"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["onnx_gpu.py", "--tiny", "--models", "layer", "--shapes", "2x64", "--only", only]
-        + ["--json", str(file)],
-    )
+    options = ["--tiny", "--models=layer", "--shapes=2x64", f"--only={only}", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", ["onnx_gpu.py", *options])
     bench.main()
     rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
     assert sorted(rows) == sorted(only.split(","))
