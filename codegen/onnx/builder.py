@@ -21,7 +21,8 @@ Number = int | float | bool
 
 INT64 = ir.DataType.INT64
 BOOL = ir.DataType.BOOL
-DOMAINS = {"com.microsoft": 1}  # versions of the domains besides the default one
+FUNCTIONS = "kvx"  # domain of functions that packages define
+DOMAINS = {"com.microsoft": 1, FUNCTIONS: 1}  # versions of the domains besides the default one
 TRANSPOSED = ".T"  # end of the name of a weight that is stored as `W.T`
 
 

@@ -18,6 +18,7 @@ from kvxform.codegen.onnx.emission import Emission, Emitted, find_emitter
 from kvxform.codegen.onnx.fallback import Fallback
 from kvxform.codegen.onnx.forms import Form, OnnxOptions
 from kvxform.codegen.onnx.frames import make_frame
+from kvxform.codegen.onnx.functions import fold_layers
 from kvxform.codegen.onnx.head import head_input, last_tokens
 from kvxform.codegen.onnx.node_map import note_absorbed
 from kvxform.codegen.onnx.package import write_package
@@ -94,6 +95,10 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
     outputs = [logits, *ports.present.values()]
     builder.prune(outputs)
     note_absorbed(notes, e.values, builder.nodes)
+    functions: list[ir.Function] = []
+    if form.level == "L5":
+        outputs, functions = fold_layers(e, notes, outputs)
+        builder.prune(outputs)
     graph = ir.Graph(
         [*frame.graph_inputs(builder.nodes), *ports.past.values()],
         outputs,
@@ -102,7 +107,7 @@ def emit_model(program: Program, fallback: Fallback, form: Form) -> ir.Model:
         opset_imports=builder.opset_imports(form.opset),
         name=model_name(program),
     )
-    return ir.Model(graph, ir_version=form.ir_version, producer_name="kvxform")
+    return ir.Model(graph, ir_version=form.ir_version, producer_name="kvxform", functions=functions)
 
 
 def _emit_nodes(

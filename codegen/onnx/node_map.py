@@ -88,6 +88,15 @@ def node_map(graph: ir.Graph) -> dict[str, tuple[str, ...]]:
     return {key: tuple(names) for key, names in found.items()}
 
 
+def note_calls(node: ir.Node, parts: Sequence[ir.Node]) -> None:
+    """Give a node the metadata of the last of `parts`, all of whose calls it does the work of."""
+    node.metadata_props.update(parts[-1].metadata_props)
+    also = dict.fromkeys(key for part in parts for key in calls_of(part))
+    also.pop(node.metadata_props.get(NODE, ""), None)
+    if also:
+        node.metadata_props[ALSO] = _SEPARATOR.join(also)
+
+
 def calls_of(node: ir.Node) -> tuple[str, ...]:
     """Return the calls that an ONNX node does the work of; none for what layers share."""
     notes = node.metadata_props
