@@ -68,22 +68,25 @@ class StreamMoments:
     """
 
     def __init__(self, heads: int, dim: int, picks: Picks, device: torch.device) -> None:
-        self._picks, self._count = picks, 0
+        self._picks, self._count, self._windows = picks, 0, 0
         self._sum = torch.zeros(heads, dim, dtype=torch.float64, device=device)
         self._gram = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
         self._low = torch.full((heads, dim), torch.inf, device=device)
         self._high = torch.full((heads, dim), -torch.inf, device=device)
+        self._first = torch.zeros(heads, dim, device=device)
         self._samples = torch.empty(heads, len(picks.rows), dim)
 
     def add(self, x: Tensor, row: int) -> None:
         """Add the vectors of window `row`, `[heads, S, D]`."""
         wide = x.double()
         self._count += x.shape[1]
+        self._windows += 1
         self._sum += wide.sum(1)
         self._gram += wide.mT @ wide
         single = x.float()
         self._low = torch.minimum(self._low, single.amin(1))
         self._high = torch.maximum(self._high, single.amax(1))
+        self._first += single[:, 0]
         slots = self._picks.slots(row)
         positions = self._picks.positions[slots].to(x.device)
         self._samples[:, slots] = single[:, positions].cpu()
@@ -98,4 +101,5 @@ class StreamMoments:
             high=self._high.cpu(),
             samples=self._samples,
             positions=self._picks.positions,
+            first=(self._first / self._windows).cpu(),
         )

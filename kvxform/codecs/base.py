@@ -108,12 +108,14 @@ class CodecSamples:
         envelope: Largest magnitude a channel can have at any position, `[Hk, D]`, or None.
         elsewhere: Keys after RoPE as they would be at positions drawn over the whole context,
             `[Hk, N, D]`, or None where positions change nothing.
+        first: Mean of the first tokens of sequences, `[Hk, D]`, or None.
     """
 
     x: Tensor
     weights: Tensor | None = None
     envelope: Tensor | None = None
     elsewhere: Tensor | None = None
+    first: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,13 @@ h = 2**(bits - 1):
 
     q = round((x - c) / s), clamped to [-h, h - 1],         x' = s q + c
 
-c is zero, or with `center` the mean of each channel of each head. A constant that is taken from all
-keys takes the same from all scores of a query, which softmax does not see: lowerings to operators
-that know no c leave it out of keys, and add it to what attention returns of values.
+c is zero, or with `center` the mean of each channel of each head, moved by less than half a step so
+that the mean of first tokens is a code. Much of attention goes to first tokens; in many models they
+are nearly the same in all sequences, with small values, for which a step is coarse.
+
+A constant that is taken from all keys takes the same from all scores of a query, which softmax does
+not see: lowerings to operators that know no c leave it out of keys, and add it to what attention
+returns of values.
 
 Nothing is stored beside codes. They are the bytes that GroupQueryAttention and PagedAttention of
 ONNX Runtime keep: int8, or two codes a byte as q + 8, element 2 i in the low half. `round` is half
@@ -63,9 +67,9 @@ class StaticIntCodec(Codec):
         threshold: How the scale is chosen: `minmax`, `percentile` or `mse`.
         percentile: Share of magnitudes below the threshold, in percent; for `percentile`.
         any_position: Choose scales of keys after RoPE for all positions of the context.
-        center: Take the mean of each channel away first.
+        center: Take the mean of each channel away first, with first tokens on a code.
         scale: The scales, one number, or head by head one for each channel; fitted.
-        offset: The means, head by head one for each channel; fitted.
+        offset: What is taken away, head by head one for each channel; fitted.
     """
 
     name: ClassVar[str] = "static-int"
@@ -94,8 +98,9 @@ class StaticIntCodec(Codec):
             self._require(positive, "scale must be positive numbers", self.scale)
             rule = "scale must be one number on the tensor axis"
             self._require(self.axis == "channel" or len(self.scale) == 1, rule, len(self.scale))
-        rule = "offset must come with center"
-        self._require(self.center or self.offset is None, rule, self.offset)
+        is_due = self.center and self.scale is not None
+        rule = "offset must come with center and scale" if self.offset else "center needs an offset"
+        self._require((self.offset is not None) == is_due, rule, self.offset)
 
     @property
     def is_headwise(self) -> bool:
@@ -104,8 +109,8 @@ class StaticIntCodec(Codec):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether scales or means are still to be fitted."""
-        return self.scale is None or (self.center and self.offset is None)
+        """Whether scales are still to be fitted."""
+        return self.scale is None
 
     @property
     def half(self) -> int:
@@ -161,12 +166,16 @@ class StaticIntCodec(Codec):
         """Return the codec with scales and means for `samples`, unless it has them."""
         if not self.needs_calibration:
             return self
-        if self.center and self.offset is None:
-            mean = self._seen(samples).mean(-2).half()  # exact in models of either width
-            return dataclasses.replace(self, offset=_numbers(mean)).fit(samples)
-        threshold = self._threshold(samples)
-        scale = (threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE)
-        return dataclasses.replace(self, scale=_numbers(scale))
+        x = self._seen(samples)
+        if not self.center:
+            return dataclasses.replace(self, scale=self._fit_scale(x, samples.envelope))
+        center = x.mean(-2)
+        reach = None if samples.envelope is None else samples.envelope + center.abs()
+        scale = self._fit_scale(x - center[:, None], reach)
+        fitted = dataclasses.replace(self, scale=scale, offset=_numbers(center))
+        if samples.first is not None:
+            center = center + fitted._missing(samples.first.float() - center)
+        return dataclasses.replace(fitted, offset=_numbers(center.half()))  # exact in any model
 
     def scales(self, head_dim: int) -> Tensor:
         """Return the scales, float32 `[1]`, or `[Hk, 1, D]` on the channel axis."""
@@ -210,15 +219,24 @@ class StaticIntCodec(Codec):
             seen.append(samples.elsewhere)
         return torch.cat(seen, -2).float()
 
-    def _threshold(self, samples: CodecSamples) -> Tensor:
+    def _missing(self, x: Tensor) -> Tensor:
+        """Return what codes leave of vectors `[Hk, D]`; nothing where they are beyond the codes."""
+        scale = self.scales(x.shape[-1])
+        steps = x[:, None] / scale
+        nearest = steps.round()
+        inside = nearest.clamp(-self.half, self.half - 1) == nearest
+        return ((steps - nearest) * scale * inside)[:, 0]
+
+    def _fit_scale(self, x: Tensor, reach: Tensor | None) -> tuple[float, ...]:
+        """Return scales for values `[Hk, N, D]` that may reach as far as `[Hk, D]`."""
+        threshold = self._threshold(x, reach if self.any_position else None)
+        return _numbers((threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE))
+
+    def _threshold(self, x: Tensor, reach: Tensor | None) -> Tensor:
         """Return thresholds, float32 `[1]` or `[Hk, D]`."""
-        x = self._seen(samples)
-        center = self.offsets(x.shape[-1]).to(x) if self.center else torch.zeros_like(x[:, :1])
-        x = x - center
         largest = x.abs().amax(-2)
-        if self.any_position and samples.envelope is not None and self.threshold == "minmax":
-            reach = samples.envelope.float() + center[:, 0].abs()
-            largest = torch.maximum(largest, reach)
+        if reach is not None and self.threshold == "minmax":
+            largest = torch.maximum(largest, reach.float())
         if self.axis == "tensor":
             x, largest = x.reshape(-1, 1), largest.max()[None]
         if self.threshold == "minmax":

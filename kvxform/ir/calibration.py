@@ -32,6 +32,8 @@ class StreamStatistics:
         positions: Position of each sampled token in its window, int64 `[N]`.
         gradients: Gradient of the summed next-token cross entropy of a window with respect to
             each sample, float32 `[Hk, N, D]`, or None if no pass asked for it.
+        first: E[x] of the first token of a window, which much of attention often goes to, float32
+            `[Hk, D]`; None if it was not collected.
     """
 
     count: int
@@ -42,6 +44,7 @@ class StreamStatistics:
     samples: Tensor
     positions: Tensor
     gradients: Tensor | None = None
+    first: Tensor | None = None
 
     @property
     def covariance(self) -> Tensor:
@@ -75,6 +78,7 @@ class StreamStatistics:
             high=samples.amax(-2),
             samples=samples,
             gradients=None if self.gradients is None else self.gradients @ single,
+            first=None if self.first is None else (self.first[..., None, :] @ single)[..., 0, :],
         )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvxform.codecs.base import Codec, CodecSamples
+from kvxform.codecs.basis import Basis
 from kvxform.errors import PassError
 from kvxform.ir.calibration import StreamStatistics
 from kvxform.ir.program import AttentionSite, Program
@@ -52,7 +53,14 @@ def codec_samples(program: Program, layer: int, name: str, stream: StreamPlan) -
         fisher,
         envelope,
         None if elsewhere is None else basis.rotate(elsewhere, program.weights),
+        _first_token(program, statistics, basis),
     )
+
+
+def _first_token(program: Program, statistics: StreamStatistics, basis: Basis) -> Tensor | None:
+    if statistics.first is None:
+        return None
+    return basis.rotate(statistics.first[:, None], program.weights)[:, 0]
 
 
 def turned_channels(site: AttentionSite) -> slice:

@@ -117,14 +117,33 @@ def test_means_are_taken_away_first():
     for bits, axis in FORMATS:
         plain = StaticIntCodec(bits, axis).fit(CodecSamples(x))
         centred = StaticIntCodec(bits, axis, center=True).fit(CodecSamples(x))
-        torch.testing.assert_close(centred.offsets(WIDTH)[:, 0], x.mean(1))
+        torch.testing.assert_close(centred.offsets(WIDTH)[:, 0], x.mean(1), rtol=1e-3, atol=1e-3)
         assert not centred.is_headwise
         errors = [float(round_trip(c, x).sub(x).square().sum()) for c in (plain, centred)]
         assert errors[1] < errors[0] / 20
         still = dataclasses.replace(centred, center=False, offset=None)
-        moved = still.decode(centred.encode(x), x.dtype) + x.mean(1, keepdim=True)
+        mean = centred.offsets(WIDTH)
+        moved = still.decode(centred.encode(x), x.dtype) + mean
         torch.testing.assert_close(round_trip(centred, x), moved)
         assert make_codec(centred.to_dict()) == centred
+
+
+@pytest.mark.parametrize(("bits", "axis"), FORMATS)
+def test_first_tokens_fall_on_a_code(bits, axis):
+    x = values() + 2.0
+    first = x.mean(1) + 0.3 * torch.randn(HEADS, WIDTH, generator=torch.Generator().manual_seed(3))
+    codec = StaticIntCodec(bits, axis, center=True)
+    there = codec.fit(CodecSamples(x, first=first))
+    nowhere = codec.fit(CodecSamples(x))
+    assert there.scale == nowhere.scale
+    errors = [
+        float((round_trip(c, first[:, None])[:, 0] - first).abs().max()) for c in (there, nowhere)
+    ]
+    assert errors[0] < 2e-3 < errors[1]
+    moved = (there.offsets(WIDTH) - nowhere.offsets(WIDTH)).abs() / there.scales(WIDTH)
+    assert 0.1 < float(moved.max()) < 0.51 + 2e-3 / there.scale[0]
+    beyond = codec.fit(CodecSamples(x, first=first + 1000))
+    assert beyond.offset == nowhere.offset
 
 
 def test_reach_of_keys_holds_around_their_means():
@@ -168,7 +187,9 @@ def test_plain_data_and_planes(bits, axis):
         ({"scale": (0.0,)}, "scale must be positive numbers"),
         ({"scale": ()}, "scale must be positive numbers"),
         ({"scale": (1.0, 2.0)}, "scale must be one number on the tensor axis"),
-        ({"offset": (1.0,)}, "offset must come with center"),
+        ({"offset": (1.0,)}, "offset must come with center and scale"),
+        ({"center": True, "offset": (1.0,)}, "offset must come with center and scale"),
+        ({"center": True, "scale": (1.0,)}, "center needs an offset"),
     ],
 )
 def test_options_are_checked(options, rule):
