@@ -20,8 +20,8 @@ def emit_linear(
 ) -> ir.Value:
     """Emit `x W^T + b`.
 
-    A weight that only linear layers read is stored transposed, for a MatMul. Any other one, such as
-    a tied embedding, stays as it is and goes through Gemm, which transposes without a copy.
+    A weight that linear layers read, and at most an embedding besides, is stored transposed, for a
+    MatMul. Any other one stays as it is and goes through Gemm, which transposes it.
     """
     source, matrix = node.args[0], node.args[1]
     assert isinstance(source, fx.Node)
@@ -72,9 +72,17 @@ def emit_matmul(e: Emission, node: fx.Node, a: ir.Value, b: ir.Value) -> ir.Valu
 def emit_embedding(
     e: Emission, node: fx.Node, weight: ir.Value, indices: ir.Value, *_: object
 ) -> ir.Value:
-    """Emit rows of a table."""
-    packed = emit_rows(e, node.args[0], indices)
-    return e.builder.op("Gather", weight, indices, axis=0) if packed is None else packed
+    """Emit rows of a table; columns, where it is stored transposed for a linear layer."""
+    table = node.args[0]
+    packed = emit_rows(e, table, indices)
+    if packed is not None:
+        return packed
+    assert isinstance(table, fx.Node)
+    if table.op != "get_attr" or not e.weights.is_transposed(str(table.target)):
+        return e.builder.op("Gather", weight, indices, axis=0)
+    columns = e.builder.op("Gather", weight, indices, axis=1)
+    rank = rank_of(node)
+    return e.builder.op("Transpose", columns, perm=[*range(1, rank), 0])
 
 
 @emits(aten.layer_norm.default)

@@ -35,6 +35,9 @@ PLACES: dict[tuple[object, int], Use] = {
     (aten.mm.default, 1): "turned",
     (aten.embedding.default, 0): "table",
 }
+# Turned, a MatMul reads memory in order, without a packed copy. For a token, a tied table then gives
+# a column instead of a row.
+TURNED_USES: tuple[set[Use], ...] = ({"matrix"}, {"matrix", "table"})
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class WeightStore:
 
     Attributes:
         names: Weight name -> name of the initialiser, the same for equal tensors.
-        transposed: Initialisers that only linear layers read; they are stored as `W.T`.
+        transposed: Initialisers that linear layers read, and that are at most a table besides;
+            they are stored as `W.T`.
         packed: How initialisers are packed that are stored in few bits.
         packer: Packs them.
     """
@@ -66,7 +70,7 @@ class WeightStore:
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 uses[names[str(node.target)]].update(_use(node, user) for user in node.users)
-        matrices = frozenset(name for name, found in uses.items() if found == {"matrix"})
+        matrices = frozenset(name for name, found in uses.items() if found in TURNED_USES)
         if kind == "source":
             return cls(names, matrices)
         packings = {name: _packing(program.weights[name], found) for name, found in uses.items()}
