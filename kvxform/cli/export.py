@@ -2,22 +2,117 @@
 
 from __future__ import annotations
 
-from kvxform.cli.options import Exportable, Json, OptionalRecipe, Out, Verify, VerifyLevel
-from kvxform.cli.output import print_data, print_json
-from kvxform.cli.targets import open_model
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvxform.atomic import is_artifact
+from kvxform.cli.options import Exportable, Json, OptionalRecipe, Verify, VerifyLevel
+from kvxform.cli.output import print_data, print_json, print_table
+from kvxform.cli.packages import (
+    LevelName,
+    Levels,
+    Logits,
+    Opset,
+    Provider,
+    Runtime,
+    Weights,
+    level_rows,
+    level_table,
+)
+from kvxform.cli.targets import need_recipe, open_model, refuse_recipe
+from kvxform.errors import KvxformError
+
+if TYPE_CHECKING:
+    from kvxform.ir.program import Program
+    from kvxform.onnx_options import OnnxOptions
+
+OptionalOut = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Folder to write; required without --levels."),
+]
 
 
 def run(
     target: Exportable,
-    out: Out,
+    out: OptionalOut = None,
     recipe: OptionalRecipe = None,
+    level: LevelName = None,
+    opset: Opset = None,
+    provider: Provider = None,
+    runtime: Runtime = None,
+    logits: Logits = None,
+    weights: Weights = None,
+    levels: Levels = False,
     verify: VerifyLevel = Verify.probe,
     json: Json = False,
 ) -> None:
     """Write an ONNX package that stock ONNX Runtime runs."""
-    folder = open_model(target, recipe, verify=verify.value).export_onnx(out)
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    if json:
-        print_json({"onnx": str(folder), "files": files})
+    given = {
+        "level": level,
+        "opset": opset,
+        "provider": provider,
+        "runtime": runtime,
+        "logits": logits,
+        "weights": weights,
+    }
+    if levels:
+        show_levels(target, recipe, given, json)
+    elif out is None:
+        raise KvxformError("KVX801", "an export needs --out", hint="or --levels to look first")
     else:
-        print_data("\n".join(str(folder / name) for name in files))
+        write(target, out, recipe, given, verify, json)
+
+
+def show_levels(target: str, recipe: str | None, given: dict[str, Any], json: bool) -> None:
+    """Print the table of levels of a target."""
+    program, options = planned(target, recipe)
+    table = level_table(program, options.changed(**given))
+    if json:
+        print_json(table)
+    else:
+        print_table(("level", "what is emitted", "legal"), level_rows(table))
+
+
+def planned(target: str, recipe: str | None) -> tuple[Program, OnnxOptions]:
+    """Return a target as it would be exported, of a model by its shapes alone."""
+    from kvxform.onnx_options import OnnxOptions
+
+    if is_artifact(target):
+        import kvxform
+
+        refuse_recipe(target, recipe)
+        model = kvxform.load(target)
+        asked = OnnxOptions() if model.recipe is None else model.recipe.target.onnx_options
+        return model.program, asked
+    from kvxform.cli.plan import captured_shapes
+    from kvxform.pipeline import plan_pipeline
+    from kvxform.recipe import load_recipe, retarget
+
+    loaded = load_recipe(need_recipe(target, recipe))
+    program, _ = plan_pipeline(captured_shapes(target), retarget(loaded, "eager"))
+    return program, loaded.target.onnx_options
+
+
+def write(
+    target: str,
+    out: Path,
+    recipe: str | None,
+    given: dict[str, Any],
+    verify: Verify,
+    json: bool,
+) -> None:
+    """Write the package and print its files."""
+    from kvxform.runtime.exporting import ExportCheck, Verdict, recipe_options
+
+    model = open_model(target, recipe, verify=verify.value)
+    options = recipe_options(model).changed(**given)
+    check: ExportCheck = "none" if verify is Verify.none else "probe"
+    folder = model.export_onnx(out, options, verify=check)
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    verdict = Verdict.of(folder)
+    if json:
+        print_json({"onnx": str(folder), "files": files, "verification": verdict.to_data()})
+        return
+    print_data("\n".join([*(str(folder / name) for name in files), str(verdict)]))

@@ -17,6 +17,8 @@ from kvxform.cli.options import (
     VerifyLevel,
 )
 from kvxform.cli.output import format_bytes, print_json, print_table, talk
+from kvxform.cli.packages import LevelName, Logits, Opset, Provider, Runtime, Weights
+from kvxform.errors import KvxformError
 
 if TYPE_CHECKING:
     from kvxform.report import Report
@@ -30,6 +32,12 @@ def run(
     out: Out,
     lowering: Lowering = None,
     onnx: Onnx = False,
+    level: LevelName = None,
+    opset: Opset = None,
+    provider: Provider = None,
+    runtime: Runtime = None,
+    logits: Logits = None,
+    weights: Weights = None,
     calibration: CalibrationFile = None,
     verify: VerifyLevel = Verify.probe,
     json: Json = False,
@@ -39,6 +47,17 @@ def run(
     from kvxform.atomic import check_replaceable
 
     check_replaceable(out)  # before the work, not after it
+    given = {
+        "level": level,
+        "opset": opset,
+        "provider": provider,
+        "runtime": runtime,
+        "logits": logits,
+        "weights": weights,
+    }
+    if not onnx and any(value is not None for value in given.values()):
+        rule = "options of packages need --onnx"
+        raise KvxformError("KVX801", rule, got=_named(given), hint="add --onnx, or use export")
     optimized = kvxform.optimize(
         model, recipe, calibration=calibration, target=lowering, verify=verify.value
     )
@@ -48,12 +67,19 @@ def run(
     files = {"artifact": str(out), "report": str(out / "report.html")}
     if onnx:
         talk("kvxform: writing the ONNX package")
-        files["onnx"] = str(optimized.export_onnx(out / "onnx"))
+        from kvxform.runtime.exporting import recipe_options
+
+        options = recipe_options(optimized).changed(**given)
+        files["onnx"] = str(optimized.export_onnx(out / "onnx", options))
     data = {**summarize(optimized.report), "files": files}
     if json:
         print_json(data)
     else:
         print_table(("what", "value"), summary_rows(data))
+
+
+def _named(given: dict[str, Any]) -> str:
+    return ", ".join(f"--{name}" for name, value in given.items() if value is not None)
 
 
 def summarize(report: Report) -> dict[str, Any]:
