@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvxform.codecs.base import Codec, CodecSamples
 from kvxform.codecs.basis import Basis
+from kvxform.codecs.static_int import StaticIntCodec
 from kvxform.errors import PassError
 from kvxform.ir.calibration import StreamStatistics
 from kvxform.ir.program import AttentionSite, Program
@@ -112,11 +113,12 @@ def stream_statistics(program: Program, layer: int, name: str, rope: str) -> Str
     return statistics.k_pre
 
 
-def check_codec(codec: Codec, head_dim: int, where: str, at: str) -> None:
-    """Refuse a codec that cannot take `head_dim`.
+def check_codec(codec: Codec, num_heads: int, head_dim: int, where: str, at: str) -> None:
+    """Refuse a codec that cannot take heads of `head_dim`, or has constants of other heads.
 
     Args:
         codec: The codec.
+        num_heads: KV heads of the site.
         head_dim: Channels of what it will encode.
         where: Pass that asks, for the error text.
         at: Where in the model, likewise.
@@ -126,6 +128,8 @@ def check_codec(codec: Codec, head_dim: int, where: str, at: str) -> None:
     """
     try:
         codec.check(head_dim)
+        if isinstance(codec, StaticIntCodec):
+            codec.check_heads(num_heads, head_dim)
     except PassError as error:
         raise PassError(
             error.code, error.rule, where=where, got=error.got, at=at, hint=error.hint

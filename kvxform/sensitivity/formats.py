@@ -48,13 +48,14 @@ def stream_formats(
             tokens together, lost its constants, or ranks tokens by attention.
     """
     present, calibration = site.streams[name], program.calibration
+    at = program.site(site.layer).module
     if present.score_bytes:
         rule = "codecs that rank tokens by attention cannot be measured on their own"
-        raise PassError("KVX205", rule, where=where, at=program.site(site.layer).module)
+        raise PassError("KVX205", rule, where=where, at=at)
     formats = []
     for changes in options:
         codec = _make(present, changes, where)
-        check_codec(codec, present.head_dim, where, program.site(site.layer).module)
+        check_codec(codec, site.num_kv_heads, present.head_dim, where, at)
         if codec.tokens_per_group != present.tokens_per_group:
             raise PassError(
                 "KVX205",

@@ -132,7 +132,8 @@ class QuantizeKv(GraphPass):
             if present != "none":
                 reason = f"{name}s are already stored by codec {present}"
                 return NoMatch(reason, site.layer, hint="keep one quantize-kv in the recipe")
-            check_codec(make_codec(stream.codec), stream.head_dim, WHERE, at)
+            codec = make_codec(stream.codec)
+            check_codec(codec, site.num_kv_heads, stream.head_dim, WHERE, at)
             _check_pages(program.plan.layout.page_size, stream, at)
         _check_ranking({**site.streams, **streams}, at)
         return Match(site.layer, data=streams)
