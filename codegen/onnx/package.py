@@ -44,7 +44,7 @@ def write_package(
     """
     assert program.plan is not None, "checked"
     label_model(model, program.plan, recipe, form)
-    write_model(model, folder, program.store)
+    write_model(model, program, folder)
     write_json(folder / GENAI, genai_config(program, model, form))
     if report is not None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from kvxform.ir.checksums import hash_file, sealed
+from kvxform.ir.program import Program
 from kvxform.ir.schema import canonical_json
 from kvxform.ir.store import WeightStore
 
@@ -22,18 +23,21 @@ GENAI = "genai_config.json"
 EMBEDDED_BYTES = 1024  # smaller constants stay in the graph file, where shape inference reads them
 
 
-def write_model(model: ir.Model, folder: Path, store: WeightStore | None = None) -> None:
+def write_model(model: ir.Model, program: Program, folder: Path) -> None:
     """Write `model.onnx` and `model.onnx.data`.
 
     Args:
         model: The graph, with tensors that may be lazy.
+        program: Whose weights they are made from.
         folder: Where to.
-        store: Gives pages of mapped weights back on the way, if there is one.
     """
+    store = program.store
+    if store is None:
+        store = WeightStore(folder)
+        store.adopt(program.weights.values())
 
     def give_back(_tensor: ir.TensorProtocol, _place: ir.external_data.CallbackInfo) -> None:
-        if store is not None:
-            store.trim()
+        store.trim()
 
     ir.save(
         model,
