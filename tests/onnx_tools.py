@@ -19,7 +19,7 @@ from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.codegen.onnx.emission import Emission, Inputs, Size
 from kvxform.codegen.onnx.export import emit_call
 from kvxform.codegen.onnx.fallback import Fallback
-from kvxform.codegen.onnx.forms import Form
+from kvxform.codegen.onnx.forms import Form, OnnxOptions
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.plan import CachePlan
@@ -150,6 +150,6 @@ def run_model(model: ir.Model, arrays: list[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(np.asarray(x)) for x in session.run(None, feeds)]
 
 
-def open_export(program: Program, folder: Path) -> OnnxSession:
+def open_export(program: Program, folder: Path, options: OnnxOptions | None = None) -> OnnxSession:
     """Export a program and open the package, on one thread."""
-    return OnnxSession(export_onnx(program, folder), threads=1)
+    return OnnxSession(export_onnx(program, folder, options), threads=1)
