@@ -55,7 +55,7 @@ def test_memory_of_an_export_does_not_grow_with_the_depth(tmp_path):
 
 
 def with_large_table(rows: int, folder: Path):
-    """Return a program, and the same with a table of `rows` rows: zeros, in a file, behind its own."""
+    """Return a program, and the same with zeros behind its table: `rows` rows, in a file."""
     program = cached_program(None, None, dtype=torch.float32, tied=False)
     name = "embed.weight"
     small = program.weights[name]
