@@ -18,7 +18,8 @@ ABOUT = """\
 
 The families of [coverage.md](coverage.md), with the same small models: exported in every form, and
 run by ONNX Runtime on the CPU. `yes`: the package continues a ragged batch of three prompts with
-the {count} greedy tokens of the eager lowering. `-`: the form is not legal for it, as told below.
+the {count} greedy tokens of the eager lowering; with a lossy cache up to where a token led by less
+than 1 % of the largest logit. `-`: the form is not legal for the family, as told below.
 Written by `make onnx-table`; do not edit. {versions}
 """
 RECIPES = {

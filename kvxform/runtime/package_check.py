@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvxform.runtime.model import OptimizedModel
     from kvxform.runtime.onnx_rows import OnnxModel
 
-EXPORT_SCHEDULES = ("prefill", "chunked-prefill", "decode", "ragged", "ring-wrap")
+EXPORT_SCHEDULES = ("chunked-prefill", "decode", "ring-wrap")  # ragged rows in all but the last
 EXPORT_STEPS = 8  # of the long decode
 
 

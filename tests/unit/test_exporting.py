@@ -28,20 +28,20 @@ def model(plan=None):
 def test_a_package_is_run_before_it_counts(tmp_path):
     told = []
     folder = model().export_onnx(tmp_path / "out", progress=told.append)
-    ran = ("prefill", "chunked-prefill", "decode", "ragged")
+    ran = ("chunked-prefill", "decode")
     verdict = Verdict.of(folder)
     assert (verdict.is_verified, verdict.schedules) == (True, ran)
     assert verdict.left_out == {"ring-wrap": "no window or chunk of at most 512 tokens"}
     assert str(verdict) == f"verified against the eager lowering: {', '.join(ran)}"
     assert check_package(folder)["verification"] == verdict.to_data()
-    names = ["prefill", "chunked prefill", "decode", "ragged batch"]
-    assert told[-4:] == [f"verify package: {name}" for name in names]
+    names = ["chunked prefill", "decode"]
+    assert told[-2:] == [f"verify package: {name}" for name in names]
 
 
 def test_rows_of_one_length_are_run_as_such(tmp_path):
     verdict = Verdict.of(model(KV4).export_onnx(tmp_path / "out"))
-    assert verdict.schedules == ("prefill", "chunked-prefill", "decode")
-    assert "equally long" in verdict.left_out["ragged"]
+    assert verdict.schedules == ("chunked-prefill", "decode")
+    assert Verdict.of(model().export_onnx(tmp_path / "out")).is_verified
 
 
 def test_nothing_is_run_if_it_is_not_asked_for(tmp_path):
@@ -63,7 +63,7 @@ def break_attention(monkeypatch):
 
 def test_a_wrong_graph_is_found_and_nothing_is_left(tmp_path, monkeypatch):
     break_attention(monkeypatch)
-    with pytest.raises(VerifyError, match=r"KVX503 \[onnx\] .*within 3e-04; got .* at prefill"):
+    with pytest.raises(VerifyError, match=r"KVX503 \[onnx\] .*within 3e-04; got .* at chunked prefill"):
         model().export_onnx(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
