@@ -170,9 +170,12 @@ def _names(e: Emission, calls: Calls) -> dict[ir.Value, str]:
 
 
 def _function_name(site: SitePlan) -> str:
-    """Return a name that says how the cache is stored: `cached_attention_int4_int2`."""
-    words = dict.fromkeys(_codec_word(stream) for stream in site.streams.values())
-    return "_".join(["cached_attention", *words])
+    """Return a name that says how the cache is stored: `cached_attention_int4_int2`.
+
+    Layers that read the cache of another one have `shared_attention`.
+    """
+    kind = "cached_attention" if site.owner == site.layer else "shared_attention"
+    return "_".join([kind, *dict.fromkeys(_codec_word(stream) for stream in site.streams.values())])
 
 
 def _codec_word(stream: StreamPlan) -> str:
@@ -188,7 +191,9 @@ def _describe(site: SitePlan) -> str:
         f"recent {stream.regions.recent}"
         for name, stream in site.streams.items()
     ]
-    return "Append new tokens to a cache and attend over it. " + "; ".join(parts) + "."
+    own = site.owner == site.layer
+    what = "Append new tokens to a cache and attend over it. " if own else "Attend over a cache. "
+    return what + "; ".join(parts) + "."
 
 
 def _short(codec: Mapping[str, object]) -> dict[str, object]:

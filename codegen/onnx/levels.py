@@ -101,13 +101,6 @@ def fits_blocks(program: Program, stream: StreamPlan) -> bool:
     return block_format(stream, program.dtype) is not None
 
 
-def has_blocks(program: Program) -> bool:
-    """Whether PagedAttention can have blocks of the size of pages, if the plan has pages."""
-    assert program.plan is not None, "checked"
-    size = program.plan.layout.page_size
-    return program.plan.layout.kind != "paged" or (size >= 16 and size & (size - 1) == 0)
-
-
 PLAIN = SiteRule("streams must be unquantised, without regions", _streams(is_unquantised))
 CONTRIB = (
     SiteRule("K and V must be cached themselves", lambda _, site: site.payload == "kv"),
@@ -143,10 +136,6 @@ PAGED = (
         f"streams must be unquantised, {STATIC}, or fp8 e4m3 without scales", _streams(fits_blocks)
     ),
     SiteRule("head_dim must be a multiple of 8", lambda _, site: site.key.head_dim % 8 == 0),
-    SiteRule(
-        "pages must hold a power of two of tokens, at least 16",
-        lambda program, _: has_blocks(program),
-    ),
 )
 
 LEVELS: dict[str, LevelRules] = {
