@@ -68,7 +68,8 @@ def model_name(program: Program) -> str:
 
 def _seeds(recipe: Any) -> dict[str, Any]:
     """Return the seed of every step that has one, also where the recipe leaves it to the pass."""
-    seeds: dict[str, Any] = {}
+    calibration = getattr(recipe, "calibration", None)
+    seeds: dict[str, Any] = {} if calibration is None else {"calibration": calibration.seed}
     for place, step in enumerate(recipe.passes):
         fields = getattr(PASSES.get(step.name), "__dataclass_fields__", {})
         if "seed" in fields:

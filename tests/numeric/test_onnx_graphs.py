@@ -41,8 +41,14 @@ FORMS = {
     "L3, codes of 4 bits": (static(4), OnnxOptions(level="L3")),
     "L3, weights of 4 bits": (None, OnnxOptions(level="L3", weights="int4")),
     "L4": (None, OnnxOptions(level="L4", provider="cuda")),
+    "L4, weights of 4 bits": (None, OnnxOptions(level="L4", provider="cuda", weights="int4")),
+    "L5": (INT4, OnnxOptions(level="L5")),
     "L4, codes of 8 bits": (static(8), OnnxOptions(level="L4", provider="cuda")),
 }
+
+
+BFLOAT16 = ("L1 opset 23", "L1 opset 24", "L2 opset 24", "L3", "L3, codes of 8 bits", "L4")
+HALF = {f"{name}, bfloat16": FORMS[name] for name in BFLOAT16}
 
 
 def toy(plan, dtype):
@@ -58,8 +64,10 @@ def export(tmp_path_factory):
 
     @functools.cache
     def path_of(name):
-        plan, options = FORMS[name]
+        plan, options = (FORMS | HALF)[name]
         dtype = torch.float16 if options.provider == "cuda" else torch.float32
+        if name in HALF:
+            dtype, options = torch.bfloat16, dataclasses.replace(options, provider="cuda")
         return export_onnx(toy(plan, dtype), folder / name, options) / "model.onnx"
 
     return path_of
@@ -73,7 +81,7 @@ def shape_of(value):
     return [d.dim_param or d.dim_value or "?" for d in value.type.tensor_type.shape.dim]
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMS | HALF)
 def test_the_checker_knows_every_node_and_every_shape_follows(name, export):
     contrib = register_contrib_schemas()
     path = export(name)
@@ -124,7 +132,8 @@ def test_nodes_and_values_say_layer_and_role(name, export):
         if node.name.startswith("/layers."):
             assert notes["kvxform.layer"] == node.name.split("/")[1].removeprefix("layers.")
         for output in filter(None, node.output):
-            assert output in outputs or output.startswith(f"{node.name}_output_")
+            assert output in outputs or output.rpartition("/")[0] == node.name.rpartition("/")[0]
+            assert output in outputs or re.search(r"_output_\d$", output)
 
 
 def test_small_nodes_of_attention_say_whose_they_are(export):

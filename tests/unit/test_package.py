@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import onnx
@@ -12,17 +13,23 @@ from cached import cached_program
 from programs import apply, llama_program
 
 from kvxform.codegen.onnx import export_onnx
+from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.ir.plan import CachePlan
 from kvxform.ir.program import Program
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.recipe import load_recipe
+from kvxform.runtime.onnx_session import OnnxSession
 
 INT4 = {"key": {"codec": "int", "bits": 4}, "value": {"codec": "int", "bits": 4}}
 WITH_ENDS = {**INT4, "regions": {"sink": 2, "recent": 4}}
 
 
+STREAM = {"codec": "static-int", "bits": 8, "scale": [0.1]}
+STATIC = {"key": STREAM, "value": STREAM}
+
+
 def toy(options=None, **model) -> Program:
-    return cached_program(options, None, dtype=torch.float32, **model)
+    return cached_program(options, None, **{"dtype": torch.float32, **model})
 
 
 def read(folder, name):
@@ -136,6 +143,25 @@ def test_the_description_has_plan_passes_and_recipe_but_no_path(tmp_path):
         assert str(tmp_path).encode() not in content
 
 
+def test_the_description_has_the_seeds_of_steps_and_calibration(tmp_path):
+    text = {"version": 1, "name": "mine", "passes": [{"rotate-qk": {"seed": 3}}, "rotate-v"]}
+    recipe = load_recipe(text | {"calibration": {"tokens": 64, "window": 32, "seed": 5}})
+    data = read(export_onnx(toy(), tmp_path / "out", recipe=recipe), "kvxform.json")
+    assert data["seeds"] == {"calibration": 5, "0:rotate-qk": 3, "1:rotate-v": None}
+
+
+def test_the_description_has_the_hash_of_every_file_that_is_not_to_be_edited(tmp_path):
+    folder = export_onnx(toy(), tmp_path / "out")
+    data = read(folder, "kvxform.json")
+    assert data["files"] == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("model.onnx", "model.onnx.data")
+    }
+    path = folder / "genai_config.json"
+    path.write_text(json.dumps(read(folder, path.name) | {"search": {"max_length": 9}}))
+    OnnxSession(folder, threads=1)
+
+
 def test_equal_programs_give_equal_files(tmp_path):
     for name in "ab":
         export_onnx(toy(WITH_ENDS), tmp_path / name, recipe=load_recipe("kv4"))
@@ -155,11 +181,13 @@ def test_exporting_again_replaces_the_folder(tmp_path):
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     source = tmp_path / "tokenizer"
     source.mkdir()
-    for name in ("tokenizer.json", "merges.txt", "pytorch_model.bin"):
+    for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "pytorch_model.bin"):
         (source / name).write_text(name)
     folder = export_onnx(toy(), tmp_path / "out", tokenizer_path=source)
     assert (folder / "tokenizer.json").read_text() == "tokenizer.json"
     assert (folder / "merges.txt").exists()
+    assert (folder / "chat_template.jinja").read_text() == "chat_template.jinja"
+    assert "tokenizer.json" in read(folder, "kvxform.json")["files"]
     assert not (folder / "pytorch_model.bin").exists()
 
 
@@ -181,6 +209,58 @@ def test_genai_config_names_no_cache_that_genai_cannot_keep(tmp_path):
     config = read(export_onnx(toy(INT4), tmp_path / "out"), "genai_config.json")
     decoder = config["model"]["decoder"]
     assert "past_key_names" not in decoder["inputs"]
+
+
+FORMS = [
+    (None, OnnxOptions(level="L1", opset=23), False, ".key"),
+    (None, OnnxOptions(level="L1", opset=24), True, ".key"),
+    (None, OnnxOptions(level="L3"), True, ".key"),
+    (STATIC, OnnxOptions(level="L3"), True, ".key_codes"),
+]
+
+
+@pytest.mark.parametrize(("plan", "options", "is_shared", "suffix"), FORMS)
+def test_genai_config_says_how_the_cache_is_kept(plan, options, is_shared, suffix, tmp_path):
+    program = toy(plan)
+    program.info = dataclasses.replace(program.info, context_length=64)
+    folder = export_onnx(program, tmp_path / "out", options)
+    config, graph = read(folder, "genai_config.json"), load(folder).graph
+    decoder = config["model"]["decoder"]
+    assert config["search"]["past_present_share_buffer"] is is_shared
+    assert config["search"]["max_length"] == 64
+    for side, ports in (("inputs", graph.input), ("outputs", graph.output)):
+        names = {x.name for x in ports}
+        told = set()
+        for name in decoder[side].values():
+            told |= {name % layer for layer in range(2)} if "%d" in name else {name}
+        assert told == names, side
+    assert decoder["inputs"]["past_key_names"] == f"past_key_values.%d{suffix}"
+    assert decoder["session_options"]["provider_options"] == []
+    assert decoder["hidden_size"] == 32
+
+
+def test_genai_config_of_a_paged_cache(tmp_path):
+    program = toy(dtype=torch.float16)
+    program.info = dataclasses.replace(program.info, context_length=64)
+    folder = export_onnx(program, tmp_path / "out", OnnxOptions(level="L4", provider="cuda"))
+    config = read(folder, "genai_config.json")
+    decoder = config["model"]["decoder"]
+    assert decoder["inputs"] == {
+        **{n: n for n in ("input_ids", "block_table", "cumulative_sequence_lengths")},
+        **{n: n for n in ("past_sequence_lengths", "attention_metadata")},
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    assert decoder["session_options"]["provider_options"] == [{"cuda": {"enable_cuda_graph": "0"}}]
+    assert config["engine"]["dynamic_batching"]["block_size"] == 256
+
+
+@pytest.mark.parametrize(("family", "kind"), [("qwen3", "qwen3"), ("falcon", "llama")])
+def test_genai_config_names_a_kind_of_decoder_that_genai_knows(family, kind, tmp_path):
+    program = toy()
+    program.info = dataclasses.replace(program.info, family=family)
+    config = read(export_onnx(program, tmp_path / "out"), "genai_config.json")
+    assert config["model"]["type"] == kind
 
 
 def test_progress_is_told(tmp_path):
