@@ -121,11 +121,7 @@ class BufferCache:
     def _append_columns(self, ids: Tensor, new: Sequence[int], out: Tensor, *, every: bool) -> None:
         """Append some columns of the prompts and write their logits into `out`."""
         before = self.lengths or (0,) * len(new)
-        if not any(self.lengths) and min(new):
-            rows = [slice(0, len(new))]
-        else:  # with tokens before them, several tokens are appended row by row
-            rows = [slice(row, row + 1) for row, count in enumerate(new) if count]
-        for part in rows:
+        for part in self._parts(new):
             piece = Piece(part, ids[part, : max(new[part])], before[part], new[part])
             logits = self._run(piece)
             if every:
@@ -133,6 +129,18 @@ class BufferCache:
             else:
                 out[part, 0] = _last(logits, piece.counts)
         self.lengths = tuple(n + count for n, count in zip(before, new, strict=True))
+
+    def _parts(self, new: Sequence[int]) -> list[slice]:
+        """Return which rows run together, where each gets some new tokens or none.
+
+        First tokens of all rows do, whatever their number. Later ones do if they are equally many;
+        GroupQueryAttention wants to see several tokens one row at a time.
+        """
+        is_first = not any(self.lengths) and min(new) > 0
+        is_even = len(set(new)) == 1 and (self._engine.level != "L3" or new[0] == 1)
+        if is_first or is_even:
+            return [slice(0, len(new))]
+        return [slice(row, row + 1) for row, count in enumerate(new) if count]
 
     def _run(self, piece: Piece) -> Tensor:
         """Run one piece on slices of the buffers; return its logits `[b, S or 1, vocab]`."""

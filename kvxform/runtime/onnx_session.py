@@ -67,7 +67,8 @@ class OnnxSession:
         captures = is_static if cuda_graph is None else cuda_graph
         if captures and not is_static:
             got = f"cache {form['cache']} on {self.provider}"
-            refuse("cuda_graph needs a package with buffers, on CUDA", got)
+            hint = "leave cuda_graph out"
+            refuse_here("cuda_graph needs a package with buffers or pages, on CUDA", got, hint)
         if form["cache"] == "paged" and self.provider == "cpu":
             hint = "take provider cuda, or export level L3 for the CPU"
             refuse_here("a package with pages runs on CUDA alone", self.provider, hint)

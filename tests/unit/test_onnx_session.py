@@ -13,6 +13,7 @@ from onnx_tools import open_export
 from programs import token_ids
 
 from kvxform.codegen.onnx import export_onnx
+from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.errors import ArtifactError, CacheFullError, KvxformError
 from kvxform.ir.checksums import hash_file, sealed
 from kvxform.ir.schema import canonical_json
@@ -66,6 +67,34 @@ def test_generate_equals_the_eager_lowering(tmp_path):
     assert torch.equal(found, again)
 
 
+BUFFERS = {
+    "L1": (None, OnnxOptions("L1", 24)),
+    "L2": (INT4, OnnxOptions("L2", 24)),
+    "L3": (None, OnnxOptions("L3", logits="last")),
+}
+
+
+@pytest.mark.parametrize("level", BUFFERS)
+def test_rows_in_buffers_are_those_of_the_eager_lowering(level, tmp_path):
+    plan, options = BUFFERS[level]
+    program = toy(plan)
+    session = OnnxSession(export_onnx(program, tmp_path / "out", options), threads=1)
+    eager = OptimizedModel(program).new_session(max_batch_size=2, max_seq_len=64)
+    ids = token_ids(program, 2, 6)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    calls = [
+        lambda s: s.prefill(ids, mask, chunk_size=4, all_logits=True),
+        lambda s: s.decode(ids[:, 0]),
+        lambda s: s.prefill(ids),
+        lambda s: s.prefill(ids, mask.flip(1), chunk_size=2),
+        lambda s: s.decode(ids[:, 1]),
+    ]
+    for call in calls:
+        torch.testing.assert_close(call(session), call(eager), rtol=0, atol=1e-4)
+    assert session.sequence_lengths() == eager.sequence_lengths() == (14, 20)
+    assert session.cache_bytes() == program.plan.bytes_per_token * 256 * 2
+
+
 def test_generation_stops_at_the_end_token(session):
     ids = token_ids(toy(), 1, 5)
     free = session.generate(ids, max_new_tokens=8, eos_token_id=())
@@ -105,6 +134,29 @@ def test_the_number_of_rows_stays(session):
         session.prefill(torch.ones(1, 3).long())
     with pytest.raises(KvxformError, match=r"^KVX704.*2 rows"):
         session.decode(torch.tensor([1, 2, 3]))
+
+
+def test_a_session_has_room_for_what_was_asked(folder):
+    session = OnnxSession(folder, threads=1, max_length=4)
+    session.prefill(torch.ones(1, 4).long())
+    with pytest.raises(
+        CacheFullError, match=r"^KVX703 .*the session's 4 tokens; got 5.*max_length"
+    ):
+        session.decode(torch.tensor([1]))
+    with pytest.raises(KvxformError, match=r"^KVX704 .*max_length must be at least 1; got 0"):
+        OnnxSession(folder, max_length=0)
+
+
+def test_graphs_are_for_cuda(folder):
+    with pytest.raises(KvxformError, match=r"^KVX704 .*cuda_graph needs .* got cache grow on cpu"):
+        OnnxSession(folder, cuda_graph=True)
+
+
+def test_pages_are_for_cuda(copy):
+    onnx_entry = json.loads((copy / "kvxform.json").read_text())["onnx"]
+    edit_description(copy, onnx=onnx_entry | {"cache": "paged"})
+    with pytest.raises(KvxformError, match=r"^KVX704 .*pages runs on CUDA alone; got cpu"):
+        OnnxSession(copy)
 
 
 def test_a_sequence_longer_than_the_context_is_refused(tmp_path):
