@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,6 +93,7 @@ def bench_data(
         "target": Path(target).name,
         "package": onnx and {key: onnx[key] for key in ("level", "opset", "cache", "logits")},
         "provider": getattr(model, "provider", None),
+        "runtime": _runtime(is_package=onnx is not None),
         "threads": torch.get_num_threads(),
         "batch": speed.batch_size,
         "prompt_tokens": speed.prompt_tokens,
@@ -132,16 +134,25 @@ def bench_text(data: dict[str, Any]) -> str:
 
 
 def _heading(data: dict[str, Any]) -> str:
-    kind = "torch"
+    kind = data["runtime"]
     if data["package"] is not None:
         package = data["package"]
-        kind = f"{package['level']}, cache {package['cache']}, on {data['provider']}"
+        kind = f"{package['level']}, cache {package['cache']}, {kind} on {data['provider']}"
     tokens = f"{data['prompt_tokens']} + {data['new_tokens']} tokens"
     return f"{data['target']}: {kind}; batch {data['batch']}, {tokens}, {data['threads']} threads"
 
 
 def _rate_data(rate: Rate) -> dict[str, float]:
     return {"median": rate.median, "slowest": rate.slowest, "fastest": rate.fastest}
+
+
+def _runtime(*, is_package: bool) -> str:
+    """Return what ran the model, with its version."""
+    if not is_package:
+        return f"torch {version('torch')}"
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
 
 
 def _gpu_bytes() -> int | None:

@@ -41,6 +41,7 @@ def test_speed_and_memory(kind, folders, capsys):
     assert data["cache_bytes"] >= 2 * 9 * plan.bytes_per_token
     assert data["peak_bytes"] > 1 << 20
     assert data["gpu_bytes"] is None
+    assert data["runtime"].startswith("onnxruntime" if kind == "package" else "torch")
     assert (data["package"] is None) == (kind == "artifact")
     assert data["provider"] == ("cpu" if kind == "package" else None)
 
@@ -48,7 +49,8 @@ def test_speed_and_memory(kind, folders, capsys):
 def test_text_for_people(folders, capsys):
     assert main(["bench", str(folders / "package"), *SHORT]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("package: L1, cache grow, on cpu; batch 1, 6 + 3 tokens")
+    assert lines[0].startswith("package: L1, cache grow, onnxruntime ")
+    assert "on cpu; batch 1, 6 + 3 tokens, 1 threads" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["prefill,", "decode,", "first", "cache"]
 
 
