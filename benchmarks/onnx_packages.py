@@ -20,7 +20,7 @@ from results import is_wanted
 
 import kvxform
 from kvxform.capture.smollm2 import smollm2_folder
-from kvxform.codegen.onnx.forms import Level, OnnxOptions
+from kvxform.onnx_options import Level, OnnxOptions
 
 BUILDER = "builder-fp32"
 MODEL = "smollm2-135m"
@@ -126,8 +126,8 @@ def _run(module: str, *arguments: str) -> None:
 
 PACKAGES: dict[str, Callable[[Path], None]] = {
     "plain": export_plain,
-    "l1": lambda path: export_ours(path, "exact", "L1"),
-    "l3": lambda path: export_ours(path, "exact", "L3"),
+    "l1": lambda path: export_ours(path, "onnx-fp16", "L1"),
+    "l3": lambda path: export_ours(path, "onnx-fp16", "L3"),
     "l3-int8": lambda path: export_ours(path, "onnx-int8", "L3"),
     "l3-int4": lambda path: export_ours(path, "onnx-int4", "L3"),
     BUILDER: build,

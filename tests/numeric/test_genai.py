@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvxform
-from kvxform.codegen.onnx.forms import OnnxOptions
+from kvxform.onnx_options import OnnxOptions
 from kvxform.runtime.onnx_session import OnnxSession
 
 genai = pytest.importorskip("onnxruntime_genai")
@@ -24,9 +24,9 @@ PROMPTS = (
 )
 NEW_TOKENS = 48
 PACKAGES = {
-    "L1": ("exact", OnnxOptions(level="L1", opset=23)),
-    "L1-buffers": ("exact", OnnxOptions(level="L1", opset=24)),
-    "L3": ("exact", OnnxOptions(level="L3", logits="last")),
+    "L1": ("onnx-fp16", OnnxOptions(level="L1", opset=23)),
+    "L1-buffers": ("onnx-fp16", OnnxOptions(level="L1", opset=24)),
+    "L3": ("onnx-fp16", OnnxOptions(level="L3", logits="last")),
     "L3-int8": ("onnx-int8", OnnxOptions(level="L3", logits="last")),
     "L3-int4": ("onnx-int4", OnnxOptions(level="L3", logits="last")),
 }
