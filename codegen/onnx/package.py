@@ -3,6 +3,7 @@
 - `model.onnx`, `model.onnx.data`: graph, and weights as external data
 - `genai_config.json`: what ONNX Runtime GenAI wants to know
 - `kvxform.json`: model, recipe, plan, passes, form, seeds, and the hashes of the other files
+- `kv_cache_scales.json`: static scales of K and V, if there are some
 - tokenizer files, copied from the source; `report.json` if there is a report
 """
 
@@ -18,6 +19,7 @@ from kvxform.codegen.onnx.forms import Form
 from kvxform.codegen.onnx.genai import genai_config
 from kvxform.codegen.onnx.metadata import label_model
 from kvxform.codegen.onnx.writing import GENAI, write_description, write_json, write_model
+from kvxform.ir.kv_scales import FILE_NAME, scales_of
 from kvxform.ir.program import Program
 from kvxform.tokenizer import tokenizer_files
 
@@ -46,6 +48,9 @@ def write_package(
     label_model(model, program.plan, recipe, form)
     write_model(model, program, folder)
     write_json(folder / GENAI, genai_config(program, model, form))
+    scales = scales_of(program.plan)
+    if scales is not None:
+        write_json(folder / FILE_NAME, scales.to_data())
     if report is not None:
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     for name, content in tokenizer_files(tokenizer_path).items():
