@@ -21,7 +21,8 @@ def with_kv_scales(recipe: Recipe, scales: KvScales) -> Recipe:
 
     Args:
         recipe: One with a `quantize-kv` whose codecs are `static-int`, the same at all layers.
-        scales: Scales of all layers, in the basis that the recipe caches K and V in.
+        scales: Scales of layers, in the basis that the recipe caches K and V in. Layers without
+            scales are not quantised.
 
     Raises:
         RecipeError: KVX109 if the recipe has no place for them.
@@ -41,7 +42,8 @@ def _filled(step: PassStep, scales: KvScales) -> PassStep:
         str(layer): {name: scales.options(codec, name, layer) for name, codec in codecs.items()}
         for layer in sorted(scales.scale["key"])
     }
-    return dataclasses.replace(step, options={**step.options, "layers": layers})
+    options = {**step.options, **dict.fromkeys(STREAMS), "layers": layers}
+    return dataclasses.replace(step, options=options)
 
 
 def _codec(options: Mapping[str, Any] | None) -> StaticIntCodec:

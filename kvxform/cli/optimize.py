@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,8 +22,16 @@ from kvxform.cli.packages import LevelName, Logits, Opset, Provider, Runtime, We
 from kvxform.errors import KvxformError
 
 if TYPE_CHECKING:
+    from kvxform.recipe import Recipe
     from kvxform.report import Report
 
+KvScalesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--kv-scales",
+        help="Static scales of K and V, a kv_cache_scale_file of GenAI; default: calibrated ones.",
+    ),
+]
 Onnx = Annotated[bool, typer.Option("--onnx", help="Write an ONNX package too, into OUT/onnx.")]
 
 
@@ -39,6 +48,7 @@ def run(
     logits: Logits = None,
     weights: Weights = None,
     calibration: CalibrationFile = None,
+    kv_scales: KvScalesFile = None,
     verify: VerifyLevel = Verify.probe,
     json: Json = False,
 ) -> None:
@@ -58,8 +68,9 @@ def run(
     if not onnx and any(value is not None for value in given.values()):
         rule = "options of packages need --onnx"
         raise KvxformError("KVX801", rule, got=_named(given), hint="add --onnx, or use export")
+    asked = recipe if kv_scales is None else _scaled(recipe, kv_scales)
     optimized = kvxform.optimize(
-        model, recipe, calibration=calibration, target=lowering, verify=verify.value
+        model, asked, calibration=calibration, target=lowering, verify=verify.value
     )
     optimized.save(out)
     if optimized.report.needs_training:
@@ -80,6 +91,15 @@ def run(
 
 def _named(given: dict[str, Any]) -> str:
     return ", ".join(f"--{name}" for name, value in given.items() if value is not None)
+
+
+def _scaled(recipe: str, path: Path) -> Recipe:
+    """Return a recipe with the scales of a file."""
+    from kvxform.ir.kv_scales import read_kv_scales
+    from kvxform.recipe import load_recipe
+    from kvxform.recipe_scales import with_kv_scales
+
+    return with_kv_scales(load_recipe(recipe), read_kv_scales(path))
 
 
 def summarize(report: Report) -> dict[str, Any]:

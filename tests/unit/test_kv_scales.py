@@ -13,7 +13,7 @@ from kvxform.codecs.static_int import StaticIntCodec
 from kvxform.errors import PassError, RecipeError
 from kvxform.ir.kv_scales import KvScales, read_kv_scales, scales_of
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
-from kvxform.recipe import load_recipe
+from kvxform.recipe import build_pass, load_recipe
 from kvxform.recipe_scales import with_kv_scales
 
 HEADS, WIDTH = 2, 16
@@ -40,6 +40,8 @@ def test_one_number_a_layer_is_a_scale_of_the_tensor(tmp_path):
     scales = read_kv_scales(write(tmp_path / "s.json", data))
     layers = options_of(with_kv_scales(recipe(), scales))
     assert list(layers) == ["0", "1"]
+    (step,) = (s for s in with_kv_scales(recipe(), scales).passes if s.options)
+    assert not build_pass(step).needs_calibration
     for layer, key, value in (("0", 0.1, 0.3), ("1", 0.2, 0.4)):
         for stream, scale in (("key", key), ("value", value)):
             codec = make_codec(layers[layer][stream])
