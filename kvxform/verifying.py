@@ -19,9 +19,13 @@ from kvxform.ir.rounding import rounding_dtype
 from kvxform.pass_lookup import find_pass
 from kvxform.progress import ProgressDisplay
 from kvxform.recipe import retarget
+from kvxform.runtime.exporting import form_of, provider_here
 from kvxform.runtime.loading import load_model
 from kvxform.runtime.model import OptimizedModel
+from kvxform.runtime.onnx_files import check_package
 from kvxform.runtime.package_check import follow_package
+from kvxform.runtime.package_model import is_package, load_package_model
+from kvxform.runtime.packed_weights import comparable
 from kvxform.verify.cache_state import is_lossy
 from kvxform.verify.checking import Checker, Talk, compare_with_source
 from kvxform.verify.probe import rewrite_probe, run_source
@@ -61,7 +65,8 @@ def verify_artifact(
     and returns is compared with the eager lowering.
 
     Args:
-        target: A folder that `OptimizedModel.save` wrote, or a model.
+        target: A folder that `OptimizedModel.save` wrote, or a model, or an ONNX package, which is
+            compared with the program and the weights inside it.
         source: The model it was made from, as `model` for `optimize`.
         schedules: Keys of `kvxform.verify.suites.SCHEDULES`; all by default.
         lowering: `eager`, `triton` or `onnx`; by default that of the recipe.
@@ -75,6 +80,8 @@ def verify_artifact(
     if lowering is not None and lowering not in LOWERINGS:
         rule = f"the lowering must be one of {', '.join(LOWERINGS)}"
         raise KvxformError("KVX801", rule, where="verify", got=repr(lowering))
+    if _is_package(target):
+        lowering = _need_onnx(lowering)
     with ProgressDisplay(progress) as display:
         run = _Run(_open(target, lowering), lowering, display.talk)
         comparisons = []
@@ -85,10 +92,24 @@ def verify_artifact(
         return run.result(comparisons, has_source=source is not None)
 
 
+def _is_package(target: Target) -> bool:
+    return not isinstance(target, OptimizedModel) and is_package(Path(target))
+
+
+def _need_onnx(lowering: str | None) -> str:
+    """Return the lowering of a package; KVX801 if another one is asked for."""
+    if lowering not in (None, "onnx"):
+        rule = "an ONNX package has the lowering onnx alone"
+        raise KvxformError("KVX801", rule, where="verify", got=repr(lowering))
+    return "onnx"
+
+
 def _open(target: Target, lowering: str | None) -> OptimizedModel:
     wanted = "eager" if lowering == "onnx" else lowering  # a package is made from that
     if isinstance(target, OptimizedModel):
         model = target if wanted in (None, _lowering_of(target)) else _retargeted(target, wanted)
+    elif is_package(Path(target)):
+        model = load_package_model(Path(target))
     else:
         model = load_model(Path(target), target=wanted)
     if model.plan is None:
@@ -203,19 +224,28 @@ class _Run:
         return self.lowering == "triton" and self.model.device.type == "cpu"
 
     def _check_package(self, target: Target, suites: tuple[Suite, ...]) -> list[Comparison]:
-        with _package(self.model, target) as folder:
-            from kvxform.runtime.onnx_rows import OnnxModel
-            from kvxform.runtime.onnx_session import OnnxSession
+        from kvxform.runtime.onnx_rows import OnnxModel
+        from kvxform.runtime.onnx_session import OnnxSession
 
-            package = OnnxModel(self.model.program, OnnxSession(folder))
-            found, left_out = follow_package(package, self.model, suites, self._cost, self._talk)
+        with _package(self.model, target) as folder:
+            form, is_own = form_of(check_package(folder)), _is_package(target)
+            with comparable(self.model, folder, form, is_unpacked=is_own) as (leader, exact):
+                session = OnnxSession(
+                    exact, provider=provider_here(form), is_edited=exact != folder
+                )
+                package = OnnxModel(leader.program, session)
+                found, left_out = follow_package(package, leader, suites, self._cost, self._talk)
             self._left_out |= left_out
             return found
 
 
 @contextmanager
 def _package(model: OptimizedModel, target: Target) -> Iterator[Path]:
-    """Give the package beside the artifact, or one that is gone afterwards."""
+    """Give the package itself, or that beside the artifact, or one that is gone afterwards."""
+    if _is_package(target):
+        assert not isinstance(target, OptimizedModel), "checked"
+        yield Path(target)
+        return
     if not isinstance(target, OptimizedModel) and (Path(target) / "onnx" / "model.onnx").is_file():
         yield Path(target) / "onnx"
         return

@@ -6,13 +6,13 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvxform.codegen.onnx.forms import Form, OnnxOptions
+from kvxform.codegen.onnx.forms import Form, OnnxOptions, Provider
 from kvxform.codegen.onnx.levels import version_of
 from kvxform.runtime.onnx_files import DESCRIPTION
 
@@ -130,10 +130,9 @@ def _judge(
     from kvxform.runtime.package_check import check_export
     from kvxform.runtime.packed_weights import comparable
 
-    provider = form.provider if has_cuda() else "cpu"
     with comparable(model, package, form) as (leader, folder):
         run, left_out = check_export(
-            leader, folder, provider, lambda name: say(f"verify package: {name}")
+            leader, folder, provider_here(form), lambda name: say(f"verify package: {name}")
         )
     return Verdict(run, left_out=left_out)
 
@@ -159,6 +158,16 @@ def why_not_here(form: Form, dtype: str) -> str:
     if dtype == "bfloat16":
         return "bfloat16 runs on CUDA, which onnxruntime does not have here"
     return ""
+
+
+def provider_here(form: Form) -> Provider:
+    """Return where a package runs on this machine."""
+    return form.provider if has_cuda() else "cpu"
+
+
+def form_of(description: Mapping[str, Any]) -> Form:
+    """Return the form of a package from its `kvxform.json`."""
+    return Form(**{field.name: description["onnx"][field.name] for field in fields(Form)})
 
 
 def has_cuda() -> bool:

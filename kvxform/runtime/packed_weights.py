@@ -25,7 +25,7 @@ LEVEL = "accuracy_level"
 
 @contextlib.contextmanager
 def comparable(
-    model: OptimizedModel, package: Path, form: Form
+    model: OptimizedModel, package: Path, form: Form, *, is_unpacked: bool = False
 ) -> Iterator[tuple[OptimizedModel, Path]]:
     """Yield a model and a folder that must be alike if `package` is `model`.
 
@@ -33,6 +33,7 @@ def comparable(
         model: What the package was made from.
         package: Its folder.
         form: What it is.
+        is_unpacked: Whether the weights of the model are the unpacked ones already.
     """
     if form.weights == "source":
         yield model, package
@@ -40,7 +41,8 @@ def comparable(
     from kvxform.codegen.onnx.weights import unpacked_program
     from kvxform.runtime.model import OptimizedModel
 
-    leader = OptimizedModel(unpacked_program(model.program), report=model.report)
+    program = model.program if is_unpacked else unpacked_program(model.program)
+    leader = OptimizedModel(program, report=model.report)
     with tempfile.TemporaryDirectory(dir=package.parent, prefix=f"{package.name}.exact-") as place:
         folder = Path(place)
         for path in sorted(package.iterdir()):

@@ -17,13 +17,16 @@ from session_faults import leave_rows, physical_positions, requantise, see_the_f
 
 import kvxform
 from kvxform.cli.main import main
-from kvxform.errors import KvxformError
+from kvxform.codegen.onnx.forms import OnnxOptions
+from kvxform.errors import ArtifactError, KvxformError
 from kvxform.ir.program import Program
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.passes.structure.share_kv_layers import ShareKvLayers
 from kvxform.runtime.model import OptimizedModel
+from kvxform.runtime.onnx_program import PackageWeights
 from kvxform.runtime.onnx_rows import OnnxModel
 from kvxform.runtime.onnx_session import OnnxSession
+from kvxform.runtime.package_model import is_package, load_package_model
 from kvxform.runtime.session import Session
 from kvxform.verify.checking import compare_with_source
 from kvxform.verify.probe import make_probe, run_source
@@ -205,6 +208,36 @@ def test_a_package_that_does_something_else_fails_and_the_verb_says_so(tmp_path,
     data = json.loads(capsys.readouterr().out)
     assert not data["is_fine"]
     assert [c["is_fine"] for c in data["comparisons"]] == [False, True, False]
+
+
+STATIC = {"codec": "static-int", "bits": 8, "scale": [0.02]}
+FORMS = {
+    "L3 int8": ({"key": STATIC, "value": STATIC}, {"level": "L3"}),
+    "weights of 4 bits": (None, {"weights": "int4"}),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_a_package_is_compared_with_the_program_inside_it(case, tmp_path):
+    plan, options = FORMS[case]
+    model = OptimizedModel(cached_program(plan, None, **FLOAT32))
+    package = model.export_onnx(tmp_path / "out", OnnxOptions(**options), verify="none")
+    found = check(package, "ragged", "batch-reorder")
+    assert found.is_fine
+    assert found.lowering == "onnx"
+    assert sum(c.compared.startswith("cached tokens") for c in found.comparisons) == 2
+    with pytest.raises(KvxformError, match=r"KVX801.*onnx alone"):
+        check(package, lowering="eager")
+
+
+def test_a_package_without_a_weight_of_its_program_is_refused(tmp_path, monkeypatch):
+    model = OptimizedModel(cached_program(None, None, **FLOAT32))
+    package = model.export_onnx(tmp_path / "out", verify="none")
+    assert is_package(package)
+    assert not is_package(tmp_path)
+    monkeypatch.setattr(PackageWeights, "holds", lambda _self, name: "gate" not in name)
+    with pytest.raises(ArtifactError, match=r"KVX602 .*got layers.0.mlp.gate.weight"):
+        load_package_model(package)
 
 
 def test_the_verb_prints_a_table_and_is_fine(artifact, capsys):
