@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 EXIT_NO = 1
 Artifact = Annotated[
-    str, typer.Argument(metavar="ARTIFACT", help="Folder that `kvxform optimize` wrote.")
+    str,
+    typer.Argument(
+        metavar="ARTIFACT", help="Folder that `kvxform optimize` wrote, or an ONNX package."
+    ),
 ]
 Source = Annotated[
     str | None,
