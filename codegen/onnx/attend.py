@@ -142,11 +142,12 @@ def _attend_whole(
 ) -> ir.Value:
     """Emit one Attention over all values, `[B, Hk, T, D]` each.
 
-    Over buffers, causal attention needs no mask: it ends at the last slot that was written.
+    Over buffers, causal attention ends at the last slot that was written; it needs no mask if the
+    runtime knows where it starts.
     """
     span = scoring.span
     operands, causal = [q, key.values, value.values], 0
-    if e.form.capacity and span == Span(causal=True):
+    if e.form.ends_itself and span == Span(causal=True):
         operands, causal = [*operands, None, None, None, written_lengths(e)], 1
     else:
         operands.append(attention_mask(e, span))

@@ -22,6 +22,7 @@ from kvxform.codegen.onnx.levels import (
     PREFERENCE,
     reason_against,
     takes_buffers,
+    version_of,
 )
 from kvxform.errors import CodegenError
 from kvxform.ir.program import Program
@@ -45,6 +46,8 @@ BLOCK_TOKENS = 256  # GenAI's default
 FIRST_OPSET, COMPOSITE_OPSET, BUFFER_OPSET = 18, 23, 24
 # Nodes have metadata from version 10 on, so older opsets come with that one.
 IR_VERSIONS = {**dict.fromkeys(range(18, 23), 10), 23: 11, 24: 12, 25: 13}
+SCATTER_RUNTIME = 1, 25  # the first that has TensorScatter
+ALIGNED_RUNTIME = 1, 28  # before it, causal attention over buffers is wrong with several new tokens
 FIXED_KINDS: dict[Level, CacheKind] = {"L0": "grow", "L3": "buffer", "L4": "paged", "L5": "grow"}
 
 
@@ -85,6 +88,11 @@ class Form:
         return CAPACITY if self.cache == "buffer" else None
 
     @property
+    def ends_itself(self) -> bool:
+        """Whether causal attention over buffers needs no mask."""
+        return self.capacity is not None and version_of(self.runtime) >= ALIGNED_RUNTIME
+
+    @property
     def ir_version(self) -> int:
         """Version of the file format that belongs to the opset."""
         return IR_VERSIONS[self.opset]
@@ -103,12 +111,12 @@ def choose_form(program: Program, options: OnnxOptions) -> Form:
         _refuse_level(level, reason, program, options)
     rules = LEVELS[level]
     opset = options.opset or rules.opset[options.provider]
-    kind = _cache_kind(level, opset, program)
+    kind = _cache_kind(level, opset, options, program)
     return Form(
         level,
         opset,
         options.provider,
-        rules.runtime,
+        _least_runtime(level, kind, options),
         kind,
         options.logits,
         options.weights,
@@ -172,8 +180,18 @@ def _refuse_level(level: Level, reason: str, program: Program, options: OnnxOpti
     )
 
 
-def _cache_kind(level: Level, opset: int, program: Program) -> CacheKind:
+def _cache_kind(level: Level, opset: int, options: OnnxOptions, program: Program) -> CacheKind:
     """Return how planes are kept; buffers need TensorScatter, and rows that never move."""
     if level in FIXED_KINDS:
         return FIXED_KINDS[level]
-    return "buffer" if opset >= BUFFER_OPSET and takes_buffers(program) else "grow"
+    has_scatter = opset >= BUFFER_OPSET and version_of(options.runtime) >= SCATTER_RUNTIME
+    return "buffer" if has_scatter and takes_buffers(program) else "grow"
+
+
+def _least_runtime(level: Level, kind: CacheKind, options: OnnxOptions) -> str:
+    """Return the oldest version of ONNX Runtime that runs a package."""
+    least = version_of(LEVELS[level].runtime[options.provider])
+    if kind == "buffer" and level not in FIXED_KINDS:
+        is_new = version_of(options.runtime) >= ALIGNED_RUNTIME
+        least = max(least, ALIGNED_RUNTIME if is_new else SCATTER_RUNTIME)
+    return f"{least[0]}.{least[1]}"

@@ -28,6 +28,7 @@ FLOATS = (torch.float32, torch.float16)
 HALVES = (torch.float16, torch.bfloat16)
 ALL_DTYPES = {"cpu": FLOATS, "cuda": (*FLOATS, torch.bfloat16)}
 LAST_OPSET = 25
+CUDA_RUNTIME = "1.31"  # older builds were not run on a GPU
 STATIC = "static-int"  # the codec whose bytes the contrib operators keep
 
 
@@ -52,7 +53,7 @@ class LevelRules:
         about: What is emitted.
         opset: Version of the default domain unless another one is asked for, by provider.
         first_opset: The oldest version that has all operators.
-        runtime: Least version of ONNX Runtime.
+        runtime: Least version of ONNX Runtime, by provider; those of the CPU are measured.
         dtypes: Compute dtypes by provider; a provider that is not named cannot run it.
         int4_weights: Whether `MatMulNBits` may be used.
         sites: What must hold for every layer.
@@ -61,7 +62,7 @@ class LevelRules:
     about: str
     opset: dict[str, int]
     first_opset: int
-    runtime: str
+    runtime: dict[str, str]
     dtypes: dict[str, tuple[torch.dtype, ...]]
     int4_weights: bool = True
     sites: tuple[SiteRule, ...] = ()
@@ -140,24 +141,33 @@ PAGED = (
 
 LEVELS: dict[str, LevelRules] = {
     "L0": LevelRules(
-        "primitives", {"cpu": 18, "cuda": 18}, 18, "1.30", ALL_DTYPES, int4_weights=False
+        "primitives",
+        {"cpu": 18, "cuda": 18},
+        18,
+        {"cpu": "1.20", "cuda": CUDA_RUNTIME},
+        ALL_DTYPES,
+        int4_weights=False,
     ),
     "L1": LevelRules(
         "Attention over an unquantised cache",
         {"cpu": 23, "cuda": 24},
         23,
-        "1.30",
+        {"cpu": "1.24", "cuda": CUDA_RUNTIME},
         ALL_DTYPES,
         sites=(PLAIN,),
     ),
     "L2": LevelRules(
-        "a cache of bytes, decoded in the graph", {"cpu": 23, "cuda": 24}, 23, "1.30", ALL_DTYPES
+        "a cache of bytes, decoded in the graph",
+        {"cpu": 23, "cuda": 24},
+        23,
+        {"cpu": "1.24", "cuda": CUDA_RUNTIME},
+        ALL_DTYPES,
     ),
     "L3": LevelRules(
         "GroupQueryAttention over shared buffers",
         {"cpu": 23, "cuda": 23},
         23,
-        "1.31",
+        {"cpu": "1.27", "cuda": CUDA_RUNTIME},
         {"cpu": FLOATS, "cuda": HALVES},
         sites=BUFFERED,
     ),
@@ -165,7 +175,7 @@ LEVELS: dict[str, LevelRules] = {
         "PagedAttention over blocks",
         {"cuda": 23},
         23,
-        "1.31",
+        {"cuda": CUDA_RUNTIME},
         {"cuda": HALVES},
         sites=PAGED,
     ),
@@ -173,7 +183,7 @@ LEVELS: dict[str, LevelRules] = {
         "append and attention as functions of the domain kvx",
         {"cpu": 23, "cuda": 23},
         18,
-        "1.30",
+        {"cpu": "1.24", "cuda": CUDA_RUNTIME},
         ALL_DTYPES,
     ),
 }
@@ -197,8 +207,9 @@ def reason_against(level: str, program: Program, options: OnnxOptions) -> str | 
         return f"on {options.provider} the compute dtype must be {names}"
     if options.opset is not None and options.opset < rules.first_opset:
         return f"needs opset {rules.first_opset} or newer"
-    if version_of(options.runtime) < version_of(rules.runtime):
-        return f"needs ONNX Runtime {rules.runtime} or newer"
+    least = rules.runtime[options.provider]
+    if version_of(options.runtime) < version_of(least):
+        return f"needs ONNX Runtime {least} or newer"
     if options.weights == "int4" and not rules.int4_weights:
         return "int4 weights need an operator that is not a primitive"
     return _site_reason(rules, program)

@@ -31,6 +31,7 @@ FORMS = {
     "L0 in opset 25": OnnxOptions("L0", 25),
     "opset 24": OnnxOptions(opset=24),
     "opset 25": OnnxOptions(opset=25),
+    "opset 24, old runtime": OnnxOptions(opset=24, runtime="1.26"),
 }
 
 

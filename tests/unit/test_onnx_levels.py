@@ -156,9 +156,21 @@ def test_the_provider_has_dtypes_of_its_own():
 def test_old_opsets_and_runtimes_leave_less():
     assert legal(toy(), opset=18) == ["L0", "L5"]
     assert "needs opset 23" in against("L1", toy(), opset=22)
-    assert "needs ONNX Runtime 1.31" in against("L3", toy(), runtime="1.30")
-    with pytest.raises(CodegenError, match=r"KVX403.*needs ONNX Runtime"):
+    assert "needs ONNX Runtime 1.27" in against("L3", toy(), runtime="1.26")
+    assert legal(toy(dtype=torch.float16), provider="cuda", runtime="1.30") == []
+    with pytest.raises(CodegenError, match=r"KVX403.*needs ONNX Runtime 1.20"):
         choose_form(toy(), OnnxOptions(runtime="1.2"))
+
+
+def test_buffers_are_those_that_the_runtime_reads_rightly():
+    """ONNX Runtime 1.25 to 1.27 let queries start at slot 0 if no mask says where they are."""
+    new, old, oldest = (
+        choose_form(toy(), OnnxOptions(opset=24, runtime=runtime))
+        for runtime in ("1.30", "1.27", "1.24")
+    )
+    assert (new.runtime, new.cache, new.ends_itself) == ("1.28", "buffer", True)
+    assert (old.runtime, old.cache, old.ends_itself) == ("1.25", "buffer", False)
+    assert (oldest.runtime, oldest.cache, oldest.ends_itself) == ("1.24", "grow", False)
 
 
 def test_primitives_have_no_int4_weights():
