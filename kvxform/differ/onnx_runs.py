@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import Program
+from kvxform.runtime.exporting import has_cuda
 from kvxform.runtime.onnx_engine import import_runtime
 from kvxform.runtime.onnx_rows import OnnxModel
 from kvxform.runtime.onnx_session import OnnxSession
@@ -28,7 +29,8 @@ DTYPES = {
 
 def package_model(program: Program, folder: Path) -> OnnxModel:
     """Return a package as a model with a cache; hidden states are those of its program."""
-    return OnnxModel(program, OnnxSession(folder, is_edited=True))
+    provider = None if has_cuda() else "cpu"
+    return OnnxModel(program, OnnxSession(folder, provider=provider, is_edited=True))
 
 
 def file_logits(path: Path) -> FileRun | None:
