@@ -45,12 +45,12 @@ class _Definition:
     function: ir.Function
     order: tuple[int, ...]
 
-    def call(self, group: Group) -> ir.Node:
+    def call(self, b: Builder, group: Group) -> ir.Node:
         """Return the node that stands for a group; its outputs are new values of the same names."""
         operands = [(*group.inputs, *group.constants)[i] for i in self.order]
         outputs = [ir.Value(name=x.name, type=x.type, shape=x.shape) for x in group.outputs]
         scope = str(group.nodes[-1].name).rpartition("/")[0]
-        name = f"{scope}/{self.function.name}"
+        name = b.unique(f"{scope}/{self.function.name}")
         node = ir.Node(FUNCTIONS, self.function.name, operands, outputs=outputs, name=name)
         note_calls(node, group.nodes)
         return node
@@ -71,7 +71,7 @@ def fold_layers(
     """
     groups = _groups(e, calls, outputs)
     definitions = _define(e, groups, _names(e, calls))
-    made = {group: definitions[group.text].call(group) for group in groups.values()}
+    made = {group: definitions[group.text].call(e.builder, group) for group in groups.values()}
     renamed = _replace(e.builder, made)
     return [renamed.get(x, x) for x in outputs], [x.function for x in definitions.values()]
 
@@ -179,9 +179,10 @@ def _function_name(site: SitePlan) -> str:
 
 
 def _codec_word(stream: StreamPlan) -> str:
-    codec = stream.codec
-    word = "exact" if codec["codec"] == "none" else f"{codec['codec']}{codec.get('bits', '')}"
-    return re.sub(r"\W+", "_", word)
+    name, bits = str(stream.codec["codec"]), stream.codec.get("bits", "")
+    if name == "none":
+        return "exact"
+    return re.sub(r"\W+", "_", name) + (str(bits) if isinstance(bits, int) else "")
 
 
 def _describe(site: SitePlan) -> str:

@@ -6,8 +6,8 @@ constant is an operand, which a body has inside if it is small and the same in a
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,15 +110,19 @@ def make_body(
 
 
 class Namer:
-    """Gives out names, numbered where they were given out before."""
+    """Gives out names, each once."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self._given: set[str] = set()
 
     def __call__(self, name: str) -> str:
-        """Return `name`, or with a number at its end."""
-        self._counts[name] += 1
-        return name if self._counts[name] == 1 else f"{name}_{self._counts[name]}"
+        """Return `name`, or with the least number at its end that makes it new."""
+        numbers = itertools.count(2)
+        found = name
+        while found in self._given:
+            found = f"{name}_{next(numbers)}"
+        self._given.add(found)
+        return found
 
 
 def _is_structure(value: ir.Value) -> bool:
@@ -140,8 +144,7 @@ def _structure_of(group: Group) -> Iterable[ir.Value]:
 def _text(node: ir.Node, names: Mapping[ir.Value | None, str]) -> str:
     """Return a node as text, without its own name."""
     attributes = sorted(
-        ir.serde.serialize_attribute(x).SerializeToString().hex()
-        for x in node.attributes.values()
+        ir.serde.serialize_attribute(x).SerializeToString().hex() for x in node.attributes.values()
     )
     operands = " ".join(names[x] for x in node.inputs)
     results = " ".join(names[x] if x.name else "-" for x in node.outputs)
@@ -174,9 +177,10 @@ def _constant(value: ir.Value, values: dict[ir.Value, ir.Value], given: Namer) -
     """Return a node that yields a constant, and enter its value."""
     tensor = value.const_value
     assert tensor is not None, "an initialiser"
-    values[value] = ir.Value(name=given(_word(str(value.name))))
+    label = given(_word(str(value.name)))
+    values[value] = ir.Value(name=label)
     attribute = ir.AttrTensor("value", ir.tensor(tensor.numpy(), dtype=tensor.dtype))
-    return ir.Node("", "Constant", [], [attribute], outputs=[values[value]])
+    return ir.Node("", "Constant", [], [attribute], outputs=[values[value]], name=label)
 
 
 def _role(node: ir.Node) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvxform.codegen.onnx.builder import INT64, Builder
-from kvxform.codegen.onnx.ports import PAST, PRESENT, CachePorts
+from kvxform.codegen.onnx.ports import PAST, PRESENT, CachePorts, port_key
 from kvxform.ir.plan import SitePlan
 
 INT32 = ir.DataType.INT32
@@ -72,7 +72,7 @@ def enter_blocks(
     ports: CachePorts, site: SitePlan, stream: str, dtype: ir.DataType, width: int
 ) -> ir.Value:
     """Add the input of one stream, `[num_blocks, block_size, Hk, width]`."""
-    key = f"{site.layer}.{stream}"
+    key = _key(site, stream)
     value = ir.Value(
         name=f"{PAST}.{key}",
         type=ir.TensorType(dtype),
@@ -84,10 +84,15 @@ def enter_blocks(
 
 def leave_blocks(ports: CachePorts, site: SitePlan, stream: str, value: ir.Value) -> None:
     """Make `value` the output of one stream: the same memory as its input."""
-    key = f"{site.layer}.{stream}"
+    key = _key(site, stream)
     value.name = f"{PRESENT}.{key}"
     value.shape = ports.past[key].shape
     ports.present[key] = value
+
+
+def _key(site: SitePlan, stream: str) -> str:
+    (plane,) = site.streams[stream].planes
+    return port_key(site, stream, plane.name)
 
 
 def _input(name: str, dtype: ir.DataType, *shape: str | int) -> ir.Value:

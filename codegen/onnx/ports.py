@@ -67,7 +67,7 @@ class CachePorts:
         """
         entered = {}
         for spec in plane_specs(site.streams[stream]):
-            key = _key(site, stream, spec.name)
+            key = port_key(site, stream, spec.name)
             rows = self.capacity or f"past_{self._rows(site, stream, spec)}"
             entered[spec.name] = ir.Value(
                 name=f"{PAST}.{key}",
@@ -80,7 +80,7 @@ class CachePorts:
     def leave(self, site: SitePlan, stream: str, plane: str, value: ir.Value) -> ir.Value:
         """Make `value` the output of one plane."""
         spec = next(s for s in plane_specs(site.streams[stream]) if s.name == plane)
-        key = _key(site, stream, plane)
+        key = port_key(site, stream, plane)
         total = self.capacity or f"total_{self._rows(site, stream, spec)}"
         value.name = f"{PRESENT}.{key}"
         heads = spec.heads(site.num_kv_heads)
@@ -105,6 +105,7 @@ class CachePorts:
         return f"{layer}{stream}_{kind}_length"
 
 
-def _key(site: SitePlan, stream: str, plane: str) -> str:
+def port_key(site: SitePlan, stream: str, plane: str) -> str:
+    """Return the part of the name of a port that inputs and outputs share."""
     suffix = "" if plane == "value" else f"_{plane}"
     return f"{site.layer}.{stream}{suffix}"

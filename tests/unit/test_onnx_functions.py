@@ -15,6 +15,7 @@ from programs import token_ids
 
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.codegen.onnx.node_map import node_map
+from kvxform.codegen.onnx.outlining import Namer
 from kvxform.diffing.outline_onnx import outline_onnx
 
 TOKENS, TOLERANCE = 40, 1e-4
@@ -160,3 +161,24 @@ def test_equal_programs_give_equal_bytes(tmp_path):
         open_l5(program_of(PLANS["kivi"]), tmp_path / name)
     contents = [(tmp_path / name / "model.onnx").read_bytes() for name in ("a", "b")]
     assert contents[0] == contents[1]
+
+
+def test_names_that_end_in_numbers_are_given_once():
+    given = Namer()
+    assert [given(name) for name in ("x", "x_2", "x", "x", "x_2")] == [
+        "x",
+        "x_2",
+        "x_3",
+        "x_4",
+        "x_2_2",
+    ]
+
+
+def test_a_layer_that_runs_twice_has_calls_of_different_names(tmp_path):
+    program = program_of(PLANS["int4"])
+    for node in program.graph.nodes:
+        if "module" in node.meta:
+            node.meta["module"] = node.meta["module"].replace("layers.1", "layers.0")
+    _, model = open_l5(program, tmp_path / "out")
+    names = [node.name for node in calls_of(model)]
+    assert len(set(names)) == 2

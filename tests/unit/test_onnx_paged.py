@@ -19,6 +19,7 @@ from kvxform.codegen.onnx.forms import OnnxOptions, legal_levels
 from kvxform.errors import CacheFullError, CodegenError, KvxformError
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.runtime.onnx_engine import Engine
+from kvxform.runtime.onnx_rows import OnnxModel
 from kvxform.runtime.onnx_session import OnnxSession
 
 TOKENS, BLOCK = 40, 16
@@ -110,23 +111,22 @@ def test_a_row_of_nothing_new_costs_no_run(int8, monkeypatch):
     assert session.sequence_lengths() == (12, 3)
 
 
-def test_planes_are_the_cache_and_can_be_put_back(int8, monkeypatch):
+def test_rows_can_be_read_reordered_and_cropped(int8, monkeypatch):
     program, every, _ = int8
-    session = open_paged(every, monkeypatch)
+    model = OnnxModel(program, open_paged(every, monkeypatch))
+    rows = model.new_session(max_batch_size=2, max_seq_len=64)
     ids = token_ids(program, 2, 30)
-    session.prefill(ids[:, :20])
-    planes, mask = session.cache_planes(), session.mask
-    for row in range(2):
-        for stream, expected in zip(
-            ("key", "value"), defined_cache(program, ids[row, :20], 1), strict=True
-        ):
-            codes = planes[f"past_key_values.1.{stream}"][row]
-            codec = make_codec(program.plan.site(1).streams[stream].codec)
-            close(codec.decode({"codes": codes}, torch.float32), expected)
-    order = torch.tensor([1, 0])
-    session.replace_rows({name: x[order] for name, x in planes.items()}, mask[order])
-    found = session.decode(ids[order, 20])
-    close(found, torch.stack([defined_logits(program, ids[r, :21])[-1] for r in (1, 0)]))
+    rows.prefill(ids[:, :20])
+    assert rows.cache_bytes() == rows.planned_bytes()
+    found = rows.logical_cache(1)
+    keys, values = defined_cache(program, ids[1, :20], 1)
+    close(found.v[1], values)
+    codes = rows.stored_planes(1)[1]["key"]["codes"]
+    close(make_codec(program.plan.site(1).key.codec).decode({"codes": codes}, keys.dtype), keys)
+    rows.reorder([1, 0])
+    rows.crop(17)  # within the second block
+    expected = [defined_logits(program, ids[r, :18])[-1] for r in (1, 0)]
+    close(rows.decode(ids[[1, 0], 17]), torch.stack(expected))
 
 
 def test_the_pool_grows_and_is_used_again(int8, monkeypatch):
@@ -220,7 +220,8 @@ def test_the_graph_is_what_the_engine_of_genai_feeds(int8):
         graph = ir.load(folder / "model.onnx").graph
         names = [x.name for x in graph.inputs]
         assert names[:5] == [*inputs, "attention_metadata"]
-        assert names[5:] == [f"past_key_values.{n}.{s}" for n in (0, 1) for s in ("key", "value")]
+        planes = [f"past_key_values.{n}.{s}_codes" for n in (0, 1) for s in ("key", "value")]
+        assert names[5:] == planes
         (logits,) = (x for x in graph.outputs if x.name == "logits")
         assert list(logits.shape) == [rows, program.info.vocab_size]
         onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
@@ -228,6 +229,7 @@ def test_the_graph_is_what_the_engine_of_genai_feeds(int8):
     assert config["engine"]["dynamic_batching"]["block_size"] == BLOCK
     named = config["model"]["decoder"]["inputs"]
     assert {named[name] for name in (*inputs, "attention_metadata")} <= set(names)
+    assert named["past_key_names"] == "past_key_values.%d.key_codes"
 
 
 def test_a_half_precision_program_is_exported_by_its_level(tmp_path, monkeypatch):
