@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.builder import BOOL
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.ir.scoring import Span
@@ -85,14 +84,9 @@ def written_lengths(e: Emission) -> ir.Value:
     """Return how many slots of each row have been written after this call, int64 `[batch]`.
 
     They include padding behind new tokens, so that query i of S sees `written - S + i + 1` slots.
+    Positions of padding are not looked at: GenAI says 0 there.
     """
-
-    def make() -> ir.Value:
-        last = e.slice(e.inputs.position_ids, -1, END, axis=1)
-        count = e.builder.op("Add", last, e.builder.const(1))
-        return e.builder.op("Squeeze", count, e.builder.const([1]))
-
-    return e.shared(("written",), make)
+    return e.shared(("written",), lambda: e.builder.op("Add", first_positions(e), e.symbol("S")))
 
 
 def key_positions(e: Emission) -> ir.Value:
