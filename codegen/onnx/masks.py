@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvxform.codegen.onnx.builder import BOOL
+from kvxform.codegen.onnx.builder import BOOL, INT64
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.ir.scoring import Span
 from kvxform.ir.stream_plan import StreamPlan
@@ -86,7 +86,20 @@ def written_lengths(e: Emission) -> ir.Value:
     They include padding behind new tokens, so that query i of S sees `written - S + i + 1` slots.
     Positions of padding are not looked at: GenAI says 0 there.
     """
-    return e.shared(("written",), lambda: e.builder.op("Add", first_positions(e), e.symbol("S")))
+    return e.shared(("written",), lambda: e.builder.op("Add", first_positions(e), _new_tokens(e)))
+
+
+def _new_tokens(e: Emission) -> ir.Value:
+    """Return S, as int64 `[1]` or `[batch]`.
+
+    On CUDA it is counted there: a size is a number of the CPU, and a copy of it to the device would
+    forbid CUDA graphs.
+    """
+    if e.form.provider == "cpu":
+        return e.symbol("S")
+    b, ids = e.builder, e.inputs.input_ids
+    ones = b.cast(b.op("Equal", ids, ids, dtype=BOOL), INT64)
+    return b.op("ReduceSum", ones, b.const([1]), keepdims=0)
 
 
 def key_positions(e: Emission) -> ir.Value:
