@@ -14,7 +14,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.builder import INT64
 from kvxform.codegen.onnx.emission import Emission, Emitted
-from kvxform.codegen.onnx.masks import first_positions
+from kvxform.codegen.onnx.masks import first_positions, past_length, slot_range, total_length
 from kvxform.ir.linear import LINEAR
 from kvxform.ir.program import Program
 
@@ -33,6 +33,7 @@ PER_TOKEN = frozenset(
         aten.to.dtype,
     }
 )
+FLOAT = ir.DataType.FLOAT
 TOKENS = 1  # axis of hidden states [B, S, C]
 
 
@@ -64,8 +65,25 @@ def last_tokens(e: Emission, x: Emitted) -> ir.Value:
         ends = e.slice(e.paged.bounds, 1, END, axis=0)
         last = b.op("Sub", b.cast(ends, INT64), b.const(1))
         return b.op("Gather", x, last, axis=TOKENS)
-    if e.form.capacity is None:  # rows end together
-        return e.slice(x, -1, END, axis=TOKENS)
-    counts = b.op("ReduceSum", e.inputs.attention_mask, b.const([1]), keepdims=0)
-    last = b.op("Sub", b.op("Sub", counts, b.const(1)), first_positions(e))
+    last = _last_columns(e) if e.form.capacity is None else _last_slots(e)
     return b.op("GatherND", x, b.op("Unsqueeze", last, b.const([1, 2])), batch_dims=1)
+
+
+def _last_slots(e: Emission) -> ir.Value:
+    """Return the column of the last new token of each row in buffers, int64 `[B]`."""
+    b = e.builder
+    counts = b.op("ReduceSum", e.inputs.attention_mask, b.const([1]), keepdims=0)
+    return b.op("Sub", b.op("Sub", counts, b.const(1)), first_positions(e))
+
+
+def _last_columns(e: Emission) -> ir.Value:
+    """Return the column of the last new token of each row in a cache that grows, int64 `[B]`.
+
+    Where rows are padded on the left, it is the last one; GenAI pads them on the right. Float32,
+    since CUDA has no kernel for the maximum of integers.
+    """
+    b = e.builder
+    new = e.slice(e.inputs.attention_mask, past_length(e), total_length(e), axis=1)
+    columns = slot_range(e, b.const([0]), e.symbol("S"))
+    products = b.op("Mul", b.cast(new, FLOAT), b.cast(columns, FLOAT))
+    return b.cast(b.op("ReduceMax", products, b.const([1]), keepdims=0), INT64)
