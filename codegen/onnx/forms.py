@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
 from kvxform.codegen.onnx.levels import (
+    INT4_RUNTIME,
     LAST_OPSET,
     LEVELS,
     PREFERENCE,
@@ -194,4 +195,6 @@ def _least_runtime(level: Level, kind: CacheKind, options: OnnxOptions) -> str:
     if kind == "buffer" and level not in FIXED_KINDS:
         is_new = version_of(options.runtime) >= ALIGNED_RUNTIME
         least = max(least, ALIGNED_RUNTIME if is_new else SCATTER_RUNTIME)
+    if options.weights == "int4":
+        least = max(least, version_of(INT4_RUNTIME))
     return f"{least[0]}.{least[1]}"

@@ -127,6 +127,7 @@ CONTRIB = (
     SiteRule("ALiBi has no input", _lacks("alibi_slopes")),
     SiteRule("means may not be taken from keys under a softcap or beside a sink", are_centers_free),
 )
+INT4_RUNTIME = "1.25"  # measured; 1.24 has errors in products of 8 bits and float16
 BUFFERED = (
     *CONTRIB,
     SiteRule(f"streams must be unquantised or {STATIC}", _streams(fits_contrib)),
@@ -212,6 +213,8 @@ def reason_against(level: str, program: Program, options: OnnxOptions) -> str | 
         return f"needs ONNX Runtime {least} or newer"
     if options.weights == "int4" and not rules.int4_weights:
         return "int4 weights need an operator that is not a primitive"
+    if options.weights == "int4" and version_of(options.runtime) < version_of(INT4_RUNTIME):
+        return f"int4 weights need ONNX Runtime {INT4_RUNTIME} or newer"
     return _site_reason(rules, program)
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from programs import apply, gpt2_program, token_ids
 
 from kvxform.codegen.onnx import export_onnx
-from kvxform.codegen.onnx.forms import OnnxOptions
+from kvxform.codegen.onnx.forms import OnnxOptions, choose_form
 from kvxform.codegen.onnx.nbits import Packing, pack, unpack
 from kvxform.codegen.onnx.weights import WeightStore, unpacked_program
-from kvxform.errors import ArtifactError, VerifyError
+from kvxform.errors import ArtifactError, CodegenError, VerifyError
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.runtime.exporting import Verdict
 from kvxform.runtime.model import OptimizedModel
@@ -157,3 +157,12 @@ def test_an_export_is_verified_against_the_unpacked_weights(tmp_path, monkeypatc
     monkeypatch.setattr("kvxform.codegen.onnx.weights.unpack", wrong)
     with pytest.raises(VerifyError, match=r"^KVX503"):
         model.export_onnx(tmp_path / "other", INT4)
+
+
+def test_an_older_runtime_is_refused():
+    program = toy(layers=1)
+    assert choose_form(program, INT4).runtime >= "1.25"
+    with pytest.raises(CodegenError, match=r"^KVX403.*int4 weights need ONNX Runtime 1.25"):
+        choose_form(program, OnnxOptions(level="L1", weights="int4", runtime="1.24"))
+    with pytest.raises(CodegenError, match=r"^KVX403.*not a primitive"):
+        choose_form(program, OnnxOptions(level="L0", weights="int4"))
