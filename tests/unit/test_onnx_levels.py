@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import get_type_hints
 
 import onnx
@@ -12,6 +14,7 @@ from cached import cached_program
 from programs import apply
 
 import kvxform.ir.ops as kvx
+from kvxform.cli.packages import level_rows, level_table
 from kvxform.codegen.onnx.capability import check_form, check_program
 from kvxform.codegen.onnx.export import emit_model
 from kvxform.codegen.onnx.forms import OnnxOptions, choose_form, legal_levels
@@ -283,5 +286,27 @@ def test_buffers_are_written_in_place():
     assert "Attention" in written & grown
 
 
-def test_every_level_has_a_row():
-    assert list(LEVELS) == ["L0", "L1", "L2", "L3", "L4", "L5"]
+def test_the_page_has_every_level_as_it_is():
+    """Its first table: opset, runtime and providers of each level."""
+    text = (Path(__file__).parents[2] / "docs" / "onnx-levels.md").read_text(encoding="utf-8")
+    words = {"cpu": "CPU", "cuda": "CUDA"}
+    rows = re.findall(
+        r"^\| (L\d) \| .* \| (\d+) and up \| ([\d.]+) \| (.*) \|$", text, re.MULTILINE
+    )
+    assert rows == [
+        (
+            level,
+            str(rules.first_opset),
+            next(iter(rules.runtime.values())),
+            ", ".join(words[provider] for provider in rules.dtypes),
+        )
+        for level, rules in LEVELS.items()
+    ]
+
+
+def test_the_page_shows_what_the_command_prints():
+    text = (Path(__file__).parents[2] / "docs" / "onnx-levels.md").read_text(encoding="utf-8")
+    program = toy({**CHANNEL, "value": INT4["value"], "regions": {"recent": 16, "flush": "block"}})
+    table = level_rows(level_table(program, OnnxOptions()))
+    shown = [re.split(r"  +", line) for line in text.splitlines() if re.match(r"L\d  ", line)]
+    assert shown == [list(row) for row in table]
