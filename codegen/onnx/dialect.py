@@ -12,6 +12,7 @@ import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.aten_shape import END
 from kvxform.codegen.onnx.builder import Builder, onnx_dtype
 from kvxform.codegen.onnx.emission import Emission, dtype_of, emits, type_of
+from kvxform.codegen.onnx.norm_of_sum import emit_norm_of_sum
 
 
 @emits(kvx.RMS_NORM)
@@ -33,6 +34,8 @@ def emit_rms_norm(
         weight = b.op("Add", weight, e.operand(weight_offset, dtype_of(node)))
     if wide == ir.DataType.FLOAT and not e.form.is_primitive:
         gain = weight if weight is not None else _ones(b, size, type_of(node).dtype)
+        if (summed := emit_norm_of_sum(e, node, gain, eps)) is not None:
+            return summed
         return b.op("RMSNormalization", x, gain, axis=-1, epsilon=eps, role="rms_norm")
     y = b.cast(x, wide)
     mean = b.op("ReduceMean", b.op("Mul", y, y), b.const([-1]), keepdims=1)

@@ -16,6 +16,8 @@ from kvxform.runtime.inputs import Batch
 from kvxform.runtime.onnx_engine import Binding, Engine, present_of
 
 FIRST_CAPACITY = 256  # tokens a row; it doubles from there on where no length was asked for
+# Tokens of one run on the CPU: its kernels work out all scores of a run, also those of later keys.
+CPU_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class BufferCache:
         before = kept or (0,) * len(counts)
         self._reserve(len(counts), [n + new for n, new in zip(before, counts, strict=True)])
         width = max(counts)
-        size = 1 if every and self._engine.is_last else chunk_size or width
+        size = 1 if every and self._engine.is_last else chunk_size or self._best_chunk(width)
         empty = self._engine.new_logits(len(counts), width if every else 1)
         out = empty.new_zeros(len(counts), width if every else 1, empty.shape[2])
         try:
@@ -117,6 +119,9 @@ class BufferCache:
         for name, plane in planes.items():
             self._planes[name][:, :, : plane.shape[2]] = plane.to(self._engine.device)
         self.lengths = lengths
+
+    def _best_chunk(self, width: int) -> int:
+        return min(width, CPU_CHUNK) if self._engine.provider == "cpu" else width
 
     def _append_columns(self, ids: Tensor, new: Sequence[int], out: Tensor, *, every: bool) -> None:
         """Append some columns of the prompts and write their logits into `out`."""
