@@ -97,6 +97,11 @@ def note_calls(node: ir.Node, parts: Sequence[ir.Node]) -> None:
         node.metadata_props[ALSO] = _SEPARATOR.join(also)
 
 
+def operation_of(key: str) -> str:
+    """Return the operation of a call from its `kvxform.node`: `kvx.rope` of `3/kvx.rope/1`."""
+    return key.split("/")[1] if key.count("/") == 2 else key
+
+
 def calls_of(node: ir.Node) -> tuple[str, ...]:
     """Return the calls that an ONNX node does the work of; none for what layers share."""
     notes = node.metadata_props

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kvxform.codegen.onnx.node_map import calls_of, operation_of
 from kvxform.codegen.onnx.provenance import LAYER, MODULE, ORIGIN, VIA
 from kvxform.diffing.outline_nodes import OUTPUT, Operand, OutlineNode
 
@@ -107,6 +108,7 @@ class _Reader:
             module=notes.get(MODULE, ""),
             origin=notes.get(ORIGIN, ""),
             via=tuple(via.split(", ")) if via else (),
+            calls=tuple(dict.fromkeys(operation_of(key) for key in calls_of(node))),
             type=type_text(node.outputs[0]) if len(node.outputs) == 1 else "",
             inputs=arguments.inputs,
             attributes=tuple(attributes),

@@ -35,6 +35,7 @@ class OutlineNode:
         module: Path of the source module; for people only.
         origin: What it was in the source, with source line.
         via: Passes that made or changed it, oldest first.
+        calls: Of an ONNX operation, the operations of the dialect whose work it does.
         type: Type of its result as text, for instance `f32[B, S, 64]`.
         inputs: Operands in the order of the schema of the operation. Lists stay lists.
         attributes: Other arguments by name, as text, without those that have their default value. A
@@ -49,6 +50,7 @@ class OutlineNode:
     module: str = ""
     origin: str = ""
     via: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
     type: str = ""
     inputs: tuple[Operand, ...] = ()
     attributes: tuple[tuple[str, str], ...] = ()

@@ -47,6 +47,7 @@ class PairComparer:
             module=y.module,
             origin=y.origin,
             via=y.via,
+            calls=y.calls,
         )
 
     def _rewired(self, x: OutlineNode, y: OutlineNode) -> Iterator[str]:

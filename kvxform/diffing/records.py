@@ -57,6 +57,7 @@ class NodeChange:
         module: Path of the source module.
         origin: What it was in the source, with source line.
         via: Passes that made or changed it, oldest first: in B, or in A if it was removed.
+        calls: Of an ONNX operation, the operations of the dialect whose work it does, likewise.
     """
 
     kind: NodeChangeKind
@@ -68,6 +69,7 @@ class NodeChange:
     module: str = ""
     origin: str = ""
     via: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,8 @@ def _lines(block: Block[Change]) -> Iterator[str]:
 def _node(change: NodeChange, times: str) -> Iterator[str]:
     by = "in A from" if change.kind == "removed" else "by"
     via = f"  {by} {', '.join(map(plain_line, change.via))}" if change.via else ""
+    if change.calls:
+        via = f"  for {', '.join(map(plain_line, change.calls))}{via}"
     if change.kind in ("added", "removed"):
         yield f"    {sign_of([change])} {plain_line(change.after or change.before)}{times}{via}"
         return

@@ -75,6 +75,7 @@ def _one_sided(
         module=node.module,
         origin=node.origin,
         via=node.via,
+        calls=node.calls,
     )
 
 

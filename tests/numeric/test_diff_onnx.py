@@ -20,6 +20,7 @@ import kvxform
 from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.diffing.records import DiffResult
+from kvxform.diffing.render_text import render_text
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import Program
 from kvxform.ir.text import format_graph
@@ -190,6 +191,8 @@ def test_a_changed_file_is_seen_between_packages_of_other_recipes_too(package, t
     result = differ(other, tampered(package, rescale), numeric=False)
     (found,) = (n for n in result.structure.nodes if n.op.startswith("onnx."))
     assert (found.layer, found.op) == (1, "onnx.RMSNormalization")
+    assert found.calls == ("kvx.rms_norm",)
+    assert "  for kvx.rms_norm" in render_text(result)
 
 
 def test_a_changed_weight_is_seen_in_its_layer(program, package):

@@ -12,7 +12,7 @@ from kvxform.codegen.onnx.builder import Builder
 from kvxform.codegen.onnx.capability import check_program
 from kvxform.codegen.onnx.export import emit_model
 from kvxform.codegen.onnx.forms import OnnxOptions
-from kvxform.codegen.onnx.node_map import ALSO, calls_of, node_map, note_absorbed
+from kvxform.codegen.onnx.node_map import ALSO, calls_of, node_map, note_absorbed, operation_of
 from kvxform.codegen.onnx.provenance import NODE, provenance_notes
 
 INT4 = {"codec": "int", "bits": 4}
@@ -47,6 +47,8 @@ def test_an_attention_that_appends_does_the_work_of_the_append():
     assert found["1/kvx.cache_append/0"] == ("/layers.1/attn/attention",)
     attention = next(n for n in graph if n.name == "/layers.1/attn/attention")
     assert calls_of(attention) == ("1/kvx.cached_attention/0", "1/kvx.cache_append/0")
+    operations = [operation_of(key) for key in calls_of(attention)]
+    assert operations == ["kvx.cached_attention", "kvx.cache_append"]
 
 
 class Chain:
