@@ -190,7 +190,7 @@ def main() -> None:
     """Measure, write JSON, print a table."""
     options = parse_options()
     file = ResultFile(options.json, "onnx_cpu")
-    file.start_run(describe_run(options, cpu=processor()))
+    file.start_run(describe_run(options, device=processor()))
     Bench(options, file).run()
     print(cpu_table(file.this_run()))
 

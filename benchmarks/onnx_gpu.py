@@ -232,7 +232,10 @@ def main() -> None:
     """Measure, write JSON, print tables."""
     options = parse_options()
     file = ResultFile(options.json, "onnx_gpu")
-    file.start_run(describe_run(options))
+    run = describe_run(options)
+    if "onnxruntime-gpu" in run["versions"]:
+        run["versions"].pop("onnxruntime", None)  # another package, which is not the one imported
+    file.start_run(run)
     with tempfile.TemporaryDirectory() as folder:
         Bench(options, file, Path(folder)).run()
     rows = file.this_run()

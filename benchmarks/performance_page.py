@@ -1,9 +1,9 @@
-"""Fill the tables of docs/performance.md from result files of benchmarks.
+"""Fill the tables of docs/performance.md and docs/onnx-performance.md from results of benchmarks.
 
     python benchmarks/performance_page.py            # reads benchmarks/results/*.json
-    python benchmarks/performance_page.py --check    # says whether the page is up to date
+    python benchmarks/performance_page.py --check    # says whether the pages are up to date
 
-The page is written by hand but for the blocks between `<!-- table: NAME -->` and `<!-- end -->`.
+A page is written by hand but for the blocks between `<!-- table: NAME -->` and `<!-- end -->`.
 Each block gets the rows of its benchmark, one table for each run, with the command, the device, the
 versions and the date of the run below it. A block without results says so.
 """
@@ -18,11 +18,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_tables
 import tables
 from results import Row
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "onnx-performance.md"))
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w/ -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MISSING = "Not measured yet.\n"
@@ -30,19 +31,22 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def main() -> int:
-    """Rewrite the page, or compare it; return the exit status."""
+    """Rewrite the pages, or compare them; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    old = options.page.read_text(encoding="utf-8")
-    new = fill_page(old, read_results(options.results))
-    if options.check:
-        print("up to date" if new == old else "out of date", file=sys.stderr)
-        return int(new != old)
-    options.page.write_text(new, encoding="utf-8")
-    return 0
+    results, stale = read_results(options.results), False
+    for page in options.page:
+        old = page.read_text(encoding="utf-8")
+        new = fill_page(old, results)
+        stale |= new != old
+        if options.check:
+            print(page.name, "up to date" if new == old else "out of date", file=sys.stderr)
+        else:
+            page.write_text(new, encoding="utf-8")
+    return int(options.check and stale)
 
 
 def read_results(folder: Path) -> Results:
@@ -115,6 +119,16 @@ TABLES: dict[str, tuple[str, Callable[[Row, str], bool], Callable[[list[Row], st
         "end_to_end",
         lambda row, part: row["key"].startswith("step/"),
         lambda rows, part: tables.steps_table(rows),
+    ),
+    "onnx-cpu": (
+        "onnx_cpu",
+        lambda row, part: True,
+        lambda rows, part: onnx_tables.cpu_table(rows),
+    ),
+    "onnx-gpu": (
+        "onnx_gpu",
+        lambda row, part: row["model"] == part,
+        lambda rows, part: onnx_tables.gpu_table(rows),
     ),
     "largest": (
         "end_to_end",

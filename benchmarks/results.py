@@ -22,7 +22,7 @@ import torch
 
 PACKAGES = (
     "kvxform", "torch", "triton", "transformers", "numpy", "flashinfer-python", "xformers",
-    "optimum-quanto", "hqq",
+    "optimum-quanto", "hqq", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai",
 )  # fmt: skip
 Row = dict[str, Any]
 
