@@ -126,6 +126,19 @@ class PagedAttention(OpRun):
         return out, k_cache, v_cache
 
 
+class SkipSimplifiedLayerNormalization(OpRun):
+    """com.microsoft.SkipSimplifiedLayerNormalization: a sum, and the RMS norm of it."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x, skip, gain, *, epsilon=None):
+        total = x.astype(np.float32) + skip.astype(np.float32)
+        root = np.sqrt(np.square(total).mean(-1, keepdims=True) + epsilon)
+        absent = np.zeros(0, np.float32)
+        y = (total / root).astype(x.dtype) * gain
+        return y, absent, absent, total.astype(x.dtype)
+
+
 def _rows(cache: np.ndarray, slots: list[int]) -> np.ndarray:
     """Return tokens of a pool by slot, `[Hk, tokens, width]`."""
     return cache.reshape(-1, *cache.shape[2:])[slots].transpose(1, 0, 2)
@@ -150,11 +163,9 @@ class ReferenceSession:
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(path)
-        self._model, self._run, self.runs = (
-            model,
-            ReferenceEvaluator(model, new_ops=[PagedAttention]),
-            0,
-        )
+        operators = [PagedAttention, SkipSimplifiedLayerNormalization]
+        self._model, self._run = model, ReferenceEvaluator(model, new_ops=operators)
+        self.runs = 0
 
     def get_inputs(self) -> list[Any]:
         return [_Port(x) for x in self._model.graph.input]
