@@ -44,8 +44,9 @@ BODIES = {
     "cudaMemcpyAsync": "(void *d, void *s, size_t n, int k) { memcpy(d, s, n); return 0; }",
     "cudaGetErrorString": '(void) { return (long)"none"; }',
     "cudaGetErrorName": '(void) { return (long)"none"; }',
-    # Words of cudaDeviceProp: warp size at byte 308, compute capability 9.0 at byte 360.
-    "cudaGetDeviceProperties": "(int *p) { p[77] = 32; p[90] = 9; p[91] = 0; return 0; }",
+    # Words of cudaDeviceProp: warp size, threads a block, capability 9.0, multiprocessors.
+    "cudaGetDeviceProperties": "(int *p) { p[77] = 32; p[80] = 1024; p[90] = 9; p[91] = 0;"
+    " p[96] = p[97] = 132; return 0; }",
 }
 HEAD = "#include <stdlib.h>\n#include <string.h>\n"
 PLACE = """

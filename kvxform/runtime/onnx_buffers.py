@@ -109,7 +109,8 @@ class BufferCache:
     def planes(self) -> dict[str, Tensor]:
         """Return copies of the planes by input name, `[B, Hk, columns, width]`."""
         columns = max(self.lengths, default=0)
-        return {name: plane[:, :, :columns].cpu() for name, plane in self._planes.items()}
+        kept = {name: plane[:, :, :columns] for name, plane in self._planes.items()}
+        return {name: plane.to("cpu", copy=True) for name, plane in kept.items()}
 
     def replace(self, planes: Mapping[str, Tensor], mask: Tensor) -> None:
         """Hold `planes` instead, of the columns in `mask`."""

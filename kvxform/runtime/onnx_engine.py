@@ -150,13 +150,11 @@ class Engine:
         try:
             self.session.run_with_iobinding(binding.io, self._run_options[number])
         except Exception as error:
-            raise KvxformError(
-                "KVX706",
-                "ONNX Runtime must be able to run the package",
-                where="onnx",
-                got=_first_line(error),
-                hint="rows are as they were before the call",
-            ) from error
+            reason, hint = _first_line(error), "rows are as they were before the call"
+            if "cuDNN is unavailable" in reason:  # some reductions have no other kernel
+                hint = "pip install 'onnxruntime-gpu[cudnn]', and its libraries on LD_LIBRARY_PATH"
+            rule = "ONNX Runtime must be able to run the package"
+            raise KvxformError("KVX706", rule, where="onnx", got=reason, hint=hint) from error
 
     def new_logits(self, batch_size: int, tokens: int) -> Tensor:
         """Return memory for the logits of a run, `[B, tokens or 1, vocab]`."""

@@ -39,8 +39,14 @@ def case(request, tmp_path_factory):
     ids, program = token_ids(form.program(), 3, 9), form.program(torch.float32)
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[2, :7] = 0
-    eager = OptimizedModel(program).new_session(max_batch_size=3, max_seq_len=64)
-    return request.param, folder, (ids, mask), run(eager, ids, mask)
+    expected = run_eager(program, ids, mask)
+    if form.level == "L3":  # there, a first prompt attends to its K and V before they are rounded
+        expected[0] = run_eager(FORMS["L3"].program(torch.float32), ids, mask)[0]
+    return request.param, folder, (ids, mask), expected
+
+
+def run_eager(program, ids, mask):
+    return run(OptimizedModel(program).new_session(max_batch_size=3, max_seq_len=64), ids, mask)
 
 
 def test_logits_are_those_of_the_eager_lowering(case):

@@ -104,7 +104,7 @@ def test_planes_are_copies_and_can_be_put_back_in_another_order(engine):
     cache.replace({name: plane[order] for name, plane in planes.items()}, mask[order])
     rows = [torch.cat([rows[i], torch.tensor([7])]) for i in order]
     assert_last(cache.step(torch.tensor([7, 7, 7])), rows)
-    planes[KEY].zero_()  # nobody else's memory
+    cache.planes()[KEY].zero_()  # nobody else's memory
     assert cache.planes()[KEY].any()
 
 
