@@ -47,8 +47,14 @@ FORMS = {
 }
 
 
+QUICK = {"L0 opset 18, codes", "L1 opset 24", "L3, weights of 4 bits", "L4, codes of 8 bits", "L5"}
 BFLOAT16 = ("L1 opset 23", "L1 opset 24", "L2 opset 24", "L3", "L3, codes of 8 bits", "L4")
 HALF = {f"{name}, bfloat16": FORMS[name] for name in BFLOAT16}
+
+
+def cases(forms):
+    """Return parameters; only a few forms are not slow."""
+    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in forms]
 
 
 def toy(plan, dtype):
@@ -81,7 +87,7 @@ def shape_of(value):
     return [d.dim_param or d.dim_value or "?" for d in value.type.tensor_type.shape.dim]
 
 
-@pytest.mark.parametrize("name", FORMS | HALF)
+@pytest.mark.parametrize("name", cases(FORMS | HALF))
 def test_the_checker_knows_every_node_and_every_shape_follows(name, export):
     contrib = register_contrib_schemas()
     path = export(name)
@@ -113,7 +119,7 @@ def test_the_checker_sees_faults_of_operators_of_the_runtime(change, export):
         onnx.checker.check_model(model, full_check=True)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", cases(FORMS))
 def test_sizes_that_vary_have_names(name, export):
     graph = load(export(name)).graph
     for value in (*graph.input, *graph.output):
@@ -121,7 +127,7 @@ def test_sizes_that_vary_have_names(name, export):
             assert isinstance(size, int) or re.fullmatch(r"[a-z_]+( \+ 1)?", size), value.name
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", cases(FORMS))
 def test_nodes_and_values_say_layer_and_role(name, export):
     graph = load(export(name)).graph
     names = [n.name for n in graph.node]
