@@ -26,6 +26,7 @@ from kvxform.runtime import onnx_engine
 from kvxform.runtime.onnx_engine import ELEMENTS, Engine
 from kvxform.runtime.onnx_session import OnnxSession
 
+ABSENT = np.zeros(0, np.float32)  # an output left out; the evaluator gives it to inputs left out
 LIMITS = {"int8": 127, "int4": 7}
 NAMES = {
     TensorProto.FLOAT: "tensor(float)",
@@ -84,6 +85,7 @@ class PagedAttention(OpRun):
 
     def _run(self, q, k, v, k_cache, v_cache, bounds, past, table, *rest, **attributes):
         rest = (*rest, *[None] * (9 - len(rest)))
+        rest = [None if x is None or x.size == 0 else x for x in rest]
         cos, sin, slots, sinks, _, _, k_scale, v_scale, metadata = rest
         get = {name: value for name, value in attributes.items() if value is not None}.get
         heads, kv_heads = get("num_heads"), get("kv_num_heads")
@@ -134,9 +136,8 @@ class SkipSimplifiedLayerNormalization(OpRun):
     def _run(self, x, skip, gain, *, epsilon=None):
         total = x.astype(np.float32) + skip.astype(np.float32)
         root = np.sqrt(np.square(total).mean(-1, keepdims=True) + epsilon)
-        absent = np.zeros(0, np.float32)
         y = (total / root).astype(x.dtype) * gain
-        return y, absent, absent, total.astype(x.dtype)
+        return y, ABSENT, ABSENT, total.astype(x.dtype)
 
 
 def _rows(cache: np.ndarray, slots: list[int]) -> np.ndarray:
