@@ -11,12 +11,15 @@ Codec `static-int` may take the mean c of each channel away before it encodes. T
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
 from kvxform.codecs.base import make_codec
 from kvxform.codecs.static_int import StaticIntCodec
+from kvxform.codegen.onnx.center_rules import has_center
+from kvxform.codegen.onnx.head_rows import flat_source, merged_heads, node_of
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import StreamPlan
@@ -25,19 +28,6 @@ from kvxform.pass_base import Rewriter
 
 aten = torch.ops.aten
 MADE_BY = "quantize-kv"  # the pass whose codec the new nodes belong to
-
-
-def has_center(stream: StreamPlan) -> bool:
-    """Whether the codec of a stream takes means away."""
-    codec = make_codec(stream.codec)
-    return isinstance(codec, StaticIntCodec) and codec.center
-
-
-def are_centers_free(program: Program, site: SitePlan) -> bool:
-    """Whether means can be left to the graph around the attention of a site."""
-    options = program.attention_node(site.layer).kwargs
-    is_plain = not options.get("softcap") and program.site(site.layer).sink_logits is None
-    return is_plain or not any(map(has_center, site.streams.values()))
 
 
 def lift_centers(program: Program) -> Program:
@@ -62,30 +52,40 @@ def _lift(rewriter: Rewriter, site: SitePlan, name: str, stream: StreamPlan) -> 
     program, layer = rewriter.program, site.layer
     codec = make_codec(stream.codec)
     assert isinstance(codec, StaticIntCodec), "has_center"
+    means = codec.offsets(stream.head_dim)  # [Hk, 1, D]
     append, index = program.append_node(layer), ("key", "value").index(name)
     assert append is not None, "the site has a cache of its own"
-    source = append.args[index]
-    assert isinstance(source, fx.Node), "keys and values come from the graph"
-    means = codec.offsets(stream.head_dim)  # [Hk, 1, D]
-    moved = _shift(rewriter, append, source, means, f"layers.{layer}.attn.{name}_mean", -1)
-    rewriter.set_args(append, (*append.args[:index], moved, *append.args[index + 1 :]))
+    heads = node_of(append.args[index])
+    rows, label = flat_source(heads), f"layers.{layer}.attn.{name}_mean"
+    if rows is not None and len(rows.users) == 1:
+        _shift(rewriter, rows, means.flatten(), label, -1)
+    else:
+        _shift(rewriter, heads, means, label, -1, [append])
     if name == "value":
-        attention = program.attention_node(layer)
+        attention, label = program.attention_node(layer), f"layers.{layer}.attn.output_mean"
         of_queries = means.repeat_interleave(site.num_q_heads // site.num_kv_heads, 0)
-        users, label = list(attention.users), f"layers.{layer}.attn.output_mean"
-        whole = _shift(rewriter, attention.next, attention, of_queries, label, 1)
-        for user in users:
-            user.replace_input_with(attention, whole)
+        merged = merged_heads(attention)
+        if len(merged) == len(attention.users) == 1:
+            _shift(rewriter, merged[0], of_queries.flatten(), label, 1)
+        else:
+            _shift(rewriter, attention, of_queries, label, 1)
     plain = dataclasses.replace(codec, center=False, offset=None)
     rewriter.update_site_plan(layer, **{name: dataclasses.replace(stream, codec=plain.to_dict())})
 
 
 def _shift(
-    rewriter: Rewriter, anchor: fx.Node, x: fx.Node, means: Tensor, name: str, sign: int
-) -> fx.Node:
-    """Return `x + sign * means`, right before `anchor`."""
-    kind = x.meta["type"]
+    rewriter: Rewriter,
+    x: fx.Node,
+    means: Tensor,
+    name: str,
+    sign: int,
+    readers: Sequence[fx.Node] | None = None,
+) -> None:
+    """Let readers of `x`, all of them if None, read `x + sign * means`."""
+    kind, found = x.meta["type"], list(x.users) if readers is None else readers
     rewriter.set_weight(name, means.to(kind.dtype))
-    weight = rewriter.get_weight_node(name, anchor, TensorType(kind.dtype, tuple(means.shape)))
     target = aten.add.Tensor if sign > 0 else aten.sub.Tensor
-    return rewriter.call_before(anchor, target, (x, weight), type_=kind, like=x)
+    weight = rewriter.get_weight_node(name, x.next, TensorType(kind.dtype, tuple(means.shape)))
+    moved = rewriter.call_after(weight, target, (x, weight), type_=kind, like=x)
+    for reader in found:
+        reader.replace_input_with(x, moved)

@@ -29,7 +29,7 @@ def heads_of(e: Emission, node: fx.Node, rows: ir.Value) -> ir.Value:
 
     Where the graph goes on to put heads side by side, that is done already.
     """
-    for merged in _merged_heads(node):
+    for merged in merged_heads(node):
         e.ready[merged] = rows
     _, heads, _, width = type_of(node).shape
     sizes = e.builder.const([0, 0, int(heads), int(width)])
@@ -45,7 +45,7 @@ def dtype_of_value(e: Emission, node: fx.Node) -> ir.DataType:
 
 def _rows(e: Emission, node: fx.Node) -> ir.Value:
     """Return heads `[B, H, S, D]` as rows `[B, S, H * D]`."""
-    b, flat = e.builder, _flat_source(node)
+    b, flat = e.builder, flat_source(node)
     if flat is not None:
         return _value(e, flat)
     tokens_first = b.op("Transpose", _value(e, node), perm=[0, 2, 1, 3])
@@ -55,7 +55,7 @@ def _rows(e: Emission, node: fx.Node) -> ir.Value:
 
 def _packed_rows(e: Emission, nodes: list[fx.Node]) -> list[ir.Value | None] | None:
     """Return `[q | k | v]` as one value, where they are neighbouring slices of it."""
-    slices = [_flat_source(node) for node in nodes]
+    slices = [flat_source(node) for node in nodes]
     end, joint = 0, None
     for part in slices:
         if part is None or part.target is not aten.slice.Tensor or len(part.args) != 4:
@@ -70,7 +70,7 @@ def _packed_rows(e: Emission, nodes: list[fx.Node]) -> list[ir.Value | None] | N
     return [_value(e, node_of(joint)), None, None]
 
 
-def _flat_source(node: fx.Node) -> fx.Node | None:
+def flat_source(node: fx.Node) -> fx.Node | None:
     """Return the rows `[B, S, H * D]` that were split into heads `[B, H, S, D]`, if that is all."""
     if not _swaps_heads_and_tokens(node):
         return None
@@ -82,13 +82,13 @@ def _flat_source(node: fx.Node) -> fx.Node | None:
     return source if is_row else None
 
 
-def _merged_heads(node: fx.Node) -> list[fx.Node]:
+def merged_heads(node: fx.Node) -> list[fx.Node]:
     """Return the nodes that are heads `[B, H, S, D]` of `node` put side by side."""
     batch, heads, tokens, width = type_of(node).shape
     rows, found = (batch, tokens, int(heads) * int(width)), []
     for user in node.users:
         if user.target in RESHAPES and type_of(user).shape == type_of(node).shape:
-            found += _merged_heads(user)
+            found += merged_heads(user)
         elif _swaps_heads_and_tokens(user):
             merges = [x for x in user.users if x.target in RESHAPES]
             found += [x for x in merges if type_of(x).shape == rows]

@@ -15,7 +15,7 @@ import torch
 from kvxform.codecs.base import dtype_name
 from kvxform.codegen.onnx.block_formats import block_format
 from kvxform.codegen.onnx.builder import onnx_dtype
-from kvxform.codegen.onnx.centers import are_centers_free
+from kvxform.codegen.onnx.center_rules import are_centers_free
 from kvxform.codegen.onnx.ports import has_tail, is_plain
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.program import Program

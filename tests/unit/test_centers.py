@@ -8,7 +8,8 @@ from cached import cached_program
 from programs import token_ids
 
 import kvxform.ir.ops as kvx
-from kvxform.codegen.onnx.centers import are_centers_free, has_center, lift_centers
+from kvxform.codegen.onnx.center_rules import are_centers_free, has_center
+from kvxform.codegen.onnx.centers import lift_centers
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.codegen.onnx.levels import reason_against
 from kvxform.runtime.model import OptimizedModel
