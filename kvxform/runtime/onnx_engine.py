@@ -20,6 +20,7 @@ from kvxform.runtime.onnx_files import MODEL
 
 PAST, PRESENT = "past_key_values.", "present."
 CUDA = "CUDAExecutionProvider"
+PLACEMENT_RUNTIME = "1.30"  # tells where each node runs
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA}
 DTYPES = {
     "tensor(float)": torch.float32,
@@ -105,7 +106,7 @@ class Engine:
         self.device = torch.device("cuda" if provider == "cuda" else "cpu")
         self.level, self.is_last = str(onnx["level"]), onnx["logits"] == "last"
         self.runtime = import_runtime()
-        _check_version(self.runtime.__version__, str(onnx["runtime"]))
+        _check_version(self.runtime.__version__, str(onnx["runtime"]), "the package needs")
         _check_provider(self.runtime, provider)
         self.session = self._load(folder / MODEL, threads, cuda_graph)
         ports = [_port(x) for x in self.session.get_inputs()]
@@ -210,9 +211,9 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def _check_version(installed: str, needed: str) -> None:
+def _check_version(installed: str, needed: str, who: str) -> None:
     if _numbers(installed) < _numbers(needed):
-        rule = f"the package needs ONNX Runtime {needed} or newer"
+        rule = f"{who} ONNX Runtime {needed} or newer"
         refuse_here(rule, installed, "pip install -U onnxruntime, or onnxruntime-gpu for CUDA")
 
 
@@ -226,6 +227,7 @@ def _check_provider(runtime: Any, provider: str) -> None:
         refuse_here("provider must be cpu or cuda", provider, "take one of them")
     if provider == "cpu":
         return
+    _check_version(runtime.__version__, PLACEMENT_RUNTIME, "provider cuda needs")
     available: Sequence[str] = runtime.get_available_providers()
     if CUDA not in available:
         refuse_here(

@@ -28,9 +28,10 @@ class FakeRuntime:
     `placed` are nodes as (provider, operator); `fails` is what the runtime says of the graph.
     """
 
-    __version__ = "1.31.0"
-
-    def __init__(self, available=(CUDA, CPU), loaded=(CUDA, CPU), placed=(), fails="") -> None:
+    def __init__(
+        self, available=(CUDA, CPU), loaded=(CUDA, CPU), placed=(), fails="", version="1.31.0"
+    ) -> None:
+        self.__version__ = version
         self.available, self.loaded = list(available), list(loaded)
         self.placed, self.fails = placed, fails
         self.entries, self.settings = {}, {}
@@ -61,7 +62,7 @@ class FakeRuntime:
 def load(monkeypatch, runtime, provider="cuda", has_gpu=True, **options):
     monkeypatch.setattr(onnx_engine, "import_runtime", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    return Engine(Path("somewhere"), FORM, provider, **options)
+    return Engine(Path("somewhere"), FORM | {"runtime": "1.20"}, provider, **options)
 
 
 def test_a_build_that_fits_is_taken_with_the_settings_that_were_asked_for(monkeypatch):
@@ -76,6 +77,11 @@ def test_a_build_that_fits_is_taken_with_the_settings_that_were_asked_for(monkey
 
 REFUSED = {
     "no build for CUDA": (FakeRuntime(available=[CPU]), True, r"KVX704 .*build.*for CUDA; got CPU"),
+    "an old build": (
+        FakeRuntime(version="1.29.2"),
+        True,
+        r"KVX704 .*provider cuda needs ONNX Runtime 1\.30 or newer; got 1\.29\.2",
+    ),
     "no GPU": (FakeRuntime(), False, r"KVX704 .*a GPU that torch can use"),
     "no libraries": (FakeRuntime(loaded=[CPU]), True, r"KVX704 .*load its CUDA provider"),
     "a node on the CPU": (
