@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import write_llama
+
+import kvxform
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -143,3 +146,25 @@ def test_a_tiny_layer_decodes_from_a_package_and_from_our_kernels(tmp_path, monk
         assert row["cache_bytes"] > 0
     # codes are packed: two a byte, with a scale and a zero point of 4 bytes for 16 of them
     assert rows["l2-int4"]["cache_bytes"] < rows["l3-int8"]["cache_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["kvxform", "genai"])
+def test_packages_are_prefilled_filled_and_decoded(tmp_path, runtime):
+    if runtime == "genai":
+        pytest.importorskip("onnxruntime_genai")
+    source = write_llama(tmp_path / "llama")
+    model = kvxform.optimize(str(source), "onnx-fp16", verify="none", progress=False)
+    folder = model.export_onnx(tmp_path / "onnx", verify="none")
+    subject = load("onnx_worker").make_subject(runtime, str(folder), threads=1, capacity=64)
+    ids = list(range(5, 17))
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=3, eos_token_id=())[0, 12:]
+    subject.reset()
+    found = [subject.prefill(ids)]
+    for _ in range(2):
+        found.append(subject.decode(found[-1]))
+    assert found == expected.tolist()
+    subject.fill(40)
+    assert isinstance(subject.decode(7), int)
+    if runtime == "kvxform":
+        assert subject.cache_bytes() == 2 * 2 * 64 * 64 * 4  # layers, K and V, room, width, float32
