@@ -148,6 +148,17 @@ def test_the_pool_grows_and_is_used_again(int8, monkeypatch):
     assert torch.equal(session.decode(ids[:, 0]), expected)
 
 
+def test_a_batch_of_another_size_can_follow(int8, monkeypatch):
+    program, every, _ = int8
+    session = open_paged(every, monkeypatch)
+    ids = token_ids(program, 3, 20)
+    for rows in (3, 1, 2):
+        session.reset()
+        session.prefill(ids[:rows, :9])
+        expected = [defined_logits(program, row[:10])[-1] for row in ids[:rows]]
+        close(session.decode(ids[:rows, 9]), torch.stack(expected))
+
+
 def test_a_session_with_a_length_has_its_blocks_at_once(int8, monkeypatch):
     _, every, _ = int8
     session = open_paged(every, monkeypatch, max_length=48)
@@ -203,10 +214,10 @@ def test_keys_that_are_turned_after_rope_get_positions_from_the_graph(
     if context is not None:  # else there is no last position for a table of cosines
         program, _ = apply(RotateQk(block=16), program)
     session = open_paged(paged_package(program, tmp_path / "out"), monkeypatch)
-    (node,) = {
-        n.op_type: n for n in ir.load(tmp_path / "out" / "model.onnx").graph if n.domain
-    }.values()
-    assert "do_rotary" not in node.attributes
+    graph = ir.load(tmp_path / "out" / "model.onnx").graph
+    nodes = [n for n in graph if n.op_type == "PagedAttention"]
+    assert nodes
+    assert all("do_rotary" not in node.attributes for node in nodes)
     ids = token_ids(program, 2, 20)
     expected = torch.stack([defined_logits(program, row) for row in ids])
     close(session.prefill(ids[:, :9]), expected[:, 8])
