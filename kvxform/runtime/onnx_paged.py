@@ -40,7 +40,7 @@ class PagedCache:
         self._block_size = block_size
         self._pool = PagePool(1, block_size)
         self._planes: dict[str, Tensor] = {}
-        self._steps: dict[int, PagedStep] = {}  # by columns of the table
+        self._steps: dict[tuple[int, int], PagedStep] = {}  # by shape of the table
         self._graph = 0
         self.lengths: tuple[int, ...] = ()
 
@@ -75,25 +75,18 @@ class PagedCache:
         after = [n + 1 for n in self.lengths]
         self._reserve(after)
         columns = self._columns(max(after))
-        if columns not in self._steps:
-            self._graph += 1  # neither this shape nor these addresses have been captured
-            graph = self._graph if self._cuda_graph else None
-            step = PagedStep(self._engine, self._planes, len(after), columns, graph)
-            self._steps[columns] = step
+        step = self._step(len(after), columns)
         most, least = columns * self._block_size, 0
         if columns > LEAST_COLUMNS:  # else the narrower table would have done
             least = columns // 2 * self._block_size + 1
-        step = self._steps[columns]
-        logits = step.run(
-            token_ids, self.lengths, self._table(range(len(after)), columns), most, least
-        )
+        blocks = self._pool.block_table(range(len(after)))
+        logits = step.run(token_ids, self.lengths, blocks, (1, most, least))
         self.lengths = tuple(after)
         return logits
 
     def reset(self) -> None:
         """Forget all rows; the memory stays for the next ones."""
-        for row in range(len(self.lengths)):
-            self._pool.shrink(row, 0)
+        self._pool.reorder(())
         self.lengths = ()
 
     def bytes(self) -> int:
@@ -153,6 +146,15 @@ class PagedCache:
         self._engine.run(binding)
         sizes = [1] * len(new) if self._engine.is_last else counts
         return torch.split_with_sizes(logits, sizes)
+
+    def _step(self, rows: int, columns: int) -> PagedStep:
+        """Return the decode step for a table of that shape."""
+        shape = (rows, columns)
+        if shape not in self._steps:
+            self._graph += 1  # neither this shape nor these addresses have been captured
+            graph = self._graph if self._cuda_graph else None
+            self._steps[shape] = PagedStep(self._engine, self._planes, rows, columns, graph)
+        return self._steps[shape]
 
     def _new_logits(self, count: int) -> Tensor:
         return self._engine.new_logits(count, 1)[:, 0]
@@ -234,6 +236,7 @@ class PagedStep:
         self._positions = torch.zeros_like(self._ids)
         self._past = torch.zeros(rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+        self._blocks: Tensor | None = None  # what the table was made from
         self._metadata = _int32([1, 0, 0])
         self._logits = engine.new_logits(rows, 1)[:, 0]
         self._binding = Binding(engine)
@@ -251,23 +254,27 @@ class PagedStep:
         self._binding.write("logits", self._logits)
 
     def run(
-        self, token_ids: Tensor, lengths: Sequence[int], table: Tensor, most: int, least: int
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        blocks: Tensor,
+        metadata: Sequence[int],
     ) -> Tensor:
         """Append a token to rows of `lengths` tokens; return the logits `[B, vocab]`.
 
         Args:
             token_ids: int64 `[B]`.
             lengths: Cached tokens of each row.
-            table: int32 `[B, columns]`.
-            most: Tokens that no row has more of, whenever this step runs.
-            least: Tokens that the longest row has at least, likewise; 0 if nothing is known.
+            blocks: int32 `[B, n]`, the blocks of each row; the same tensor as long as they are.
+            metadata: The input of that name; it must hold whenever this step runs.
         """
-        past = _int32(lengths)
         self._ids.copy_(token_ids)
-        self._positions.copy_(past)
-        self._past.copy_(past)
-        self._table.copy_(table)
-        self._metadata.copy_(_int32([1, most, least]))
+        self._past.copy_(_int32(lengths))
+        self._positions.copy_(self._past)
+        if blocks is not self._blocks:
+            self._table.zero_()[:, : blocks.shape[1]].copy_(blocks)
+            self._blocks = blocks
+        self._metadata.copy_(_int32(metadata))
         self._engine.run(self._binding, self._graph)
         return self._logits.clone()
 
