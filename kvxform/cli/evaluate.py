@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from kvxform.cli.options import CalibrationFile, Json, OptionalRecipe, ProtocolName, Target
+from kvxform.cli.options import (
+    CalibrationFile,
+    Json,
+    OptionalRecipe,
+    ProtocolName,
+    RunProvider,
+    Target,
+)
 from kvxform.cli.output import print_json, print_table, progress_bar
 from kvxform.cli.quality import TableRequest, run_table
 from kvxform.cli.targets import check_source, need_tokenizer, open_target
@@ -52,6 +59,7 @@ def run(
     passkey: Passkey = "1024",
     device: Device = None,
     plot: Plot = None,
+    provider: RunProvider = None,
     json: Json = False,
 ) -> None:
     """Measure perplexity on a text: of one target, or of many cache formats in one table."""
@@ -64,7 +72,7 @@ def run(
     from kvxform.texts import encode_text, read_text
 
     words = read_text(text)
-    opened = open_target(target, recipe, calibration=calibration)
+    opened = open_target(target, recipe, calibration=calibration, provider=provider)
     token_ids = encode_text(need_tokenizer(opened.tokenizer, target), words)
     other = None if reference is None else make_runner(open_target(reference, None).model, window)
     with progress_bar("windows", windows) as advance:

@@ -22,6 +22,9 @@ FORMS = {
     "primitives": (None, {"opset": 18}),
     "buffers": (None, {"opset": 24}),
     "codes": (KV4, {}),
+    "contrib": (None, {"level": "L3", "logits": "last"}),
+    "functions": (KV4, {"level": "L5"}),
+    "packed weights": (None, {"weights": "int4"}),
 }
 
 
@@ -49,6 +52,17 @@ def test_an_attention_that_appends_does_the_work_of_the_append():
     assert calls_of(attention) == ("1/kvx.cached_attention/0", "1/kvx.cache_append/0")
     operations = [operation_of(key) for key in calls_of(attention)]
     assert operations == ["kvx.cached_attention", "kvx.cache_append"]
+
+
+def test_fused_operators_do_the_work_of_all_their_calls():
+    program = cached_program(None, None, dtype=torch.float32, layers=1)
+    form, fallback = check_program(program, OnnxOptions(level="L3"))
+    found = node_map(emit_model(program, fallback, form).graph)
+    (fused,) = found["0/aten.add.Tensor/0"]
+    assert found["0/kvx.rms_norm/1"] == (fused,)
+    assert "0/kvx.rope/0" in found
+    attention = found["0/kvx.cached_attention/0"]
+    assert set(found["0/kvx.cache_append/0"]) <= set(attention)
 
 
 class Chain:
