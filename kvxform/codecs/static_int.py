@@ -6,8 +6,9 @@ h = 2**(bits - 1):
     q = round((x - c) / s), clamped to [-h, h - 1],         x' = s q + c
 
 c is zero, or with `center` the mean of each channel of each head, moved by less than half a step so
-that the mean of first tokens is a code. Much of attention goes to first tokens; in many models they
-are nearly the same in all sequences, with small values, for which a step is coarse.
+that the mean of first tokens is a code; scales of channels reach as far as that. Much of attention
+goes to first tokens; in many models they are nearly the same in all sequences, with small values,
+for which a step is coarse.
 
 A constant that is taken from all keys takes the same from all scores of a query, which softmax does
 not see: lowerings to operators that know no c leave it out of keys, and add it to what attention
@@ -168,13 +169,16 @@ class StaticIntCodec(Codec):
             return self
         x = self._seen(samples)
         if not self.center:
-            return dataclasses.replace(self, scale=self._fit_scale(x, samples.envelope))
-        center = x.mean(-2)
+            scale = self._fit_scale(x, samples.envelope)
+            return dataclasses.replace(self, scale=_numbers(scale))
+        center, first = x.mean(-2), samples.first
         reach = None if samples.envelope is None else samples.envelope + center.abs()
         scale = self._fit_scale(x - center[:, None], reach)
-        fitted = dataclasses.replace(self, scale=scale, offset=_numbers(center))
-        if samples.first is not None:
-            center = center + fitted._missing(samples.first.float() - center)
+        if first is not None and self.axis == "channel":
+            scale = torch.maximum(scale, (first - center).abs() / (self.half - 1))
+        fitted = dataclasses.replace(self, scale=_numbers(scale), offset=_numbers(center))
+        if first is not None:
+            center = center + fitted._missing(first - center)
         return dataclasses.replace(fitted, offset=_numbers(center.half()))  # exact in any model
 
     def scales(self, head_dim: int) -> Tensor:
@@ -227,10 +231,10 @@ class StaticIntCodec(Codec):
         inside = nearest.clamp(-self.half, self.half - 1) == nearest
         return ((steps - nearest) * scale * inside)[:, 0]
 
-    def _fit_scale(self, x: Tensor, reach: Tensor | None) -> tuple[float, ...]:
-        """Return scales for values `[Hk, N, D]` that may reach as far as `[Hk, D]`."""
+    def _fit_scale(self, x: Tensor, reach: Tensor | None) -> Tensor:
+        """Return scales, `[1]` or `[Hk, D]`, for values `[Hk, N, D]` that may reach `[Hk, D]`."""
         threshold = self._threshold(x, reach if self.any_position else None)
-        return _numbers((threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE))
+        return (threshold / (self.half - 0.5)).clamp_min(SMALLEST_SCALE)
 
     def _threshold(self, x: Tensor, reach: Tensor | None) -> Tensor:
         """Return thresholds, float32 `[1]` or `[Hk, D]`."""

@@ -142,8 +142,13 @@ def test_first_tokens_fall_on_a_code(bits, axis):
     assert errors[0] < 2e-3 < errors[1]
     moved = (there.offsets(WIDTH) - nowhere.offsets(WIDTH)).abs() / there.scales(WIDTH)
     assert 0.1 < float(moved.max()) < 0.51 + 2e-3 / there.scale[0]
-    beyond = codec.fit(CodecSamples(x, first=first + 1000))
-    assert beyond.offset == nowhere.offset
+    beyond = codec.fit(CodecSamples(x, first=first + 100))
+    error = float((round_trip(beyond, first[:, None] + 100)[:, 0] - first - 100).abs().max())
+    if axis == "channel":
+        assert error < 0.1  # float16 of a mean near 100
+    else:
+        assert beyond.offset == nowhere.offset
+        assert error > 90
 
 
 def test_reach_of_keys_holds_around_their_means():
