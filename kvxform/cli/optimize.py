@@ -78,10 +78,11 @@ def run(
     files = {"artifact": str(out), "report": str(out / "report.html")}
     if onnx:
         talk("kvxform: writing the ONNX package")
-        from kvxform.runtime.exporting import recipe_options
+        from kvxform.runtime.exporting import ExportCheck, recipe_options
 
         options = recipe_options(optimized).changed(**given)
-        files["onnx"] = str(optimized.export_onnx(out / "onnx", options))
+        check: ExportCheck = "none" if verify is Verify.none else "probe"
+        files["onnx"] = str(optimized.export_onnx(out / "onnx", options, verify=check))
     data = {**summarize(optimized.report), "files": files}
     if json:
         print_json(data)

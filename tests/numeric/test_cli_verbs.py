@@ -72,10 +72,56 @@ def test_optimize_prints_rows_for_people(folder, model, capsys):
 
 def test_export_writes_what_optimize_wrote(folder, optimized, run):
     target = folder / "package"
-    data = run("export", optimized[0], "-o", str(target))
+    data = run("export", optimized[0], "-o", str(target), "--verify", "none")
     assert "model.onnx" in data["files"]
     for name in data["files"]:
         assert (target / name).read_bytes() == (Path(optimized[0]) / "onnx" / name).read_bytes()
+
+
+def test_export_takes_what_is_asked_of_the_package(folder, optimized, run):
+    target = folder / "asked"
+    words = ("--level", "L0", "--opset", "19", "--runtime", "1.24", "--verify", "none")
+    run("export", optimized[0], "-o", str(target), *words)
+    form = json.loads((target / "kvxform.json").read_text(encoding="utf-8"))["onnx"]
+    assert (form["level"], form["opset"], form["runtime"]) == ("L0", 19, "1.20")
+
+
+@pytest.mark.parametrize("source", ["artifact", "model"])
+def test_levels_are_shown_and_nothing_is_written(source, folder, model, optimized, run, capsys):
+    target = (optimized[0],) if source == "artifact" else (model, "-r", "kv4")
+    data = run("export", *target, "--levels", "--opset", "24")
+    legal = {row["level"]: row["legal"] for row in data["levels"]}
+    assert legal == {"L0": True, "L1": False, "L2": True, "L3": False, "L4": False, "L5": True}
+    assert (data["form"]["level"], data["form"]["cache"]) == ("L2", "buffer")
+    assert main(["export", *target, "--levels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "streams must be unquantised or static-int (layer 0)" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ((), "KVX801 an export needs --out"),
+        (("-o", "x", "--level", "L1"), "KVX403 [onnx] level L1 is not legal here: streams must be"),
+        (("-o", "x", "--opset", "17"), "KVX403 [onnx] opset must be 18 to 25; got 17"),
+        (("--levels", "--provider", "rocm"), "KVX403 [onnx] provider must be one of cpu, cuda"),
+    ],
+)
+def test_an_export_that_cannot_be_is_one_line(
+    words, error, optimized, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", optimized[0], *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(error)
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_of_packages_need_a_package(folder, model, capsys):
+    words = ["optimize", model, "-r", "kv4", "-o", str(folder / "none"), "--level", "L0"]
+    assert main(words) == 2
+    assert "options of packages need --onnx; got --level" in capsys.readouterr().err
 
 
 def test_generate_source_equals_hugging_face(model, run):
