@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,13 +44,21 @@ def comparable(
 
     program = model.program if is_unpacked else unpacked_program(model.program)
     leader = OptimizedModel(program, report=model.report)
-    with tempfile.TemporaryDirectory(dir=package.parent, prefix=f"{package.name}.exact-") as place:
+    with tempfile.TemporaryDirectory(dir=package) as place:
         folder = Path(place)
-        for path in sorted(package.iterdir()):
-            if path.name != MODEL:
-                os.link(path, folder / path.name)
+        for path in sorted(p for p in package.iterdir() if p.is_file()):
+            _put(path, folder)
+        (folder / MODEL).unlink()
         _write_exact(package / MODEL, folder / MODEL)
         yield leader, folder
+
+
+def _put(path: Path, folder: Path) -> None:
+    """Give a folder a file of another one, without a copy where the file system can."""
+    try:
+        os.link(path, folder / path.name)
+    except OSError:
+        shutil.copyfile(path, folder / path.name)
 
 
 def _write_exact(source: Path, target: Path) -> None:
