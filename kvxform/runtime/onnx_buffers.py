@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvxform.runtime.inputs import Batch
-from kvxform.runtime.onnx_engine import Binding, Engine, present_of
+from kvxform.runtime.onnx_engine import Binding, Engine
 
 FIRST_CAPACITY = 256  # tokens a row; it doubles from there on where no length was asked for
 # Tokens of one run on the CPU: its kernels work out all scores of a run, also those of later keys.
@@ -161,7 +161,7 @@ class BufferCache:
         binding = Binding(self._engine)
         for name in self._engine.inputs:
             binding.read(name, feeds[name])
-        _bind_planes(binding, {name: plane[piece.rows] for name, plane in self._planes.items()})
+        binding.hold({name: plane[piece.rows] for name, plane in self._planes.items()})
         logits = self._engine.new_logits(len(piece.ids), tokens)
         binding.write("logits", logits)
         self._engine.run(binding)
@@ -218,7 +218,7 @@ class DecodeStep:
         }
         for name in engine.inputs:
             self._binding.read(name, feeds[name])
-        _bind_planes(self._binding, planes)
+        self._binding.hold(planes)
         self._binding.write("logits", self._logits)
 
     def run(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -231,13 +231,6 @@ class DecodeStep:
             self._binding.read("attention_mask", _run_of_ones(lengths, max(lengths), more=1))
         self._engine.run(self._binding, self._graph)
         return self._logits[:, 0].clone()
-
-
-def _bind_planes(binding: Binding, planes: Mapping[str, Tensor]) -> None:
-    """Let every plane be read and written in place."""
-    for name, plane in planes.items():
-        binding.read(name, plane)
-        binding.write(present_of(name), plane)
 
 
 def _last(logits: Tensor, counts: Sequence[int]) -> Tensor:

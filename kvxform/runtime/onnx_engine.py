@@ -180,6 +180,12 @@ class Binding:
         """Let an output be written into `x`, contiguous."""
         self._bind(self.io.bind_output, "output", name, x)
 
+    def hold(self, planes: Mapping[str, Tensor]) -> None:
+        """Let every plane be read and written in place."""
+        for name, plane in planes.items():
+            self.read(name, plane)
+            self.write(present_of(name), plane)
+
     def _bind(self, bind: Any, side: str, name: str, x: Tensor) -> None:
         assert x.is_contiguous(), name
         self._kept[side, name] = x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvxform.runtime.inputs import Batch
-from kvxform.runtime.onnx_engine import Binding, Engine, Port, present_of
+from kvxform.runtime.onnx_engine import Binding, Engine, Port
 from kvxform.runtime.pages import PagePool
 
 LEAST_COLUMNS = 8  # of the table in decode steps
@@ -140,7 +140,7 @@ class PagedCache:
         binding = Binding(self._engine)
         for name in self._engine.inputs:
             binding.read(name, feeds[name].contiguous())
-        _bind_planes(binding, self._planes)
+        binding.hold(self._planes)
         logits = self._new_logits(len(new) if self._engine.is_last else sum(counts))
         binding.write("logits", logits)
         self._engine.run(binding)
@@ -250,7 +250,7 @@ class PagedStep:
         }
         for name in engine.inputs:
             self._binding.read(name, feeds[name])
-        _bind_planes(self._binding, planes)
+        self._binding.hold(planes)
         self._binding.write("logits", self._logits)
 
     def run(
@@ -277,13 +277,6 @@ class PagedStep:
         self._metadata.copy_(_int32(metadata))
         self._engine.run(self._binding, self._graph)
         return self._logits.clone()
-
-
-def _bind_planes(binding: Binding, planes: Mapping[str, Tensor]) -> None:
-    """Let every plane be read and written in place."""
-    for name, plane in planes.items():
-        binding.read(name, plane)
-        binding.write(present_of(name), plane)
 
 
 def _int32(numbers: Sequence[int]) -> Tensor:
