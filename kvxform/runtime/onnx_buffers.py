@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvxform.errors import CacheFullError
 from kvxform.runtime.inputs import Batch
 from kvxform.runtime.onnx_engine import Binding, Engine
 
@@ -174,14 +175,31 @@ class BufferCache:
         if rows == batch_size and tokens <= capacity:
             return
         columns = max(self.lengths, default=0)
-        old, self._planes, self._decode = self._planes, {}, None
-        self._size = batch_size, self._capacity(tokens, capacity if self.lengths else 0)
-        for name, port in self._engine.past.items():
-            shape = port.sizes(*self._size)
-            # Zeros: products with what no token has written must be finite.
-            self._planes[name] = torch.zeros(shape, dtype=port.dtype, device=self._engine.device)
-            if columns:
-                self._planes[name][:, :, :columns] = old.pop(name)[:, :, :columns]
+        if not columns:
+            self._planes, self._decode = {}, None  # memory for what comes
+            self._size = 0, 0
+        size = batch_size, self._capacity(tokens, capacity if columns else 0)
+        planes = self._new_planes(size)
+        for name, plane in self._planes.items():
+            planes[name][:, :, :columns] = plane[:, :, :columns]
+        self._planes, self._size, self._decode = planes, size, None
+
+    def _new_planes(self, size: tuple[int, int]) -> dict[str, Tensor]:
+        """Return buffers for rows and tokens; zeros, for products with anything must be finite."""
+        ports, device = self._engine.past, self._engine.device
+        try:
+            return {
+                name: torch.zeros(port.sizes(*size), dtype=port.dtype, device=device)
+                for name, port in ports.items()
+            }
+        except RuntimeError as error:  # torch has no class of its own for this on the CPU
+            raise CacheFullError(
+                "KVX703",
+                f"buffers for {size[0]} rows of {size[1]} tokens must fit into memory",
+                where="onnx",
+                got=next(iter(str(error).splitlines())),
+                hint="take fewer rows, or a smaller max_length",
+            ) from error
 
     def _capacity(self, tokens: int, before: int) -> int:
         if self._max_length is not None:

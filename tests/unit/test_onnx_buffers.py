@@ -8,7 +8,7 @@ from buffer_graphs import KV_HEADS, VOCAB, expected_logits, open_graph
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvxform.errors import KvxformError
+from kvxform.errors import CacheFullError, KvxformError
 from kvxform.runtime import onnx_buffers
 from kvxform.runtime.inputs import make_batch
 from kvxform.runtime.onnx_buffers import BufferCache
@@ -115,6 +115,18 @@ def test_logits_of_the_last_token_alone_are_collected_token_by_token(last_engine
     found = cache.append(batch_of(rows), None, every=True)
     wanted = torch.stack([expected_logits(row) for row in rows])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_buffers_that_do_not_fit_leave_the_rows_as_they_were(engine, monkeypatch):
+    cache, rows = new_cache(engine, limit=1 << 50), random_rows([4])
+    cache.append(batch_of(rows), None, every=False)
+    monkeypatch.setattr(onnx_buffers, "FIRST_CAPACITY", 1 << 49)
+    cache._size = 1, 4
+    with pytest.raises(CacheFullError, match=r"^KVX703 .*buffers for 1 rows of 5\d* tokens"):
+        cache.step(torch.tensor([1]))
+    assert cache.lengths == (4,)
+    monkeypatch.undo()
+    assert_last(cache.step(torch.tensor([1])), [torch.cat([rows[0], torch.tensor([1])])])
 
 
 def test_a_run_that_fails_leaves_the_rows_as_they_were(engine, monkeypatch):
