@@ -12,9 +12,9 @@ from torch import fx
 
 import kvxform.ir.ops as kvx
 from kvxform.codegen.onnx.aten_shape import END
-from kvxform.codegen.onnx.builder import INT64
+from kvxform.codegen.onnx.builder import BOOL, INT64
 from kvxform.codegen.onnx.emission import Emission, Emitted
-from kvxform.codegen.onnx.masks import first_positions, past_length, slot_range, total_length
+from kvxform.codegen.onnx.masks import first_positions, past_length, total_length
 from kvxform.ir.linear import LINEAR
 from kvxform.ir.program import Program
 
@@ -33,7 +33,6 @@ PER_TOKEN = frozenset(
         aten.to.dtype,
     }
 )
-FLOAT = ir.DataType.FLOAT
 TOKENS = 1  # axis of hidden states [B, S, C]
 
 
@@ -79,11 +78,12 @@ def _last_slots(e: Emission) -> ir.Value:
 def _last_columns(e: Emission) -> ir.Value:
     """Return the column of the last new token of each row in a cache that grows, int64 `[B]`.
 
-    Where rows are padded on the left, it is the last one; GenAI pads them on the right. Float32,
-    since CUDA has no kernel for the maximum of integers.
+    Where rows are padded on the left, it is the last one; GenAI pads them on the right.
     """
     b = e.builder
     new = e.slice(e.inputs.attention_mask, past_length(e), total_length(e), axis=1)
-    columns = slot_range(e, b.const([0]), e.symbol("S"))
-    products = b.op("Mul", b.cast(new, FLOAT), b.cast(columns, FLOAT))
-    return b.cast(b.op("ReduceMax", products, b.const([1]), keepdims=0), INT64)
+    counts = b.op("ReduceSum", new, b.const([1]), keepdims=0)
+    newest = b.op("Squeeze", e.slice(new, -1, END, axis=1), b.const([1]))
+    is_left = b.op("Cast", newest, dtype=BOOL, to=int(BOOL))
+    ends = b.op("Where", is_left, e.symbol("S"), counts, dtype=INT64)
+    return b.op("Sub", ends, b.const(1))
