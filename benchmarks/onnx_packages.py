@@ -117,11 +117,16 @@ def build_quantized(path: Path, scheme: str) -> None:
 
 
 def _run(module: str, *arguments: str) -> None:
-    """Run a module in a process of its own; what it prints is shown only if it fails."""
+    """Run a module in a process of its own.
+
+    Raises:
+        RuntimeError: With the last line that it prints, if it fails.
+    """
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{module} failed:\n{done.stderr[-2000:]}")
+        last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
+        raise RuntimeError(f"{module} failed: {last}")
 
 
 PACKAGES: dict[str, Callable[[Path], None]] = {
