@@ -66,6 +66,8 @@ def test_moments_are_those_of_all_tokens():
         torch.testing.assert_close(found.high.double(), x.amax(1), rtol=1e-5, atol=1e-6)
         covariance = torch.stack([head.T.cov(correction=0) for head in x])
         torch.testing.assert_close(found.covariance, covariance, rtol=1e-5, atol=1e-6)
+        first = value[:, :, 0].mean(0)
+        torch.testing.assert_close(found.first.double(), first.double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [llama_program, gpt2_program])

@@ -119,6 +119,20 @@ def test_keys_at_other_positions_are_in_the_stored_basis():
     torch.testing.assert_close(turned, plain @ matrix)
 
 
+def test_first_tokens_are_in_the_stored_basis():
+    program = calibrated()
+    layer = program.calibration.layers[1]
+    assert samples(program, "key").first is None
+    first = torch.randn(HEADS, WIDTH)
+    post = dataclasses.replace(layer.k_post, first=first)
+    program.calibration.layers[1] = dataclasses.replace(layer, k_post=post)
+    assert torch.equal(samples(program, "key").first, first)
+    matrix = Basis("hadamard", 16).matrix(WIDTH, torch.float32)
+    turned = samples(program, "key", basis=Basis("hadamard", 16)).first
+    torch.testing.assert_close(turned, first @ matrix)
+    torch.testing.assert_close(post.in_basis(matrix).first, turned)
+
+
 def test_keys_before_a_rope_of_a_part_are_refused():
     program = calibrated()
     layers = program.calibration.layers
