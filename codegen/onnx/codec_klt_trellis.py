@@ -55,7 +55,9 @@ class TrellisKltEmitter(KltEmitter):
         memory, count = self._trellis.memory, len(self.used)
         high = b.op("Div", codes, b.const(2))
         low = b.op("Sub", codes, b.op("Mul", high, b.const(2)))
-        path = b.op("Pad", low, b.const([0, 0, 0, memory, 0, 0, 0, 0]))
+        # Pad has no CUDA kernel for integers.
+        padded = b.op("Pad", b.cast(low, FLOAT), b.const([0, 0, 0, memory, 0, 0, 0, 0]))
+        path = b.cast(padded, INT64)
         register = low
         for age in range(1, memory + 1):
             bounds = (b.const([memory - age]), b.const([memory - age + count]))
