@@ -24,6 +24,9 @@ BITS = {  # of both streams together, at head_dim 64 with 3 KV heads, and at 128
     "octopus-2": (2.75, 2.5625),
     "octopus-3": (3.75, 3.5),
     "octopus-4": (4.875, 4.5625),
+    "onnx-int8": (8, 8),
+    "onnx-int4": (4, 4),
+    "onnx-paged-int8": (8, 8),
 }
 
 
