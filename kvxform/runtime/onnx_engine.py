@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvxform.errors import ArtifactError, KvxformError
-from kvxform.runtime.onnx_files import MODEL
+from kvxform.runtime.onnx_files import MODEL, REMAKE
 
 PAST, PRESENT = "past_key_values.", "present."
 CUDA = "CUDAExecutionProvider"
@@ -112,8 +112,7 @@ class Engine:
         ports = [_port(x) for x in self.session.get_inputs()]
         self.past = {p.name: p for p in ports if is_cache(p.name)}
         self.inputs = tuple(p.name for p in ports if not is_cache(p.name))
-        outputs = [_port(x) for x in self.session.get_outputs()]
-        self.logits = next(p for p in outputs if p.name == "logits")
+        self.logits = _logits_port(self.session.get_outputs())
         self._run_options: dict[int, Any] = {}
 
     def _load(self, path: Path, threads: int | None, cuda_graph: bool) -> Any:
@@ -249,7 +248,19 @@ def _check_provider(runtime: Any, provider: str) -> None:
 
 
 def _port(x: Any) -> Port:
+    if x.type not in DTYPES:
+        rule = f"{x.name} must have a dtype that packages have"
+        raise ArtifactError("KVX602", rule, where="onnx", got=x.type, hint=REMAKE)
     return Port(x.name, tuple(x.shape), DTYPES[x.type])
+
+
+def _logits_port(outputs: Sequence[Any]) -> Port:
+    for x in outputs:
+        if x.name == "logits":
+            return _port(x)
+    names = ", ".join(x.name for x in outputs)
+    rule = "a package must have the output logits"
+    raise ArtifactError("KVX602", rule, where="onnx", got=names, hint=REMAKE)
 
 
 def _check_placement(parts: Sequence[Any]) -> None:

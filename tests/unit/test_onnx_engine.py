@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from buffer_graphs import FORM, write_graph
@@ -126,6 +127,25 @@ def test_no_runtime_at_all(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(KvxformError, match=r"^KVX704 .*needs the package onnxruntime"):
         import_runtime()
+
+
+def test_a_graph_without_logits(tmp_path):
+    write_graph(tmp_path)
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    del model.graph.output[0]
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(ArtifactError, match=r"^KVX602 .*output logits; got present"):
+        Engine(tmp_path, FORM, "cpu")
+
+
+def test_an_input_of_another_dtype(tmp_path):
+    write_graph(tmp_path)
+    model = onnx.load(str(tmp_path / "model.onnx"))
+    extra = onnx.helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [1])
+    model.graph.input.append(extra)
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(ArtifactError, match=r"^KVX602 .*flag must have a dtype.*tensor\(bool\)"):
+        Engine(tmp_path, FORM, "cpu")
 
 
 def test_a_graph_that_the_runtime_cannot_load(tmp_path):
