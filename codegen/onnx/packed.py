@@ -9,6 +9,7 @@ from torch import fx
 
 from kvxform.codegen.onnx.forms import MICROSOFT
 from kvxform.codegen.onnx.nbits import BLOCK, Packing
+from kvxform.codegen.onnx.weights import is_flip
 
 if TYPE_CHECKING:
     from kvxform.codegen.onnx.emission import Emission
@@ -68,7 +69,9 @@ def emit_rows(e: Emission, source: object, indices: ir.Value) -> ir.Value | None
 
 
 def _packing(e: Emission, source: object) -> tuple[str, Packing | None]:
-    """Return the name of the weight that a node reads, and how it is packed."""
+    """Return the name of the weight that a node gives, flipped or not, and how it is packed."""
+    if isinstance(source, fx.Node) and is_flip(source):
+        source = source.args[0]
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return "", None
     return str(source.target), e.weights.packing(str(source.target))

@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     from kvxform.codegen.onnx.forms import WeightKind
 
 COMPARED_BYTES = 1 << 16  # tensors up to here are compared by content, larger ones by storage
-Use = Literal["matrix", "turned", "table", "other"]
+Use = Literal["matrix", "turned", "flipped", "table", "other"]
 
 aten = torch.ops.aten
-# Where an operation reads a weight as a matrix `[N, K]`, as one `[K, N]`, or as a table of rows.
+# Where an operation reads a weight as a matrix `[N, K]`, as one `[K, N]`, or as a table of rows. A
+# matrix is flipped where the program itself writes `x @ W.T`.
 PLACES: dict[tuple[object, int], Use] = {
     (aten.linear.default, 1): "matrix",
     (aten.addmm.default, 2): "turned",
     (aten.mm.default, 1): "turned",
+    (aten.matmul.default, 1): "turned",
     (aten.embedding.default, 0): "table",
 }
-# Turned, a MatMul reads memory in order, without a packed copy. For a token, a tied table then gives
-# a column instead of a row.
+# Turned, a MatMul reads memory in order, without a packed copy. A tied table then gives a column
+# for a token, and not a row.
 TURNED_USES: tuple[set[Use], ...] = ({"matrix"}, {"matrix", "table"})
 
 
@@ -100,11 +102,18 @@ def unpacked_program(program: Program) -> Program:
     return changed
 
 
+def is_flip(node: fx.Node) -> bool:
+    """Whether a node transposes a matrix."""
+    return node.target is aten.permute.default and list(node.args[1]) == [1, 0]  # type: ignore[arg-type]
+
+
 def _use(node: fx.Node, user: fx.Node) -> Use:
     """Return how `user` reads the weight `node`, if it reads it once and in a known place."""
     places = [i for i, arg in enumerate(user.args) if arg is node]
     if len(places) != 1 or not user.kwargs.keys() <= {"beta", "alpha"}:
         return "other"
+    if is_flip(user):
+        return "flipped" if {_use(user, reader) for reader in user.users} == {"turned"} else "other"
     is_scaled = any(factor != 1 for factor in user.kwargs.values())
     return "other" if is_scaled else PLACES.get((user.target, places[0]), "other")
 
@@ -113,7 +122,7 @@ def _packing(weight: Tensor, uses: set[Use]) -> Packing | None:
     """Return how a weight of such uses is packed; None if it cannot be."""
     if weight.dim() != 2 or not weight.is_floating_point() or min(weight.shape) < BLOCK:
         return None
-    if uses == {"matrix"}:
+    if uses in ({"matrix"}, {"flipped"}):
         return Packing(MATRIX_BITS)
     if uses == {"turned"}:
         return Packing(MATRIX_BITS, is_turned=True)

@@ -18,6 +18,7 @@ from kvxform.codegen.onnx.forms import OnnxOptions, choose_form
 from kvxform.codegen.onnx.nbits import Packing, pack, unpack
 from kvxform.codegen.onnx.weights import WeightStore, unpacked_program
 from kvxform.errors import ArtifactError, CodegenError, VerifyError
+from kvxform.ir.types import TensorType
 from kvxform.passes.base.insert_cache import InsertCache
 from kvxform.runtime.exporting import Verdict
 from kvxform.runtime.model import OptimizedModel
@@ -25,6 +26,9 @@ from kvxform.runtime.onnx_program import package_program
 from kvxform.runtime.onnx_session import OnnxSession
 
 INT4 = OnnxOptions(weights="int4")
+MATRIX = "layers.0.mlp.up.weight"
+
+aten = torch.ops.aten
 
 
 def toy(**model):
@@ -166,3 +170,23 @@ def test_an_older_runtime_is_refused():
         choose_form(program, OnnxOptions(level="L1", weights="int4", runtime="1.24"))
     with pytest.raises(CodegenError, match=r"^KVX403.*not a primitive"):
         choose_form(program, OnnxOptions(level="L0", weights="int4"))
+
+
+def test_products_that_a_program_writes_out_itself(tmp_path):
+    program = toy(layers=1)
+    (node,) = (n for n in program.calls(aten.linear.default) if n.args[1].target == MATRIX)
+    with program.graph.inserting_before(node):
+        flipped = program.graph.call_function(aten.permute.default, (node.args[1], [1, 0]))
+        product = program.graph.call_function(aten.matmul.default, (node.args[0], flipped))
+    weight = node.args[1].meta["type"]
+    flipped.meta = {**node.meta, "type": TensorType(weight.dtype, weight.shape[::-1])}
+    product.meta = dict(node.meta)
+    node.replace_all_uses_with(product)
+    program.graph.erase_node(node)
+    folder = export_onnx(program, tmp_path / "out", INT4)
+    nodes = load(folder).graph.node
+    assert [n.op_type for n in nodes].count("MatMulNBits") == 7 + 1
+    ids = token_ids(program, 1, 5)
+    found = OnnxSession(folder, threads=1).prefill(ids)
+    exact = OptimizedModel(unpacked_program(program)).new_session(1).prefill(ids)
+    assert (found - exact).abs().max() < 0.02 * exact.abs().max()
