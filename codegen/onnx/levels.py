@@ -28,6 +28,7 @@ FLOATS = (torch.float32, torch.float16)
 HALVES = (torch.float16, torch.bfloat16)
 ALL_DTYPES = {"cpu": FLOATS, "cuda": (*FLOATS, torch.bfloat16)}
 LAST_OPSET = 25
+BFLOAT16_OPSET = 22  # the first whose Sin, Cos and Round take it
 CUDA_RUNTIME = "1.31"  # older builds were not run on a GPU
 STATIC = "static-int"  # the codec whose bytes the contrib operators keep
 
@@ -208,6 +209,9 @@ def reason_against(level: str, program: Program, options: OnnxOptions) -> str | 
         return f"on {options.provider} the compute dtype must be {names}"
     if options.opset is not None and options.opset < rules.first_opset:
         return f"needs opset {rules.first_opset} or newer"
+    opset = options.opset or rules.opset[options.provider]
+    if program.dtype == torch.bfloat16 and opset < BFLOAT16_OPSET:
+        return f"bfloat16 needs opset {BFLOAT16_OPSET} or newer"
     least = rules.runtime[options.provider]
     if version_of(options.runtime) < version_of(least):
         return f"needs ONNX Runtime {least} or newer"

@@ -150,7 +150,9 @@ def test_the_provider_has_dtypes_of_its_own():
     half = toy(dtype=torch.float16)
     assert legal(half, provider="cuda") == ["L0", "L1", "L2", "L3", "L4", "L5"]
     brain = toy(dtype=torch.bfloat16)
-    assert "L3" in legal(brain, provider="cuda")
+    assert legal(brain, provider="cuda") == ["L1", "L2", "L3", "L4", "L5"]
+    assert "bfloat16 needs opset 22" in against("L0", brain, provider="cuda")
+    assert legal(brain, provider="cuda", opset=22) == ["L0", "L5"]
     with pytest.raises(CodegenError, match=r"KVX401.*float32 or float16; got bfloat16"):
         check_form(brain, OnnxOptions())
     assert check_form(brain, OnnxOptions(provider="cuda")).provider == "cuda"
