@@ -50,6 +50,7 @@ Emitted = ir.Value | Size | tuple[ir.Value, ...] | None
 Emit = Callable[..., Emitted]
 
 EMITTERS: dict[Callable[..., Any], Emit] = {}
+COMPLEX_EMITTERS: dict[Callable[..., Any], Emit] = {}  # of calls that read or yield such numbers
 CONDITIONS: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {}
 
 
@@ -72,9 +73,27 @@ def emits(
     return enter
 
 
+def emits_complex(*targets: Callable[..., Any]) -> Callable[[Emit], Emit]:
+    """Enter the decorated emitter for calls of `targets` on complex numbers."""
+
+    def enter(function: Emit) -> Emit:
+        COMPLEX_EMITTERS.update(dict.fromkeys(targets, function))
+        return function
+
+    return enter
+
+
+def is_complex(x: object) -> bool:
+    """Whether an argument of a call is a tensor of complex numbers."""
+    found = x.meta.get("type") if isinstance(x, fx.Node) else None
+    return isinstance(found, TensorType) and found.dtype.is_complex
+
+
 def find_emitter(node: fx.Node) -> Emit | None:
     """Return the emitter of a call, or None if there is none for it."""
     assert callable(node.target), "a call has an operation"
+    if is_complex(node) or any(is_complex(x) for x in node.all_input_nodes):
+        return COMPLEX_EMITTERS.get(node.target)
     condition = CONDITIONS.get(node.target)
     if condition is not None and not condition(node):
         return None
@@ -97,6 +116,7 @@ class Emission:
         paged: Inputs of a graph over a paged cache, or None.
         values: What each node of the graph was emitted as, so far.
         ready: What nodes further on are, where an emitter has done their work already.
+        rows: Heads side by side, `[B, S, H * D]`, of nodes that are heads `[B, H, S, D]`.
     """
 
     program: Program
@@ -110,6 +130,7 @@ class Emission:
     paged: PagedInputs | None = None
     values: dict[fx.Node, Emitted] = field(default_factory=dict)
     ready: dict[fx.Node, Emitted] = field(default_factory=dict)
+    rows: dict[fx.Node, ir.Value] = field(default_factory=dict)
 
     def shared(self, key: tuple[Any, ...], make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value for `key`; it is made once, outside of any layer."""

@@ -25,6 +25,7 @@ from kvxform.codegen.onnx.package import write_package
 from kvxform.codegen.onnx.ports import CachePorts
 from kvxform.codegen.onnx.provenance import provenance_notes
 from kvxform.codegen.onnx.roles import scope_paths
+from kvxform.codegen.onnx.row_operations import emit_on_rows
 from kvxform.codegen.onnx.weights import WeightStore
 from kvxform.ir.program import Program
 
@@ -142,6 +143,8 @@ def emit_call(
     e: Emission, node: fx.Node, values: Mapping[fx.Node, Emitted], fallback: Fallback
 ) -> Emitted:
     """Emit one call on the values of its arguments, by our table or by that of torch."""
+    if (on_rows := emit_on_rows(e, node)) is not None:
+        return on_rows
     emitter = find_emitter(node)
     if emitter is None:
         return fallback.emit(e, node, [values[source] for source in node.all_input_nodes])

@@ -29,6 +29,7 @@ def heads_of(e: Emission, node: fx.Node, rows: ir.Value) -> ir.Value:
 
     Where the graph goes on to put heads side by side, that is done already.
     """
+    e.rows[node] = rows
     for merged in merged_heads(node):
         e.ready[merged] = rows
     _, heads, _, width = type_of(node).shape
@@ -43,11 +44,17 @@ def dtype_of_value(e: Emission, node: fx.Node) -> ir.DataType:
     return found
 
 
+def rows_of(e: Emission, node: fx.Node) -> ir.Value | None:
+    """Return heads `[B, H, S, D]` as rows `[B, S, H * D]`, where these are known."""
+    flat = flat_source(node)
+    return e.rows.get(node) if flat is None else _value(e, flat)
+
+
 def _rows(e: Emission, node: fx.Node) -> ir.Value:
     """Return heads `[B, H, S, D]` as rows `[B, S, H * D]`."""
-    b, flat = e.builder, flat_source(node)
-    if flat is not None:
-        return _value(e, flat)
+    b, known = e.builder, rows_of(e, node)
+    if known is not None:
+        return known
     tokens_first = b.op("Transpose", _value(e, node), perm=[0, 2, 1, 3])
     _, heads, _, width = type_of(node).shape
     return b.op("Reshape", tokens_first, b.const([0, 0, int(heads) * int(width)]))

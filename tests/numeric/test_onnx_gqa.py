@@ -17,6 +17,7 @@ from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.errors import CodegenError
 from kvxform.passes.base.fuse_projections import FuseProjections
+from kvxform.passes.quantize.quantize_kv import QuantizeKv
 from kvxform.passes.rotation.rotate_qk import RotateQk
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_session import OnnxSession
@@ -137,12 +138,20 @@ def test_one_product_for_queries_keys_and_values(tmp_path):
     package.check()
 
 
-def test_a_rotation_after_rope_stays_outside(tmp_path):
-    program, _ = apply(RotateQk(), make_program(static_int(8, "tensor")))
+@pytest.mark.parametrize("center", [False, True])
+def test_what_follows_rope_is_done_to_rows(tmp_path, center):
+    """A rotation, and means that are taken away, stay outside; no heads are moved for them."""
+    program, _ = apply(RotateQk(), make_program())
+    codec = static_int(4, "channel")
+    if center:
+        codec |= {"center": True, "offset": tuple(0.1 * (i % 5) for i in range(32))}
+    program, _ = apply(QuantizeKv(key=codec, value=codec), program)
     package = Package(program, tmp_path / "p")
     attributes, _ = package.attributes()
     assert "do_rotary" not in attributes
     assert package.ops["RotaryEmbedding"] == 4
+    assert package.ops["Transpose"] == 0
+    assert package.ops["Add"] == (2 if center else 0)
     package.check()
 
 
