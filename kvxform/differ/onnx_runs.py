@@ -12,8 +12,8 @@ from torch import Tensor
 from kvxform.errors import ArtifactError
 from kvxform.ir.program import Program
 from kvxform.runtime.exporting import has_cuda
-from kvxform.runtime.onnx_engine import import_runtime
 from kvxform.runtime.onnx_rows import OnnxModel
+from kvxform.runtime.onnx_runtime import import_runtime
 from kvxform.runtime.onnx_session import OnnxSession
 
 PAST = "past_key_values."

@@ -17,10 +17,11 @@ from kvxform.runtime.generate import GenerationOptions, Streamer, eos_tuple, run
 from kvxform.runtime.inputs import Batch, check_tokens, make_batch, refuse
 from kvxform.runtime.onnx_buffers import BufferCache
 from kvxform.runtime.onnx_cache import PackageCache
-from kvxform.runtime.onnx_engine import Engine, refuse_here
+from kvxform.runtime.onnx_engine import Engine
 from kvxform.runtime.onnx_files import check_package
 from kvxform.runtime.onnx_growing import GrowingCache
 from kvxform.runtime.onnx_paged import PagedCache
+from kvxform.runtime.onnx_runtime import refuse_here
 
 
 class OnnxSession:

@@ -8,7 +8,7 @@ from onnx_forms import FORMS
 from programs import token_ids
 
 from kvxform.runtime.model import OptimizedModel
-from kvxform.runtime.onnx_engine import CUDA
+from kvxform.runtime.onnx_runtime import CUDA
 from kvxform.runtime.onnx_session import OnnxSession
 
 onnxruntime = pytest.importorskip("onnxruntime")

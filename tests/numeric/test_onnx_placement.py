@@ -15,7 +15,7 @@ from buffer_graphs import write_graph
 from cuda_placement import place
 from onnx_forms import FORMS
 
-from kvxform.runtime.onnx_engine import SIZE_OPS
+from kvxform.runtime.onnx_runtime import SIZE_OPS
 
 SITE = os.environ.get("KVXFORM_ORT_GPU")
 pytestmark = [

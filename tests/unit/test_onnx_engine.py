@@ -13,7 +13,8 @@ from buffer_graphs import FORM, write_graph
 
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.runtime import onnx_engine
-from kvxform.runtime.onnx_engine import CUDA, SIZE_OPS, Engine, import_runtime
+from kvxform.runtime.onnx_engine import Engine
+from kvxform.runtime.onnx_runtime import CUDA, SIZE_OPS, import_runtime
 
 CPU = "CPUExecutionProvider"
 
