@@ -23,7 +23,7 @@ from kvxform.codegen.onnx.forms import Form
 from kvxform.codegen.onnx.package import write_package
 from kvxform.ir.program import Program
 from kvxform.runtime import onnx_engine
-from kvxform.runtime.onnx_engine import ELEMENTS, Engine
+from kvxform.runtime.onnx_engine import ELEMENTS
 from kvxform.runtime.onnx_session import OnnxSession
 
 ABSENT = np.zeros(0, np.float32)  # an output left out; the evaluator gives it to inputs left out
@@ -218,6 +218,6 @@ def paged_package(
 
 def open_paged(folder: Path, monkeypatch: Any, **options: Any) -> OnnxSession:
     """Open a package on the reference, with the memory on the CPU."""
-    monkeypatch.setattr(Engine, "_load", lambda self, path, *_: ReferenceSession(path))
-    monkeypatch.setattr(onnx_engine, "_check_provider", lambda *_: None)
+    monkeypatch.setattr(onnx_engine, "open_graph", lambda _, path, *__: ReferenceSession(path))
+    monkeypatch.setattr(onnx_engine, "check_runtime", lambda *_: None)
     return OnnxSession(folder, provider="reference", **options)

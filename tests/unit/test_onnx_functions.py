@@ -53,7 +53,21 @@ def calls_of(model):
     return [node for node in model.graph if node.domain == "kvx"]
 
 
-@pytest.mark.parametrize(("case", "opset"), [*((case, 23) for case in PLANS), ("kivi", 18)])
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory):
+    """Return the folder of a package and its model."""
+    folder = tmp_path_factory.mktemp("int4") / "out"
+    return folder, open_l5(program_of(PLANS["int4"]), folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("case", "opset"),
+    [
+        ("int4_int2", 23),
+        ("kivi", 18),
+        *(pytest.param(case, 23, marks=pytest.mark.slow) for case in ("exact", "int4", "kivi")),
+    ],
+)
 def test_packages_are_as_defined(case, opset, tmp_path):
     program = program_of(PLANS[case])
     session, model = open_l5(program, tmp_path / "out", opset)
@@ -70,9 +84,8 @@ def test_packages_are_as_defined(case, opset, tmp_path):
     onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
 
 
-def test_a_call_says_what_it_takes_and_gives(tmp_path):
-    program = program_of(PLANS["int4"])
-    _, model = open_l5(program, tmp_path / "out")
+def test_a_call_says_what_it_takes_and_gives(int4):
+    _, model = int4
     (function,) = model.functions.values()
     planes = [f"{s}_{p}" for s in ("key", "value") for p in ("codes", "scale", "zero")]
     past = [f"past_{plane}" for plane in planes]
@@ -91,8 +104,8 @@ def test_a_call_says_what_it_takes_and_gives(tmp_path):
     assert not [name for name in names if "layers" in name]
 
 
-def test_a_call_does_the_work_of_append_and_attention(tmp_path):
-    _, model = open_l5(program_of(PLANS["int4"]), tmp_path / "out")
+def test_a_call_does_the_work_of_append_and_attention(int4):
+    _, model = int4
     found, calls = node_map(model.graph), calls_of(model)
     for layer, node in enumerate(calls):
         for op in ("cache_append", "cached_attention"):
@@ -137,29 +150,26 @@ def test_layers_that_read_another_cache_are_calls_too(tmp_path):
     torch.testing.assert_close(session.prefill(ids)[0], expected[-1], rtol=0, atol=TOLERANCE)
 
 
-def test_the_runtime_puts_bodies_in_the_place_of_calls(tmp_path):
-    open_l5(program_of(PLANS["int4"]), tmp_path / "out")
+def test_the_runtime_puts_bodies_in_the_place_of_calls(int4, tmp_path):
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     options.log_severity_level = 4
-    path = str(tmp_path / "out" / "model.onnx")
+    path = str(int4[0] / "model.onnx")
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     domains = {node.domain for node in ir.load(tmp_path / "optimised.onnx").graph}
     assert "kvx" not in domains
 
 
-def test_a_diff_reads_calls_as_operations(tmp_path):
-    open_l5(program_of(PLANS["int4"]), tmp_path / "out")
-    nodes = outline_onnx(tmp_path / "out").nodes
+def test_a_diff_reads_calls_as_operations(int4):
+    nodes = outline_onnx(int4[0]).nodes
     calls = [node for node in nodes if NAMES["int4"] in node.op]
     assert [node.layer for node in calls] == [0, 1]
     assert calls[0].origin.startswith("attention")
 
 
-def test_equal_programs_give_equal_bytes(tmp_path):
-    for name in ("a", "b"):
-        open_l5(program_of(PLANS["kivi"]), tmp_path / name)
-    contents = [(tmp_path / name / "model.onnx").read_bytes() for name in ("a", "b")]
+def test_equal_programs_give_equal_bytes(int4, tmp_path):
+    open_l5(program_of(PLANS["int4"]), tmp_path / "again")
+    contents = [(folder / "model.onnx").read_bytes() for folder in (int4[0], tmp_path / "again")]
     assert contents[0] == contents[1]
 
 
