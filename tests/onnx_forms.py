@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from cached import cached_program
-from programs import apply
+from programs import apply, llama_program, token_ids
 
 from kvxform.codegen.onnx import export_onnx
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.ir.program import Program
 from kvxform.passes.quantize.quantize_kv import QuantizeKv
+from kvxform.pipeline import run_pipeline
+from kvxform.recipe import load_recipe
+from kvxform.runtime.model import OptimizedModel
 
 INT4 = {"codec": "int", "bits": 4}
 STATIC8, STATIC4 = ({"codec": "static-int", "bits": n, "scale": [6.0 / 2**n]} for n in (8, 4))
@@ -36,6 +40,18 @@ class ToyForm:
     def export(self, folder: Path, provider: str, logits: str = "all") -> Path:
         asked: dict[str, Any] = {"level": self.level, "opset": self.opset, "logits": logits}
         return export_onnx(self.program(), folder, OnnxOptions(provider=provider, **asked))
+
+
+def export_recipe(name: str, folder: Path) -> Path:
+    """Export a toy for CUDA after a bundled recipe, at the best legal level."""
+    program = llama_program(dtype=torch.float16, heads=4, kv_heads=1, head_dim=64)
+    program.info = dataclasses.replace(program.info, context_length=None)
+    recipe = load_recipe(load_recipe(name).to_data() | {"bounds": {}})
+    calibration = token_ids(program, 8, 64)
+    program, _ = run_pipeline(
+        program, recipe, executor=OptimizedModel, verify="none", calibration=calibration
+    )
+    return export_onnx(program, folder, OnnxOptions(provider="cuda", logits="last"))
 
 
 FORMS = {

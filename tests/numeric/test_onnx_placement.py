@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 from buffer_graphs import write_graph
 from cuda_placement import place
-from onnx_forms import FORMS
+from onnx_forms import FORMS, export_recipe
 
 from kvxform.runtime.onnx_runtime import SIZE_OPS
 
+RECIPES = (
+    *("onnx-fp16", "onnx-int8", "onnx-int4", "kivi2", "kvx-3", "kvquant-3", "zipcache"),
+    *("turboquant-3", "octopus-3", "fibquant-3"),
+)
 SITE = os.environ.get("KVXFORM_ORT_GPU")
 pytestmark = [
     pytest.mark.slow,
@@ -43,6 +47,13 @@ def test_no_node_falls_back(name, logits, placed):
     assert found["nodes"] > 30
     assert set(found["off"]) <= SIZE_OPS
     assert found["captures"] or cache == "grow", "steps over buffers and blocks can be CUDA graphs"
+
+
+def test_recipes_stay_on_the_gpu(tmp_path):
+    graphs = [export_recipe(name, tmp_path / name) / "model.onnx" for name in RECIPES]
+    for name, found in zip(RECIPES, place(Path(str(SITE)), graphs), strict=True):
+        assert "error" not in found, (name, found)
+        assert set(found["off"]) <= SIZE_OPS, name
 
 
 def test_a_node_without_a_kernel_is_seen(tmp_path):
