@@ -7,6 +7,7 @@ from typing import NoReturn
 from kvxform.codecs.base import dtype_name, layers_of, make_codec
 from kvxform.codecs.packing import BITS
 from kvxform.codegen.onnx import (
+    aten_complex,
     aten_index,
     aten_math,
     aten_nn,
@@ -27,6 +28,7 @@ from kvxform.ir.program import Program
 from kvxform.ir.stream_plan import StreamPlan
 
 EMITTER_MODULES = (
+    aten_complex,
     aten_index,
     aten_math,
     aten_nn,
