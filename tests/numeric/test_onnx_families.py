@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import family_table
 import onnx_rows
 import pytest
 import torch
@@ -58,8 +59,13 @@ def test_the_table_lists_the_registry_and_is_what_its_rows_render_to():
 
 
 def test_every_family_has_packages_of_levels_0_1_and_2():
+    """All that run with a cache at all; the others have a reason in docs/coverage.md."""
     needed = [c.name for c in CASES if c.level in ("L0", "L1", "L2")]
-    for row in read(TABLE.read_text(encoding="utf-8")).values():
+    eager = family_table.read(TABLE.with_name("coverage.md").read_text(encoding="utf-8"))
+    rows = read(TABLE.read_text(encoding="utf-8"))
+    without = [name for name in rows if "exact" in eager[name].reasons]
+    assert len(rows) - len(without) >= 60
+    for row in (rows[name] for name in rows if name not in without):
         cells = dict(zip(COLUMNS, row.cells, strict=True))
         assert {cells[name] for name in needed} == {"yes"}, row.name
 
