@@ -141,7 +141,8 @@ def _hypotheses(prober: Prober, stop: Stop, out: fx.Node) -> Iterator[Norm]:
     inner = {n.meta["type"].dtype for n in stop.region if tensor_type(n) is not None}
     found = sorted({n for _, n in literals(stop.region, float) if 0 < n < LARGEST_EPS})
     gains = list(_gains(prober, stop))
-    for dtype in (None, *sorted(inner - {own}, key=str)):
+    # Wide statistics first: of small values, narrow ones look the same, and overflow on large ones.
+    for dtype in (*sorted(inner - {own}, key=str), None):
         for eps in found or [float(torch.finfo(own).eps)]:
             for weight, offset in gains or [(None, 0.0)]:
                 yield Norm(stop.node, out, weight, eps, offset, dtype, stop.region)

@@ -93,3 +93,21 @@ def test_near_misses_are_left_alone(name: str) -> None:
     count, _, (before, after) = raised(BAD[name], torch.float64)
     assert count == 0
     assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("channels", [16, 96, 576])
+def test_statistics_of_a_float16_model_stay_wide(channels: int) -> None:
+    """Of small values, narrow statistics look the same; squares of large ones overflow."""
+
+    class Wide(One):
+        def __init__(self) -> None:
+            super().__init__(upcast, torch.float16)
+            self.table = nn.Parameter(torch.randn(9, channels).half())
+            self.gain = nn.Parameter(torch.ones(channels, dtype=torch.float16))
+
+    torch.manual_seed(0)
+    graph, weights = normalise(export_module(prepare(Wide())))
+    prober = Prober(graph, weights)
+    assert raise_norms(prober) == 1
+    (node,) = (n for n in graph.nodes if n.target == kvx.RMS_NORM)
+    assert node.kwargs["compute_dtype"] == torch.float32
