@@ -230,9 +230,8 @@ class _Run:
         with _package(self.model, target) as folder:
             form, is_own = form_of(check_package(folder)), _is_package(target)
             with comparable(self.model, folder, form, is_unpacked=is_own) as (leader, exact):
-                session = OnnxSession(
-                    exact, provider=provider_here(form), is_edited=exact != folder
-                )
+                provider = provider_here(form, leader.program.info.dtype)
+                session = OnnxSession(exact, provider=provider, is_edited=exact != folder)
                 package = OnnxModel(leader.program, session)
                 found, left_out = follow_package(package, leader, suites, self._cost, self._talk)
             self._left_out |= left_out

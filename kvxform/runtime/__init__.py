@@ -10,8 +10,8 @@
 - `huggingface`: a compiled model as a transformers model
 - `session_cache`: a session as the cache of a transformers model
 - `inputs`: checks of ids and masks, padding
-- `onnx_session`: OnnxSession, the same for an ONNX package; `onnx_cache` says what its caches have in
-  common: `onnx_growing`, `onnx_buffers`, `onnx_paged`
+- `onnx_session`: OnnxSession, the same for an ONNX package; `onnx_cache` says what its caches have
+  in common: `onnx_growing`, `onnx_buffers`, `onnx_paged`
 - `onnx_runtime`: what the installed ONNX Runtime must be; `onnx_engine`: a graph that it loaded
 - `onnx_rows`: rows of a package as a session, for `verify`
 """

@@ -13,7 +13,7 @@ from cached import cached_program
 from kvxform.codegen.onnx.builder import Builder
 from kvxform.codegen.onnx.forms import Form
 from kvxform.errors import VerifyError
-from kvxform.runtime.exporting import Verdict, why_not_here
+from kvxform.runtime.exporting import Verdict, provider_here, why_not_here
 from kvxform.runtime.model import OptimizedModel
 from kvxform.runtime.onnx_files import check_package
 
@@ -110,3 +110,15 @@ def test_a_package_that_cannot_run_here_is_written_unverified(tmp_path, monkeypa
     monkeypatch.setattr("kvxform.runtime.exporting.why_not_here", lambda *_: "there is no GPU")
     folder = model().export_onnx(tmp_path / "out")
     assert str(Verdict.of(folder)) == "not verified: there is no GPU"
+
+
+@pytest.mark.parametrize(
+    ("level", "dtype", "expected"),
+    [("L2", "float16", "cuda"), ("L3", "float16", "cpu"), ("L3", "bfloat16", "cuda")],
+)
+def test_codes_of_an_attention_that_prompts_do_not_read_are_compared_on_the_cpu(
+    monkeypatch, level, dtype, expected
+):
+    form = Form(level, 23, "cuda", "1.31", "buffer", "last", "source")
+    monkeypatch.setattr("kvxform.runtime.exporting.has_cuda", lambda: True)
+    assert provider_here(form, dtype) == expected

@@ -113,7 +113,7 @@ def test_forked_sequences_share_pages_until_one_writes():
 
 def test_the_last_owner_needs_no_copy_and_no_free_page():
     pool = forked(6, 3)
-    copies = pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), {2}))
+    copies = pool.grow(dict.fromkeys(range(3), 3), {key: {2} for key in range(3)})
     assert [c.sequence for c in copies] == [0, 1]
     assert pool.num_free == 0
     assert {pool.pages(s)[2] for s in range(3)} == {3, 4, 5}
@@ -123,7 +123,7 @@ def test_too_few_pages_for_copies_change_nothing():
     pool = forked(5, 3)
     before = [pool.pages(s) for s in range(3)]
     with pytest.raises(CacheFullError, match=r"needs 2 free pages .* got 1"):
-        pool.grow(dict.fromkeys(range(3), 3), dict.fromkeys(range(3), {2}))
+        pool.grow(dict.fromkeys(range(3), 3), {key: {2} for key in range(3)})
     assert before == [pool.pages(s) for s in range(3)]
 
 
