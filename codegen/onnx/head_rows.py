@@ -1,7 +1,7 @@
 """Heads as rows, `[B, S, H * D]`: what operators of attention take, and linear layers make.
 
 Heads that have been split from such rows, or are about to be put side by side again, are not moved
-to and fro.
+back and forth.
 """
 
 from __future__ import annotations
