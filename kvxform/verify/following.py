@@ -1,11 +1,12 @@
 """Checks a lowering whose caches cannot be watched: it follows one that can, action by action.
 
 Both round differently, and of a lossy cache that moves single codes. So what is cached is held to a
-share of what the codes themselves cost in that layer.
+share of what the codes themselves cost, in that layer and in those before it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,7 +86,12 @@ class Follower:
         ]
 
     def _compare(self, leader: Replay, model: Replay, worst: _Worst) -> None:
-        """Compare what every layer holds of every row."""
+        """Compare what every layer holds of every row.
+
+        A code that rounding moved in one layer is an error that all later layers see, so what the
+        codes of a layer and of those before it cost bounds how far two roundings can part there.
+        """
+        total = 0.0  # sum of the squares of what codes cost so far, relative to K and V
         for site in leader.plan.sites:
             mine = leader.session.logical_cache(site.layer)
             theirs = model.session.logical_cache(site.layer)
@@ -94,8 +100,8 @@ class Follower:
                 expected, got = (mine.k, mine.v)[index], (theirs.k, theirs.v)[index]
                 bound = self._tolerance.logits
                 if self.is_lossy:
-                    codes = rms([pair[index] for pair in exact], expected)
-                    bound = max(bound, self._tolerance.lossy_share * codes)
+                    total += rms([pair[index] for pair in exact], expected) ** 2
+                    bound = max(bound, self._tolerance.lossy_share * math.sqrt(total))
                 worst.add(rms(got, expected), bound, f"{name[0].upper()} of layer {site.layer}")
 
 

@@ -77,7 +77,7 @@ def test_onnx_holds_and_reads_the_same(options, tmp_path):
     plan = optimised.plan.sites[0].key
     widths = {spec.name: spec.width for spec in plan.planes}
     assert widths == ({"codes": 4, "scale": 8, "zero": 8} if "bits" in options else {"value": 8})
-    shapes = {x.name: x.shape for x in session._session.get_inputs()}
+    shapes = {x.name: x.shape for x in session._cache._engine.session.get_inputs()}
     for plane, width in widths.items():
         suffix = "" if plane == "value" else f"_{plane}"
         shape = shapes[f"past_key_values.0.key{suffix}"]

@@ -59,7 +59,7 @@ def test_a_latent_made_here_goes_through_every_lowering(tmp_path):
     assert model.plan.bytes_per_token == 2 * (24 + 4)
     session = open_export(model.program, tmp_path / "onnx")
     compare_export(session.prefill(ids, all_logits=True), model(ids), lossy=True)
-    shapes = {x.name: x.shape for x in session._session.get_inputs()}
+    shapes = {x.name: x.shape for x in session._cache._engine.session.get_inputs()}
     assert shapes["past_key_values.0.key_codes"][1::2] == [1, 24]
     assert not any("value" in name.split(".")[-1] for name in shapes if "past" in name)
     model.save(tmp_path / "model")
