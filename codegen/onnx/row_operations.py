@@ -1,8 +1,8 @@
 """Work on single vectors of heads, where these lie side by side: rows `[B, S, H * D]`.
 
 Attention operators take rows, and linear layers make them. What a graph does in between to heads
-`[B, H, S, D]`, vector by vector, is done to rows, so that nothing is transposed back and forth: RoPE,
-Hadamard rotations, and constants that are added or taken away.
+`[B, H, S, D]`, vector by vector, is done to rows, so that nothing is transposed back and forth:
+RoPE, Hadamard rotations, and constants that are added or taken away.
 """
 
 from __future__ import annotations
