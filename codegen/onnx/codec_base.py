@@ -4,7 +4,7 @@ An emitter is made from the codec and head_dim. Its arithmetic is that of the co
 value: codes differ only where a value lies within float32 rounding of the border of two codes.
 
 Only standard operations are used: bytes are taken apart with Cast, Floor, Mul and Sub in float32,
-where they are exact, for shifts and masks have no CUDA kernel. No package was run on CUDA yet.
+where they are exact, for shifts and masks have no CUDA kernel.
 Every emitter must work on no tokens at all, for an empty cache is a past of length 0.
 """
 

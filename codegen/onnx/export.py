@@ -44,8 +44,8 @@ def export_onnx(
     """Write `program` as an ONNX package.
 
     Args:
-        program: After `insert-cache`. The page layout is a matter of the runtime: cache planes in
-            ONNX are contiguous.
+        program: After `insert-cache`. Its page layout matters to a paged package alone, as the
+            block size; cache planes of the others are contiguous.
         folder: Where to write; an older package there is replaced at once or not at all.
         options: What is asked of the package; the best that is legal on the CPU if None.
         tokenizer_path: Folder of tokenizer files to copy; the one of the program if None.

@@ -137,12 +137,7 @@ def _mask(e: Emission, span: Span) -> ir.Value:
     if span.causal:
         seen = b.op("LessOrEqual", key_slots(e), query_slots(e), dtype=BOOL)  # [S, T]
         mask = b.op("And", mask, seen)
-    if span.window is not None:
-        within = b.op("Less", key_distance(e), b.const(span.window), dtype=BOOL)
-        mask = b.op("And", mask, within)
-    if span.chunk is not None:
-        same = b.op("Equal", *_rows_and_columns(e, span.chunk), dtype=BOOL)
-        mask = b.op("And", mask, same)
+    mask = _narrow(e, span, mask)
     itself = b.op("Equal", key_slots(e), query_slots(e), dtype=BOOL)
     return b.op("Or", mask, itself)
 
@@ -156,6 +151,12 @@ def _mask_in_place(e: Emission, span: Span) -> ir.Value:
     else:
         lengths = b.op("ReduceSum", e.inputs.attention_mask, b.const([1]), keepdims=1)
         mask = b.op("Less", keys, b.op("Unsqueeze", lengths, b.const([1, 2])), dtype=BOOL)
+    return _narrow(e, span, mask)
+
+
+def _narrow(e: Emission, span: Span, mask: ir.Value) -> ir.Value:
+    """Return the part of a mask that lies within the window and the chunk of a query."""
+    b = e.builder
     if span.window is not None:
         within = b.op("Less", key_distance(e), b.const(span.window), dtype=BOOL)
         mask = b.op("And", mask, within)
