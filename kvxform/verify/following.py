@@ -59,7 +59,8 @@ class Follower:
         """Return what can be said of all schedules together.
 
         The leader parts from itself too when a schedule is run in one piece: its sums round
-        differently there, and codes move. A model may part from it by four times that, for every layer of it rounds differently.
+        differently there, and codes move. A model may part from it by four times that, for every
+        layer of it rounds differently.
         """
         if not self._pairs:
             return []
