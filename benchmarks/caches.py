@@ -81,6 +81,13 @@ def _stream(codec: Codec | None, dtype: str) -> StreamSpec:
     )
 
 
+def kivi(bits: int) -> Format:
+    """Return KIVI's format: K per channel, V per token, in groups of 32, not rotated."""
+    key = IntCodec(bits=bits, axis="channel", group=32, zero="float")
+    value = IntCodec(bits=bits, group=32, zero="float")
+    return Format(key, value, is_rotated=False)
+
+
 OSCAR_KEY = TokenNormCodec(IntCodec(bits=2, axis="channel", group=32))
 FORMATS = {
     "bf16": Format(None, None, is_rotated=False),
@@ -88,6 +95,8 @@ FORMATS = {
     "int8-zero": Format.both(IntCodec(bits=8)),
     "int4": Format.both(IntCodec(bits=4)),
     "int2": Format.both(IntCodec(bits=2)),
+    "kivi4": kivi(4),
+    "kivi2": kivi(2),
     "oscar2": Format(OSCAR_KEY, IntCodec(bits=2, group=32)),
     "turboquant4": Format.both(LloydMaxCodec(levels=16)),
     "turboquant2": Format.both(LloydMaxCodec(levels=4)),
