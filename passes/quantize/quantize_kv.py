@@ -7,7 +7,7 @@ the runtime encodes what is appended and decodes, or folds, what is read.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,7 +77,7 @@ class QuantizeKv(GraphPass):
     def ensures(self) -> Mapping[str, FactValue]:
         """State which codec each stream has, at any layer."""
         codecs = {SHORT[stream]: self._codecs(stream) for stream in STREAMS}
-        return {f"{short}.codec": found[0].name for short, found in codecs.items() if found}
+        return {f"{short}.codec": _name_of(found) for short, found in codecs.items() if found}
 
     @property
     def needs_calibration(self) -> bool:
@@ -94,20 +94,24 @@ class QuantizeKv(GraphPass):
 
         Raises:
             PassError: KVX203 if a codec cannot take a head_dim, KVX205 if its groups of tokens
-                would cross a page, a layer is named that the model does not have, or a codec
-                cannot be fitted.
+                would cross a page, a layer is named that the model does not have, every layer
+                is an exception, or a codec cannot be fitted.
         """
         if program.plan is None:
             return [NoMatch("there is no cache", hint="put insert-cache before it")]
         own = self._options_of_layers(program)
-        found: list[Match | NoMatch] = []
-        for site in program.plan.sites:
-            asked = {
+        asked = {
+            site.layer: {
                 name: stream_options(name, self._base, *own[site.owner]) for name in site.streams
             }
+            for site in program.plan.sites
+        }
+        self._check_exceptions(list(asked.values()))
+        found: list[Match | NoMatch] = []
+        for site in program.plan.sites:
             streams = {
                 name: _planned(program, site, name, options)
-                for name, options in asked.items()
+                for name, options in asked[site.layer].items()
                 if options.codec is not None
             }
             found.append(self._check(program, site, streams))
@@ -117,6 +121,16 @@ class QuantizeKv(GraphPass):
         """Put the new streams into the plan of one site."""
         assert match.layer is not None, "every match is at a site"
         rewriter.update_site_plan(match.layer, **match.data)
+
+    def _check_exceptions(self, asked: Sequence[Mapping[str, StreamOptions]]) -> None:
+        """Refuse a codec that no layer of the model is left with."""
+        for name in STREAMS:
+            wanted = _name_of(self._codecs(name))
+            codecs = [options[name].codec for options in asked if name in options]
+            if codecs and wanted != "none" and _name_of(codecs) == "none":
+                rule = f"a codec of {name}s must be left to a layer of the model"
+                hint = f"name fewer layers, or give {name} no codec"
+                raise PassError("KVX205", rule, where=WHERE, got=wanted, hint=hint)
 
     def _check(
         self, program: Program, site: SitePlan, streams: Mapping[str, StreamPlan]
@@ -190,6 +204,11 @@ def _planned(program: Program, site: SitePlan, name: str, options: StreamOptions
         calibration=calibration,
         score_bytes=SCORE_BYTES if _is_ranked(codec) else 0,
     )
+
+
+def _name_of(codecs: Sequence[Codec | None]) -> str:
+    """Return the name of the first codec that encodes, or `none`."""
+    return next((c.name for c in codecs if c is not None and c.name != "none"), "none")
 
 
 def _is_ranked(codec: Codec) -> bool:

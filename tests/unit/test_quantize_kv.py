@@ -148,6 +148,30 @@ def test_a_codec_of_some_layers_only_is_a_fact():
     assert (quantised.facts["k.codec"], quantised.facts["v.codec"]) == ("none", "int")
 
 
+@pytest.mark.parametrize(
+    ("key", "layers"),
+    [
+        (INT4, {"0-1,-2--1": {"key": None}}),
+        (INT4, {"0-1,-2--1": {"key": {"codec": "none"}}}),
+        ({"codec": "none"}, {"0": {"key": INT4}, "0-1": {"key": None}}),
+    ],
+)
+def test_exceptions_at_every_layer_are_refused(key, layers):
+    words = r"KVX205 \[quantize-kv\] a codec of keys must be left.*got int.*name fewer layers"
+    with pytest.raises(PassError, match=words):
+        QuantizeKv(key, INT4, layers=layers).match(cached_program(layers=2))
+    fewer = {name.replace("0-1", "0").split(",")[0]: own for name, own in layers.items()}
+    quantised, _ = apply(QuantizeKv(INT4, INT4, layers=fewer), cached_program(layers=2))
+    assert codecs(quantised, "key")[1] == 4
+
+
+def test_the_fact_is_that_of_the_codec_that_encodes():
+    layers = {"-1": {"key": INT4, "value": {"codec": "none"}}}
+    quantise = QuantizeKv({"codec": "none"}, INT4, layers=layers)
+    quantised, _ = apply(quantise, cached_program(layers=2))
+    assert (quantised.facts["k.codec"], quantised.facts["v.codec"]) == ("int", "int")
+
+
 @pytest.mark.parametrize("name", ["4", "-5", "0-9"])
 def test_a_layer_that_the_model_does_not_have_is_refused(name):
     with pytest.raises(PassError, match=r"KVX205 \[quantize-kv\].*it has 0 to 3"):
