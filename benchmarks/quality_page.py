@@ -127,7 +127,7 @@ def passkey_table(rows: Sequence[Row], results: Results) -> str:
 
 
 def retrieval_list(rows: Sequence[Row], results: Results) -> str:
-    """Return which formats keep retrieval in the longest prompts, and which break."""
+    """Return which formats keep retrieval in the longest prompts, which break, which are open."""
     found = [p | {"name": row["name"]} for row in rows for p in row.get("passkeys") or ()]
     if not found:
         return MISSING
@@ -136,6 +136,8 @@ def retrieval_list(rows: Sequence[Row], results: Results) -> str:
     for one in (one for one in found if one["length"] == length and one["name"] != "source"):
         words = next(words for least, words in RETRIEVAL if one["rate"] >= least)
         groups[words].append(f"`{one['name']}` ({one['rate']:.0%})")
+    measured = {one["name"] for one in found if one["length"] == length}
+    groups["Not measured"] = [f"`{r['name']}`" for r in rows if r["name"] not in measured]
     return "".join(f"- {words}: {', '.join(names) or 'none'}.\n" for words, names in groups.items())
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import time
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
+
+from kvxform.recipe import bundled_recipes
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -61,7 +64,12 @@ def results(tmp_path):
         "date": "2026-01-01",
     }
     failed = {"key": "hf-x", "name": "hf-x", "run": 0, "error": "no such package"}
-    rows = [row("kivi2", 3.0, 21.0), row("kv4", 4.5, 20.2), row("source", 0, 20.0), failed]
+    rows = [
+        row("kivi2", 3.0, 21.0) | {"passkeys": []},
+        row("kv4", 4.5, 20.2),
+        row("source", 0, 20.0),
+        failed,
+    ]
     file = {"benchmark": "quality", "runs": [run], "rows": rows}
     (tmp_path / "quality.json").write_text(json.dumps(file))
     moved = [row("kv4", 4.5, 20.4), row("unknown", 4.5, 20.4), row("source", 0, 20.0)]
@@ -93,7 +101,8 @@ def test_every_table_of_the_page_can_be_made(results):
     assert "| kv4    | +1.00%                         | +2.00%" in filled
     assert "unknown" not in filled
     assert "- They keep it, 95 % or more: none.\n" in filled
-    assert "- They lose a part, 50 % to 94 %: `kv4` (75%), `kivi2` (75%).\n" in filled
+    assert "- They lose a part, 50 % to 94 %: `kv4` (75%).\n" in filled
+    assert "- Not measured: `kivi2`.\n" in filled
     assert "| kivi2  | 256    | 21.000 " in filled
     assert "| 75%   | 90%    | 100% (0.10) | 50% (0.70) |" in filled
 
@@ -113,6 +122,22 @@ def test_the_pages_in_docs_are_up_to_date():
     results = load("performance_page").read_results(page.RESULTS)
     stale = [path.name for path, new in page.fill_all(results).items() if new != page.read(path)]
     assert not stale, "run benchmarks/quality_page.py"
+
+
+def test_method_pages_are_short_and_say_what_holds():
+    for path in sorted(load("quality_page").METHODS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 40, path.name
+        assert "**Contract.**" in text, path.name
+        assert "Limits.**" in text or "**Where it applies.**" in text, path.name
+        assert "Recipe" in text or "Pass" in text, path.name
+
+
+def test_every_recipe_of_a_method_has_a_page():
+    pages = "".join(path.read_text() for path in load("quality_page").METHODS.glob("*.md"))
+    plain = {"exact", "int8", "kv4"} | {n for n in bundled_recipes() if n.startswith("onnx-")}
+    methods = {n.removesuffix("-kv4") for n in bundled_recipes() if n != "quarot-kv4"} - plain
+    assert {n for n in methods if not re.search(rf"`{n}(-kv4)?`", pages)} == set()
 
 
 def test_the_plot_is_the_same_each_time(results, tmp_path):
