@@ -24,7 +24,7 @@ BITS = {
 }
 
 
-def optimise(name: str, verify: str):
+def optimise(name, verify: str):
     program = llama_program(dtype=torch.float64, head_dim=64)
     program.info = dataclasses.replace(program.info, context_length=None)
     text = torch.randint(0, 48, (4, 256), generator=torch.Generator().manual_seed(0))
@@ -47,6 +47,21 @@ def test_a_recipe_holds_what_its_equations_say(name):
     assert lossy == ["quantize-kv"]
     fitted = {site.key.calibration is not None for site in program.plan.sites}
     assert fitted == {name.startswith("kvquant")}
+
+
+@pytest.mark.slow
+def test_massive_tokens_of_rotatekv_can_lie_anywhere():
+    low = {"codec": "int", "bits": 2, "clip": 0.8}
+    kept = {"codec": "saliency", "score": "spread", "chunk": 16, "share": 1 / 16}
+    stream = {**kept, "high": {"codec": "none", "dtype": "float16"}, "low": low}
+    rotations = ["fuse-norms", "rotate-v", "insert-cache", "cache-prerope", "rotate-k-prerope"]
+    steps = [*rotations, {"quantize-kv": {"key": stream, "value": stream}}]
+    program, report = optimise({"version": 1, "name": "kept", "passes": steps}, "full")
+    assert report.cache is not None
+    assert max(report.cache.state_error, report.cache.read_error) < 1e-12
+    site = program.plan.site(0)
+    assert (site.key.rope, site.key.score_bytes, site.key.regions.sink) == ("pre", 0, 0)
+    assert site.key.basis.inverse is not None
 
 
 def test_a_fitted_plan_is_complete_by_itself(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxform.codecs.base import CodecSamples, make_codec
+from kvxform.codecs.exact import ExactCodec
 from kvxform.codecs.integer import IntCodec
 from kvxform.codecs.nuq import NuqCodec
 from kvxform.codecs.saliency import SaliencyCodec
@@ -107,6 +108,21 @@ def test_spread_finds_tokens_that_are_out_of_range():
     plain = every.decode(every.encode(x), torch.float32)
     assert float((y - x).abs().max()) < 1.5 < 5 < float((plain - x).abs().max())
     assert float((y - x).square().mean()) < 0.1 * float((plain - x).square().mean())
+
+
+def test_a_massive_token_stays_exact_and_costs_the_others_nothing():
+    """RotateKV's exact tokens, wherever they are: other codes are as if it were not there."""
+    x = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0))
+    places = [3, 16 + 11]
+    x[:, places, 5] += 40
+    x = x.half().float()
+    low = IntCodec(2, "channel", 15, zero="int", clip=0.8)
+    codec = SaliencyCodec(ExactCodec("float16"), low, 1 / 16, 16, "spread")
+    y = codec.decode(codec.encode(x), torch.float32)
+    assert torch.equal(y[:, places], x[:, places])
+    others = [i for i in range(32) if i not in places]
+    alone = low.decode(low.encode(x[:, others]), torch.float32)
+    assert torch.equal(y[:, others], alone)
 
 
 def test_separable_values_lose_less_where_channels_differ():
