@@ -61,6 +61,16 @@ class Builder:
         finally:
             self._scope, self._notes = before
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Name nodes after a part of the open scope, as `k/encode`, while the context is open."""
+        before = self._scope
+        self._scope = f"{before}/{name}"
+        try:
+            yield
+        finally:
+            self._scope = before
+
     def ops(
         self,
         op_type: str,
@@ -141,18 +151,18 @@ class Builder:
             self._add(tensor.name, tensor)
         return self.initializers[tensor.name]
 
-    def constant(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return a foreign constant, named after its content."""
+    def constant(self, tensor: ir.TensorProtocol, kind: str = "const") -> ir.Value:
+        """Return a foreign constant, named after its content and `kind`, what it is."""
         digest = hashlib.sha256(tensor.tobytes()).hexdigest()[:12]
         sizes = "x".join(str(n) for n in tensor.shape)
-        name = f"const/{tensor.dtype.short_name()}/{sizes}/{digest}"
+        name = f"{kind}/{tensor.dtype.short_name()}/{sizes}/{digest}"
         if name not in self.initializers:
             self._add(name, ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name))
         return self.initializers[name]
 
-    def table(self, values: Tensor) -> ir.Value:
-        """Return a table of numbers, one initialiser for equal contents."""
-        return self.constant(ir.tensor_adapters.TorchTensor(values.contiguous()))
+    def table(self, values: Tensor, kind: str = "const") -> ir.Value:
+        """Return a table of numbers, one initialiser for equal contents of a kind."""
+        return self.constant(ir.tensor_adapters.TorchTensor(values.contiguous()), kind)
 
     def copy(
         self, node: ir.Node, inputs: Sequence[ir.Value | None], role: str

@@ -56,13 +56,13 @@ def _lift(rewriter: Rewriter, site: SitePlan, name: str, stream: StreamPlan) -> 
     append, index = program.append_node(layer), ("key", "value").index(name)
     assert append is not None, "the site has a cache of its own"
     heads = node_of(append.args[index])
-    rows, label = flat_source(heads), f"layers.{layer}.attn.{name}_mean"
+    rows, label = flat_source(heads), f"model.layers.{layer}.attn.{name[0]}_mean"
     if rows is not None and len(rows.users) == 1:
         _shift(rewriter, rows, means.flatten(), label, -1)
     else:
         _shift(rewriter, heads, means, label, -1, [append])
     if name == "value":
-        attention, label = program.attention_node(layer), f"layers.{layer}.attn.output_mean"
+        attention, label = program.attention_node(layer), f"model.layers.{layer}.attn.output_mean"
         of_queries = means.repeat_interleave(site.num_q_heads // site.num_kv_heads, 0)
         merged = merged_heads(attention)
         if len(merged) == len(attention.users) == 1:

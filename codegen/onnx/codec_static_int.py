@@ -44,10 +44,10 @@ class StaticIntEmitter:
         return b.cast(values, dtype)
 
     def _scales(self, b: Builder) -> ir.Value:
-        return b.table(self.codec.scales(self.head_dim))
+        return b.table(self.codec.scales(self.head_dim), "scale")
 
     def _offsets(self, b: Builder) -> ir.Value:
-        return b.table(self.codec.offsets(self.head_dim))
+        return b.table(self.codec.offsets(self.head_dim), "mean")
 
     def _pack(self, b: Builder, codes: ir.Value) -> ir.Value:
         """Return two codes a byte, neighbours, the first one in the low half."""

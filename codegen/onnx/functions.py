@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from torch import fx
 
 import kvxform.ir.ops as kvx
-from kvxform.codegen.onnx.builder import FUNCTIONS, Builder
+from kvxform.codegen.onnx.builder import FUNCTIONS, Builder, scope_of
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.node_map import note_calls
 from kvxform.codegen.onnx.outlining import Group, Namer, find_group, make_body, shared_constants
 from kvxform.codegen.onnx.ports import PAST, PRESENT
 from kvxform.codegen.onnx.provenance import NODE
+from kvxform.codegen.onnx.streams import PARTS
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.stream_plan import StreamPlan
 
@@ -30,6 +31,7 @@ OPERANDS: dict[object, tuple[str, ...]] = {
     kvx.CACHE_APPEND: ("key", "value"),
     kvx.CACHED_ATTENTION: ("query",),
 }
+STREAMS = {part: stream for stream, part in PARTS.items()}
 Calls = Mapping[fx.Node, Mapping[str, str]]
 
 
@@ -49,8 +51,7 @@ class _Definition:
         """Return the node that stands for a group; its outputs are new values of the same names."""
         operands = [(*group.inputs, *group.constants)[i] for i in self.order]
         outputs = [ir.Value(name=x.name, type=x.type, shape=x.shape) for x in group.outputs]
-        scope = str(group.nodes[-1].name).rpartition("/")[0]
-        name = b.unique(f"{scope}/{self.function.name}")
+        name = b.unique(f"{group.scope}/{self.function.name}")
         node = ir.Node(FUNCTIONS, self.function.name, operands, outputs=outputs, name=name)
         note_calls(node, group.nodes)
         return node
@@ -70,7 +71,8 @@ def fold_layers(
         The outputs of the graph, some of them of calls, and the functions that are called.
     """
     groups = _groups(e, calls, outputs)
-    definitions = _define(e, groups, _names(e, calls))
+    names = _names(e, calls) | _constant_names(groups.values())
+    definitions = _define(e, groups, names)
     made = {group: definitions[group.text].call(e.builder, group) for group in groups.values()}
     renamed = _replace(e.builder, made)
     return [renamed.get(x, x) for x in outputs], [x.function for x in definitions.values()]
@@ -92,7 +94,14 @@ def _groups(e: Emission, calls: Calls, outputs: Sequence[ir.Value]) -> dict[int,
         for value in node.inputs:
             if value is not None:
                 readers[value].append(node)
-    return {layer: find_group(own, readers, outputs) for layer, own in members.items()}
+    return {
+        layer: find_group(_scope(e, layer), own, readers, outputs) for layer, own in members.items()
+    }
+
+
+def _scope(e: Emission, layer: int) -> str:
+    """Return the scope of the nodes of an attention."""
+    return scope_of(str(e.program.attention_node(layer).meta["module"]))
 
 
 def _replace(builder: Builder, made: Mapping[Group, ir.Node]) -> dict[ir.Value, ir.Value]:
@@ -167,6 +176,22 @@ def _names(e: Emission, calls: Calls) -> dict[ir.Value, str]:
             plane = re.sub(rf"^{prefix}\.\d+\.", "", str(value.name))
             found[value] = f"{word}_{plane}"
     return found
+
+
+def _constant_names(groups: Iterable[Group]) -> dict[ir.Value, str]:
+    """Return names for constants: what they are, and of which stream if one alone reads them."""
+    readers: dict[ir.Value, set[str]] = defaultdict(set)
+    for group in groups:
+        for node in group.nodes:
+            part = str(node.name).removeprefix(f"{group.scope}/").partition("/")[0]
+            for value in node.inputs:
+                if value is not None and value in group.constants:
+                    readers[value].add(STREAMS.get(part, ""))
+    return {
+        value: "_".join([*filter(None, parts), str(value.name).partition("/")[0]])
+        for value, parts in readers.items()
+        if len(parts) == 1
+    }
 
 
 def _function_name(site: SitePlan) -> str:

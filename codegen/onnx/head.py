@@ -60,12 +60,13 @@ def last_tokens(e: Emission, x: Emitted) -> ir.Value:
     """
     b = e.builder
     assert isinstance(x, ir.Value), "hidden states are one tensor"
-    if e.paged is not None:
-        ends = e.slice(e.paged.bounds, 1, END, axis=0)
-        last = b.op("Sub", b.cast(ends, INT64), b.const(1))
-        return b.op("Gather", x, last, axis=TOKENS)
-    last = _last_columns(e) if e.form.capacity is None else _last_slots(e)
-    return b.op("GatherND", x, b.op("Unsqueeze", last, b.const([1, 2])), batch_dims=1)
+    with b.part("last_tokens"):
+        if e.paged is not None:
+            ends = e.slice(e.paged.bounds, 1, END, axis=0)
+            last = b.op("Sub", b.cast(ends, INT64), b.const(1))
+            return b.op("Gather", x, last, axis=TOKENS)
+        last = _last_columns(e) if e.form.capacity is None else _last_slots(e)
+        return b.op("GatherND", x, b.op("Unsqueeze", last, b.const([1, 2])), batch_dims=1)
 
 
 def _last_slots(e: Emission) -> ir.Value:

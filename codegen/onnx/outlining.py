@@ -22,6 +22,7 @@ class Group:
     """Nodes that become one call.
 
     Attributes:
+        scope: What their names begin with; a body has the rest.
         nodes: In order.
         inputs: Values from elsewhere in the graph, in the order in which they are first read.
         constants: Initialisers that are operands, likewise.
@@ -29,6 +30,7 @@ class Group:
         text: Equal for groups that differ only in names and operands.
     """
 
+    scope: str
     nodes: tuple[ir.Node, ...]
     inputs: tuple[ir.Value, ...]
     constants: tuple[ir.Value, ...]
@@ -37,11 +39,12 @@ class Group:
 
 
 def find_group(
-    nodes: Sequence[ir.Node], readers: Readers, graph_outputs: Collection[ir.Value]
+    scope: str, nodes: Sequence[ir.Node], readers: Readers, graph_outputs: Collection[ir.Value]
 ) -> Group:
     """Return a group of nodes.
 
     Args:
+        scope: What their names begin with.
         nodes: Some nodes of a graph, in order.
         readers: Nodes that read each value of the graph.
         graph_outputs: Outputs of the graph.
@@ -70,7 +73,7 @@ def find_group(
     leaving = [x for x in made if x in graph_outputs or set(readers.get(x, ())) - own]
     outputs = sorted(leaving, key=lambda x: x in graph_outputs)  # what the graph goes on with first
     text = "\n".join([*lines, " ".join(names[x] for x in outputs)])
-    return Group(tuple(nodes), tuple(inputs), tuple(constants), tuple(outputs), text)
+    return Group(scope, tuple(nodes), tuple(inputs), tuple(constants), tuple(outputs), text)
 
 
 def shared_constants(groups: Sequence[Group]) -> frozenset[int]:
@@ -101,7 +104,7 @@ def make_body(
     final = {x: given(names.get(x) or _plain_name(x)) for x in group.outputs}
     kept = [x for x in group.constants if x not in values]
     nodes = [_constant(x, values, given) for x in (*_structure_of(group), *kept)]
-    nodes += [_copy(node, values, final, given) for node in group.nodes]
+    nodes += [_copy(node, group.scope, values, final, given) for node in group.nodes]
     used = {node.domain for node in nodes}
     imports = {domain: version for domain, version in opsets.items() if domain in used}
     return ir.Graph(
@@ -153,12 +156,13 @@ def _text(node: ir.Node, names: Mapping[ir.Value | None, str]) -> str:
 
 def _copy(
     node: ir.Node,
+    scope: str,
     values: dict[ir.Value, ir.Value],
     final: Mapping[ir.Value, str],
     given: Namer,
 ) -> ir.Node:
     """Return a node of the body, and enter its outputs; `final` has the names of some of them."""
-    label = given(_role(node))
+    label = given(_numberless(str(node.name).removeprefix(f"{scope}/")))
     operands = [None if x is None else values[x] for x in node.inputs]
     for index, value in enumerate(node.outputs):
         inner = f"{label}_output_{index}" if value.name else ""
@@ -183,9 +187,9 @@ def _constant(value: ir.Value, values: dict[ir.Value, ir.Value], given: Namer) -
     return ir.Node("", "Constant", [], [attribute], outputs=[values[value]], name=label)
 
 
-def _role(node: ir.Node) -> str:
-    """Return the last part of the name of a node, without its number."""
-    return re.sub(r"_\d+$", "", str(node.name).rpartition("/")[2]) or node.op_type
+def _numberless(name: str) -> str:
+    """Return the name of a node without the number that made it new."""
+    return re.sub(r"_\d+$", "", name)
 
 
 def _plain_name(value: ir.Value) -> str:
@@ -194,8 +198,9 @@ def _plain_name(value: ir.Value) -> str:
     shared = re.match(r"/shared/([^/]+)/", name)
     if shared:
         return _word(shared[1])
-    return _word(name.rpartition("/")[2]) if node is None else _role(node)
+    last = name if node is None else _numberless(str(node.name))
+    return _word(last.rpartition("/")[2])
 
 
 def _word(name: str) -> str:
-    return re.sub(r"\W+", "_", name).strip("_")
+    return re.sub(r"[\W_]+", "_", name.replace("-", "_minus_")).strip("_")

@@ -85,10 +85,11 @@ def attend_by_parts(
     """Emit attention of q `[B, H, S, D]`; returns `[B, H, S, Dv]`."""
     heads = Heads(site.num_q_heads, site.num_kv_heads)
     assert q.dtype is not None, "graph values have a dtype"
-    scaled = e.builder.op("Mul", q, e.builder.const(scoring.scale, q.dtype))
-    scores = _scores(e, heads, scaled, key)
-    weights = _softmax(e, scores, scoring)
-    return _mix(e, heads, weights, value)
+    with e.builder.part("attention"):
+        scaled = e.builder.op("Mul", q, e.builder.const(scoring.scale, q.dtype))
+        scores = _scores(e, heads, scaled, key)
+        weights = _softmax(e, scores, scoring)
+        return _mix(e, heads, weights, value)
 
 
 def _scores(e: Emission, heads: Heads, q: ir.Value, key: StreamView) -> ir.Value:

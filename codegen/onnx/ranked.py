@@ -19,7 +19,7 @@ from kvxform.codegen.onnx.codec_base import FLOAT
 from kvxform.codegen.onnx.codec_saliency import SaliencyEmitter
 from kvxform.codegen.onnx.emission import Emission
 from kvxform.codegen.onnx.masks import body_end, query_slots, slot_range, total_length
-from kvxform.codegen.onnx.streams import StreamView, at_hand, leaving_length, store
+from kvxform.codegen.onnx.streams import PARTS, StreamView, at_hand, leaving_length, store
 from kvxform.ir.plan import SitePlan
 from kvxform.ir.stream_plan import StreamPlan
 
@@ -39,12 +39,14 @@ def append_ranked(
     new = {"key": k} if v is None else {"key": k, "value": v}
     past = {name: e.ports.enter(site, name) for name in new}
     hands = {name: at_hand(e, site.streams[name], x, past[name]) for name, x in new.items()}
-    attention = _attention(e, site, hands["key"], q, scale)
+    with e.builder.part("probes"):
+        attention = _attention(e, site, hands["key"], q, scale)
     views = []
     for name, x in new.items():
-        scores = _keep_scores(e, site, name, past[name], attention)
-        encode = _Encode(e, site.streams[name], scores)
-        views.append(store(e, site, name, x, past[name], hands[name], encode))
+        with e.builder.part(PARTS[name]):
+            scores = _keep_scores(e, site, name, past[name], attention)
+            encode = _Encode(e, site.streams[name], scores)
+            views.append(store(e, site, name, x, past[name], hands[name], encode))
     return views[0], views[-1]
 
 

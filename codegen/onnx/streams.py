@@ -35,6 +35,7 @@ from kvxform.ir.plan import SitePlan
 from kvxform.ir.stream_plan import KeyView, StreamPlan
 
 HEADS, TOKENS = 1, 2  # axes of every plane
+PARTS = {"key": "k", "value": "v"}  # of the names of nodes
 Encode = Callable[[ir.Value], Mapping[str, ir.Value]]  # tokens [B, Hk, t, D] to planes
 
 
@@ -80,12 +81,13 @@ def append_both(
     exact = key.codec["codec"] == "none" or key.regions.sink or has_tail(key)
     if not alike or exact or not make_codec(key.codec).is_headwise:
         return append(e, site, "key", k), append(e, site, "value", v)
-    both = codec_emitter(key).encode(e.builder, e.builder.op("Concat", k, v, axis=HEADS))
-    sizes = e.builder.const([site.num_kv_heads] * 2)
-    halves = {
-        name: e.builder.ops("Split", plane, sizes, dtypes=[plane.dtype] * 2, axis=HEADS)
-        for name, plane in both.items()
-    }
+    with e.builder.part("kv/encode"):
+        both = codec_emitter(key).encode(e.builder, e.builder.op("Concat", k, v, axis=HEADS))
+        sizes = e.builder.const([site.num_kv_heads] * 2)
+        halves = {
+            name: e.builder.ops("Split", plane, sizes, dtypes=[plane.dtype] * 2, axis=HEADS)
+            for name, plane in both.items()
+        }
     return (
         append(e, site, "key", k, lambda _: {name: half[0] for name, half in halves.items()}),
         append(e, site, "value", v, lambda _: {name: half[1] for name, half in halves.items()}),
@@ -107,7 +109,9 @@ def append(
     past, plan = e.ports.enter(site, stream), site.streams[stream]
     if encode is None:
         encode = functools.partial(codec_emitter(plan).encode, e.builder)
-    return store(e, site, stream, new, past, at_hand(e, plan, new, past), encode)
+    with e.builder.part(PARTS[stream]):
+        hand = at_hand(e, plan, new, past)
+        return store(e, site, stream, new, past, hand, encode)
 
 
 def at_hand(e: Emission, plan: StreamPlan, new: ir.Value, past: Mapping[str, ir.Value]) -> ir.Value:
@@ -151,7 +155,8 @@ def store(
         count = leaving_length(e, plan)
         leaving = e.slice(hand, 0, count, TOKENS)
         tail = e.ports.leave(site, stream, "recent", e.slice(hand, count, END, TOKENS))
-    encoded, planes = encode(leaving), {}
+    with b.part("encode"):
+        encoded, planes = encode(leaving), {}
     for spec in plan.planes:
         joined = join_tokens(e, past[spec.name], encoded[spec.name])
         planes[spec.name] = in_use(e, e.ports.leave(site, stream, spec.name, joined))
@@ -160,7 +165,8 @@ def store(
     body = _folded(plan, planes)
     if body is not None:
         return _separate_view(e, plan, exact[0], body, exact[1], fresh)
-    decoded = codec_emitter(plan).decode(b, planes, dtype)
+    with b.part("decode"):
+        decoded = codec_emitter(plan).decode(b, planes, dtype)
     parts = [x for x in (exact[0], decoded, exact[1]) if x is not None]
     values = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=TOKENS)
     return StreamView(plan, (ExactSegment(values),), (), fresh)
@@ -169,8 +175,9 @@ def store(
 def join_tokens(e: Emission, past: ir.Value, new: ir.Value) -> ir.Value:
     """Return a plane with new rows: behind the old ones, or written in place."""
     if e.form.capacity is None:
-        return e.builder.op("Concat", past, new, axis=TOKENS)
-    return e.builder.op("TensorScatter", past, new, first_positions(e), axis=TOKENS)
+        return e.builder.op("Concat", past, new, role="append", axis=TOKENS)
+    slots = first_positions(e)
+    return e.builder.op("TensorScatter", past, new, slots, role="append", axis=TOKENS)
 
 
 def in_use(e: Emission, plane: ir.Value) -> ir.Value:

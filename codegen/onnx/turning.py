@@ -42,7 +42,8 @@ class KeyRead:
         def turn(x: ir.Value, bounds: Bounds | None) -> ir.Value:
             return self._embed(e, in_own_basis(e, site, x, self.basis), bounds)
 
-        return _turned(e, view, turn)
+        with e.builder.part("k/turn"):
+            return _turned(e, view, turn)
 
     def _embed(self, e: Emission, x: ir.Value, bounds: Bounds | None) -> ir.Value:
         """Return `x` after RoPE, where it is stored before it."""
@@ -62,7 +63,8 @@ def values_as_read(
     """Return a view of values, of the view of what is stored."""
     if basis is None:
         return view
-    return _turned(e, view, lambda x, _: in_own_basis(e, site, x, basis))
+    with e.builder.part("v/turn"):
+        return _turned(e, view, lambda x, _: in_own_basis(e, site, x, basis))
 
 
 def in_own_basis(e: Emission, site: SitePlan, x: ir.Value, basis: ir.Value | None) -> ir.Value:

@@ -150,6 +150,19 @@ def test_small_nodes_of_attention_say_whose_they_are(export):
     assert f"{attention}/v/rope" not in names
 
 
+def test_nodes_of_the_cache_say_what_they_do(export):
+    attention = "/layers.1/attn"
+    roles = {
+        n.name.removeprefix(f"{attention}/")
+        for n in load(export("L0 opset 18, codes")).graph.node
+        if n.name.startswith(attention)
+    }
+    assert all("/" in role for role in roles)  # none is of the module alone
+    parts = {role.rpartition("/")[0] for role in roles}
+    assert {"kv/encode", "v/decode", "attention"} <= parts
+    assert {"k/append", "v/append", "attention/Softmax"} <= roles
+
+
 def test_metadata_name_form_versions_and_runtime(export):
     model = load(export("L3, weights of 4 bits"))
     found = {p.key.removeprefix("kvxform."): p.value for p in model.metadata_props}

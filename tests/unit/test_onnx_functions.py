@@ -125,6 +125,8 @@ def test_layers_with_scales_of_their_own_share_a_function(tmp_path):
         for node in calls_of(model)
     ]
     assert [set(own) for own in scales] == [{0.02}, {0.031}]  # that of values is in the body
+    (function,) = model.functions.values()
+    assert function.inputs[-1].name == "key_scale"
     ids = token_ids(program, 1, 12)
     expected = defined_logits(program, ids[0])
     torch.testing.assert_close(session.prefill(ids)[0], expected[-1], rtol=0, atol=1e-3)
