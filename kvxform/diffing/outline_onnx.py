@@ -20,6 +20,7 @@ from kvxform.codegen.onnx.export import emit_model
 from kvxform.codegen.onnx.forms import OnnxOptions
 from kvxform.diffing.layering import assign_layers
 from kvxform.diffing.metrics import measure
+from kvxform.diffing.onnx_checks import check_graph
 from kvxform.diffing.onnx_nodes import constants_of, outline_nodes, type_text
 from kvxform.diffing.outline import Outline
 from kvxform.diffing.outline_nodes import ATTENTION as KVX_ATTENTION
@@ -75,7 +76,7 @@ def read_onnx(path: str | Path) -> OnnxSide:
     except Exception as error:  # protobuf and onnx_ir have errors of many kinds
         got = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError("KVX602", "an ONNX file must be readable", got=got) from error
-    _check_values(model.graph)
+    check_graph(model.graph)
     if description is None:
         return onnx_side(model, place.stem)
     program, recipe = package_program(model, description), description.get("recipe") or {}
@@ -89,16 +90,6 @@ def _options_of(form: Mapping[str, Any]) -> OnnxOptions:
     """Return what to ask for to get a package of this form."""
     fields = ("level", "opset", "provider", "logits", "weights")
     return OnnxOptions(**{name: form[name] for name in fields if name in form})
-
-
-def _check_values(graph: ir.Graph) -> None:
-    """Refuse a graph in which a node reads what nothing gives; onnx_ir only warns of it."""
-    given = {*graph.inputs, *graph.initializers.values()}
-    for node in graph:
-        for value in node.inputs:
-            if value is not None and value.producer() is None and value not in given:
-                rule = "a node of an ONNX file must read what another node, or the file, gives"
-                raise ArtifactError("KVX602", rule, got=repr(value.name), at=node.name or "")
 
 
 def exported_side(program: Program, options: OnnxOptions | None = None) -> OnnxSide:
