@@ -98,7 +98,7 @@ def _encode(program: Program, path: str | Path | None) -> Tensor:
             "a text needs a model with a tokenizer",
             where=WHERE,
             got=f"none with {program.info.name}",
-            hint="give token ids: optimize(..., calibration=LongTensor)",
+            hint="put tokenizer files into the model's folder, or give token ids in Python",
         )
     return encode_text(tokenizer, text)
 

@@ -23,9 +23,13 @@ def find_snapshot(name: str) -> Path:
     """
     from transformers.utils import cached_file
 
-    found = cached_file(name, "config.json", local_files_only=True)
+    missing = "no such file or folder, and no such id in the local cache of Hugging Face"
+    try:
+        found = cached_file(name, "config.json", local_files_only=True)
+    except OSError as error:
+        raise OSError(missing) from error
     if found is None:
-        raise OSError("no config.json in the local cache")
+        raise OSError(missing)
     return Path(found).parent
 
 

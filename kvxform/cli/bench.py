@@ -11,6 +11,7 @@ import typer
 from kvxform.cli.options import Json, OptionalRecipe, RunProvider, Target
 from kvxform.cli.output import format_bytes, plain_table, print_data, print_json, talk
 from kvxform.cli.targets import Opened, open_target
+from kvxform.errors import KvxformError
 
 if TYPE_CHECKING:
     from kvxform.evaluate.bench import Rate, Speed
@@ -46,6 +47,7 @@ def run(
         torch.set_num_threads(threads)
     length = prompt_tokens + new_tokens
     opened = open_target(target, recipe, provider=provider, max_length=length, threads=threads)
+    check_length(opened, length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size(opened), (batch, prompt_tokens), generator=generator)
     runner = make_runner(opened.model, length)
@@ -70,6 +72,25 @@ def vocab_size(opened: Opened) -> int:
     if hasattr(model, "program"):
         return int(model.program.info.vocab_size)
     return int(model.info["vocab_size"] if hasattr(model, "info") else model.config.vocab_size)
+
+
+def check_length(opened: Opened, length: int) -> None:
+    """Refuse more tokens than a model can take.
+
+    Raises:
+        KvxformError: KVX801 with the options that say how many there are.
+    """
+    model = opened.model
+    if hasattr(model, "program"):
+        longest = model.program.info.context_length
+    elif hasattr(model, "info"):
+        longest = model.info["context_length"]
+    else:
+        longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        rule = f"prompt and new tokens must fit into the {longest} that the model can take"
+        hint = "give fewer by --prompt-tokens and --new-tokens"
+        raise KvxformError("KVX801", rule, got=length, hint=hint)
 
 
 def bench_data(

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvxform.atomic import is_artifact
-from kvxform.cli.options import Exportable, Json, OptionalRecipe, Verify, VerifyLevel
+from kvxform.atomic import check_replaceable, is_artifact
+from kvxform.cli.options import (
+    CalibrationFile,
+    Exportable,
+    Json,
+    OptionalRecipe,
+    Verify,
+    VerifyLevel,
+)
 from kvxform.cli.output import print_data, print_json, print_table
 from kvxform.cli.packages import (
     LevelName,
@@ -18,6 +25,7 @@ from kvxform.cli.packages import (
     Provider,
     Runtime,
     Weights,
+    asked_for,
     level_rows,
     level_table,
 )
@@ -27,6 +35,7 @@ from kvxform.errors import KvxformError
 if TYPE_CHECKING:
     from kvxform.ir.program import Program
     from kvxform.onnx_options import OnnxOptions
+    from kvxform.runtime.model import OptimizedModel
 
 OptionalOut = Annotated[
     Path | None,
@@ -44,25 +53,21 @@ def run(
     runtime: Runtime = None,
     logits: Logits = None,
     weights: Weights = None,
+    calibration: CalibrationFile = None,
     levels: Levels = False,
     verify: VerifyLevel = Verify.probe,
     json: Json = False,
 ) -> None:
     """Write an ONNX package that stock ONNX Runtime runs."""
-    given = {
-        "level": level,
-        "opset": opset,
-        "provider": provider,
-        "runtime": runtime,
-        "logits": logits,
-        "weights": weights,
-    }
+    given = asked_for(level, opset, provider, runtime, logits, weights)
     if levels:
         show_levels(target, recipe, given, json)
     elif out is None:
         raise KvxformError("KVX801", "an export needs --out", hint="or --levels to look first")
     else:
-        write(target, out, recipe, given, verify, json)
+        check_replaceable(out)  # before the work, not after it
+        model = open_model(target, recipe, verify=verify.value, calibration=calibration)
+        write(model, out, given, verify, json)
 
 
 def show_levels(target: str, recipe: str | None, given: dict[str, Any], json: bool) -> None:
@@ -96,17 +101,11 @@ def planned(target: str, recipe: str | None) -> tuple[Program, OnnxOptions]:
 
 
 def write(
-    target: str,
-    out: Path,
-    recipe: str | None,
-    given: dict[str, Any],
-    verify: Verify,
-    json: bool,
+    model: OptimizedModel, out: Path, given: dict[str, Any], verify: Verify, json: bool
 ) -> None:
     """Write the package and print its files."""
     from kvxform.runtime.exporting import ExportCheck, Verdict, recipe_options
 
-    model = open_model(target, recipe, verify=verify.value)
     options = recipe_options(model).changed(**given)
     check: ExportCheck = "none" if verify is Verify.none else "probe"
     folder = model.export_onnx(out, options, verify=check)

@@ -18,7 +18,15 @@ from kvxform.cli.options import (
     VerifyLevel,
 )
 from kvxform.cli.output import format_bytes, print_json, print_table, talk
-from kvxform.cli.packages import LevelName, Logits, Opset, Provider, Runtime, Weights
+from kvxform.cli.packages import (
+    LevelName,
+    Logits,
+    Opset,
+    Provider,
+    Runtime,
+    Weights,
+    asked_for,
+)
 from kvxform.errors import KvxformError
 
 if TYPE_CHECKING:
@@ -57,17 +65,10 @@ def run(
     from kvxform.atomic import check_replaceable
 
     check_replaceable(out)  # before the work, not after it
-    given = {
-        "level": level,
-        "opset": opset,
-        "provider": provider,
-        "runtime": runtime,
-        "logits": logits,
-        "weights": weights,
-    }
-    if not onnx and any(value is not None for value in given.values()):
-        rule = "options of packages need --onnx"
-        raise KvxformError("KVX801", rule, got=_named(given), hint="add --onnx, or use export")
+    given = asked_for(level, opset, provider, runtime, logits, weights)
+    if given and not onnx:
+        rule, got = "options of packages need --onnx", ", ".join(f"--{name}" for name in given)
+        raise KvxformError("KVX801", rule, got=got, hint="add --onnx, or use export")
     asked = recipe if kv_scales is None else _scaled(recipe, kv_scales)
     optimized = kvxform.optimize(
         model, asked, calibration=calibration, target=lowering, verify=verify.value
@@ -88,10 +89,6 @@ def run(
         print_json(data)
     else:
         print_table(("what", "value"), summary_rows(data))
-
-
-def _named(given: dict[str, Any]) -> str:
-    return ", ".join(f"--{name}" for name, value in given.items() if value is not None)
 
 
 def _scaled(recipe: str, path: Path) -> Recipe:

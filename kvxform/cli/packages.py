@@ -38,6 +38,35 @@ Levels = Annotated[
 ]
 
 
+def asked_for(
+    level: str | None,
+    opset: int | None,
+    provider: str | None,
+    runtime: str | None,
+    logits: str | None,
+    weights: str | None,
+) -> dict[str, Any]:
+    """Return the options of a package that were given, checked before any work.
+
+    Raises:
+        CodegenError: KVX403 for a value that means nothing.
+    """
+    every = {
+        "level": level,
+        "opset": opset,
+        "provider": provider,
+        "runtime": runtime,
+        "logits": logits,
+        "weights": weights,
+    }
+    given = {name: value for name, value in every.items() if value is not None}
+    if given:
+        from kvxform.codegen.onnx.forms import OnnxOptions, check_options
+
+        check_options(OnnxOptions().changed(**given))
+    return given
+
+
 def level_table(program: Program, options: OnnxOptions) -> dict[str, Any]:
     """Return every level with the reason against it, and the form that an export would have.
 

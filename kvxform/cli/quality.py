@@ -44,7 +44,7 @@ def run_table(request: TableRequest) -> None:
     from kvxform.evaluate.plotting import draw_quality
     from kvxform.evaluate.scorecard import Effort
     from kvxform.evaluate.tables import HEADINGS, NUMBERS, table_rows
-    from kvxform.quality import QualityRun, expand_names
+    from kvxform.quality import QualityRun, check_names, expand_names
 
     effort = Effort(
         window=request.window,
@@ -54,6 +54,7 @@ def run_table(request: TableRequest) -> None:
         encoding=request.json,  # the table has no room for it
     )
     names = expand_names(request.names)
+    check_names(names)
     run = QualityRun(
         request.model,
         effort,

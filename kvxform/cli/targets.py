@@ -34,6 +34,9 @@ def open_model(
 
     if is_artifact(target):
         refuse_recipe(target, recipe)
+        if calibration is not None:
+            rule = "what is optimised already takes no text"
+            raise KvxformError("KVX801", rule, got=repr(target), hint="drop --calibration")
         return kvxform.load(target)
     wanted = need_recipe(target, recipe)
     return kvxform.optimize(target, wanted, verify=verify, calibration=calibration)

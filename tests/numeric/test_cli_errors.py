@@ -243,3 +243,26 @@ def test_a_reader_that_has_gone_is_no_error():
     script = f"set -o pipefail; {command} recipes schema | head -c 1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
+
+
+def test_options_of_a_package_are_checked_before_the_model_is_read(tmp_path, refusal):
+    words = ("export", str(tmp_path / "none"), "-r", "onnx-fp16", "-o", str(tmp_path / "out"))
+    assert "opset must be 18 to 25; got 17" in refusal("KVX403", *words, "--opset", "17")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    refusal("KVX601", *words)
+
+
+def test_a_model_that_is_not_there(tmp_path, refusal):
+    line = refusal("KVX301", "export", str(tmp_path / "none"), "-r", "kv4", "-o", "out")
+    assert "no such file or folder, and no such id in the local cache" in line
+
+
+def test_an_artifact_takes_no_text(artifact, tmp_path, refusal):
+    words = ("export", str(artifact), "-o", str(tmp_path / "o"), "--calibration", "text.txt")
+    assert "drop --calibration" in refusal("KVX801", *words)
+
+
+def test_bench_of_more_tokens_than_the_model_takes(artifact, refusal):
+    line = refusal("KVX801", "bench", str(artifact), "--prompt-tokens", "100000")
+    assert "--prompt-tokens" in line
