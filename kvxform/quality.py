@@ -14,7 +14,7 @@ from kvxform.calibrate import CalibrationLike, make_calibration
 from kvxform.calibrate.sources import LONGEST_WINDOW
 from kvxform.capture import capture, open_source
 from kvxform.errors import KvxformError
-from kvxform.evaluate.peers import PEERS, PREFIX, is_installed
+from kvxform.evaluate.peers import PEERS, PREFIX, find_peer, is_installed
 from kvxform.evaluate.scorecard import Bench, Effort, Subject, heading
 from kvxform.ir.calibration import Calibration
 from kvxform.order import plan_passes
@@ -139,6 +139,19 @@ class QualityRun:
 def is_recipe(name: str) -> bool:
     """Return whether a format is a recipe, neither the source nor a peer."""
     return name != SOURCE and not name.startswith(PREFIX)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse formats that cannot be measured, before any work.
+
+    Raises:
+        KvxformError: KVX101 or KVX801 for an unknown one, KVX801 for a peer that is not installed.
+    """
+    for name in names:
+        if is_recipe(name):
+            load_recipe(name)
+        elif name != SOURCE:
+            find_peer(name)
 
 
 def expand_names(names: str) -> list[str]:

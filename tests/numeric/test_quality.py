@@ -16,11 +16,11 @@ from kvxform.codecs.base import make_codec
 from kvxform.errors import KvxformError
 from kvxform.evaluate.attention import measure_attention
 from kvxform.evaluate.encoding import EncodeCost, measure_encoding
-from kvxform.evaluate.peers import Peer, find_peer, is_installed, make_peer_runner
+from kvxform.evaluate.peers import Peer, is_installed, make_peer_runner
 from kvxform.evaluate.runners import Remembered, SourceRunner
 from kvxform.evaluate.scorecard import Effort
 from kvxform.evaluate.tables import HEADINGS, table_rows
-from kvxform.quality import QualityRun, expand_names
+from kvxform.quality import QualityRun, check_names, expand_names
 from kvxform.texts import default_text
 
 VOCAB = 150
@@ -138,7 +138,9 @@ def test_names_are_expanded_and_peers_are_checked():
     assert found[:2] == ["kv4", "source"]
     assert found.count("kv4") == 1
     with pytest.raises(KvxformError, match="hf-quanto-4"):
-        find_peer("hf-quanto-5")
+        check_names(["source", "kv4", "hf-quanto-5"])
+    with pytest.raises(KvxformError, match="did you mean 'kv4'"):
+        check_names(["source", "kv5", "hf-quanto-5"])
 
 
 def test_a_remembered_source_runs_once(ids):
