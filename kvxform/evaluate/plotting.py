@@ -14,6 +14,7 @@ OURS, OTHERS = "#1f6f8b", "#8a939b"
 PANEL_HEIGHT, LINE = 360, 8  # of the axis and of a label, in points
 LABEL_WIDTH = 0.55  # bits that a label covers
 LOWEST = 1e-4  # changes below it, negative ones too, are drawn here
+LEAST_RANGE = 12  # of the axis: a whole decade, so that two of its lines have a label
 MOST_BITS = 16.0  # formats at or above it save nothing, and would stretch the axis
 Card = Mapping[str, Any]
 
@@ -55,7 +56,10 @@ def draw_quality(cards: Sequence[Card], path: Path, *, highlight: Sequence[str] 
             fontsize=7, color=color, weight=weight,
         )  # fmt: skip
     panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.set_ylim(top=max(high, LEAST_RANGE * low))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
+    panel.yaxis.set_minor_formatter(lambda value, _: "")
     panel.set_xlabel("true bits per cached value at 1024 tokens, metadata and exact tokens counted")
     panel.set_ylabel("perplexity above that of the source")
     panel.spines[["top", "right"]].set_visible(False)

@@ -147,8 +147,11 @@ def test_the_plot_is_the_same_each_time(results, tmp_path):
     for name in ("a.svg", "b.svg"):
         page.draw_quality(rows, tmp_path / name, highlight=("kv4",))
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert "kivi2" in (tmp_path / "a.svg").read_text()
-    assert "unencoded" not in (tmp_path / "a.svg").read_text()
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "kivi2" in drawn
+    assert "unencoded" not in drawn
+    assert "10.00%" in drawn, "changes of 1 and 5 % have lines with a label around them"
+    assert "mathdefault" not in drawn, "lines between decades have none"
 
 
 def test_parts_of_rows_are_joined_and_remember_their_runs(tmp_path):
