@@ -28,6 +28,7 @@ __all__ = [
     "Target",
     "build_pass",
     "bundled_recipes",
+    "for_package",
     "load_recipe",
     "retarget",
 ]
@@ -147,6 +148,17 @@ def retarget(recipe: Recipe, lowering: str) -> Recipe:
     if lowering == recipe.target.lowering:
         return recipe
     return load_recipe({**recipe.to_data(), "target": {"lowering": lowering}})
+
+
+def for_package(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with ONNX as its target, and `options` in the place of its own.
+
+    Args:
+        recipe: Any recipe.
+        options: Keys of `target` that say what the package is to be.
+    """
+    data = retarget(recipe, "onnx").to_data()
+    return load_recipe({**data, "target": {**data["target"], **options}})
 
 
 def bundled_recipes() -> tuple[str, ...]:

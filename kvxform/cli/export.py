@@ -65,8 +65,11 @@ def run(
     elif out is None:
         raise KvxformError("KVX801", "an export needs --out", hint="or --levels to look first")
     else:
+        from kvxform.recipe import for_package, load_recipe
+
         check_replaceable(out)  # before the work, not after it
-        model = open_model(target, recipe, verify=verify.value, calibration=calibration)
+        wanted = None if recipe is None else for_package(load_recipe(recipe), given)
+        model = open_model(target, wanted, verify=verify.value, calibration=calibration)
         write(model, out, given, verify, json)
 
 

@@ -69,7 +69,7 @@ def run(
     if given and not onnx:
         rule, got = "options of packages need --onnx", ", ".join(f"--{name}" for name in given)
         raise KvxformError("KVX801", rule, got=got, hint="add --onnx, or use export")
-    asked = recipe if kv_scales is None else _scaled(recipe, kv_scales)
+    asked = _asked_recipe(recipe, kv_scales, given)
     optimized = kvxform.optimize(
         model, asked, calibration=calibration, target=lowering, verify=verify.value
     )
@@ -91,13 +91,17 @@ def run(
         print_table(("what", "value"), summary_rows(data))
 
 
-def _scaled(recipe: str, path: Path) -> Recipe:
-    """Return a recipe with the scales of a file."""
+def _asked_recipe(name: str, kv_scales: Path | None, package: dict[str, Any]) -> Recipe:
+    """Return a recipe with the scales of a file, and options of a package if that is its target."""
     from kvxform.ir.kv_scales import read_kv_scales
-    from kvxform.recipe import load_recipe
+    from kvxform.recipe import for_package, load_recipe
     from kvxform.recipe_scales import with_kv_scales
 
-    return with_kv_scales(load_recipe(recipe), read_kv_scales(path))
+    recipe = load_recipe(name)
+    if kv_scales is not None:
+        recipe = with_kv_scales(recipe, read_kv_scales(kv_scales))
+    is_for_onnx = package and recipe.target.lowering == "onnx"
+    return for_package(recipe, package) if is_for_onnx else recipe
 
 
 def summarize(report: Report) -> dict[str, Any]:

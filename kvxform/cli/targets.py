@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvxform.atomic import is_artifact
 from kvxform.errors import KvxformError
 
 if TYPE_CHECKING:
+    from kvxform.recipe import Recipe
     from kvxform.runtime.model import OptimizedModel
 
 
+R = TypeVar("R", bound="str | Recipe")
+
+
 def is_onnx_package(target: str) -> bool:
-    """Return whether `target` is a folder that `export` wrote."""
-    return (Path(target) / "model.onnx").is_file()
+    """Return whether `target` is a folder that `export` wrote, whole or not."""
+    return any((Path(target) / name).is_file() for name in ("model.onnx", "genai_config.json"))
 
 
 def open_model(
     target: str,
-    recipe: str | None,
+    recipe: str | Recipe | None,
     *,
     verify: Literal["none", "probe", "full"] = "none",
     calibration: Path | None = None,
@@ -38,11 +42,17 @@ def open_model(
             rule = "what is optimised already takes no text"
             raise KvxformError("KVX801", rule, got=repr(target), hint="drop --calibration")
         return kvxform.load(target)
+    if is_onnx_package(target):
+        rule, hint = (
+            "an ONNX package is finished",
+            "take the artifact or MODEL that it was made from",
+        )
+        raise KvxformError("KVX801", rule, got=repr(target), hint=hint)
     wanted = need_recipe(target, recipe)
     return kvxform.optimize(target, wanted, verify=verify, calibration=calibration)
 
 
-def need_recipe(target: str, recipe: str | None) -> str:
+def need_recipe(target: str, recipe: R | None) -> R:
     """Return `recipe`; raise KVX801 if there is none."""
     if recipe is None:
         raise KvxformError(
@@ -54,7 +64,7 @@ def need_recipe(target: str, recipe: str | None) -> str:
     return recipe
 
 
-def refuse_recipe(target: str, recipe: str | None) -> None:
+def refuse_recipe(target: str, recipe: str | Recipe | None) -> None:
     """Raise KVX801 if a recipe is given for something that is finished."""
     if recipe is not None:
         raise KvxformError(

@@ -266,3 +266,17 @@ def test_an_artifact_takes_no_text(artifact, tmp_path, refusal):
 def test_bench_of_more_tokens_than_the_model_takes(artifact, refusal):
     line = refusal("KVX801", "bench", str(artifact), "--prompt-tokens", "100000")
     assert "--prompt-tokens" in line
+
+
+def test_a_package_is_not_exported_again(tmp_path, refusal):
+    (tmp_path / "genai_config.json").write_text("{}")
+    line = refusal("KVX801", "export", str(tmp_path), "-o", str(tmp_path / "o"))
+    assert "an ONNX package is finished" in line
+    refusal("KVX601", "generate", str(tmp_path), "-p", "a")  # its graph is missing
+
+
+def test_a_package_of_another_level_than_that_of_the_recipe(model, tmp_path, refusal):
+    """The recipe asks for CUDA, L4; what is asked for here is looked at instead."""
+    words = ("export", str(model), "-r", "onnx-paged-int8", "-o", str(tmp_path / "o"))
+    line = refusal("KVX403", *words, "--provider", "cpu")
+    assert "level L4 is not legal here: runs on cuda alone" in line

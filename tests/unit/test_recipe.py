@@ -15,6 +15,7 @@ from kvxform.recipe import (
     Target,
     build_pass,
     bundled_recipes,
+    for_package,
     load_recipe,
     retarget,
 )
@@ -194,3 +195,11 @@ def test_a_recipe_made_in_python_is_checked_like_a_file():
     assert [step.name for step in recipe.passes] == ["insert-cache", "page-cache"]
     with pytest.raises(RecipeError, match="KVX104"):
         Recipe(version=1, name="mine", passes=["nothing"])
+
+
+def test_for_package_keeps_what_is_not_asked_anew():
+    recipe = for_package(load_recipe("onnx-paged-int8"), {"provider": "cpu", "level": "L3"})
+    assert recipe.target == Target(lowering="onnx", provider="cpu", level="L3", logits="last")
+    other = for_package(load_recipe("kv4"), {})
+    assert other.target == Target(lowering="onnx")
+    assert other.passes == load_recipe("kv4").passes
