@@ -20,6 +20,7 @@ from kvxform.capture.weights import add_weight
 from kvxform.ir.rounding import coarsest
 
 _SETTING = Setting.first(4, batch=2)
+LARGE = 100.0  # of scaled scores; a softcap hardly changes those of random numbers
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,18 @@ class ScoreFunction:
         def added(value: Tensor) -> Tensor:
             return (self._relative(value) - zero)[..., : _SETTING.length][seen]
 
-        given, got, one = noise.expand_as(seen)[seen], added(noise), added(ones)[0]
-        dtype = self._narrowest()
+        one, dtype = added(ones)[0], self._narrowest()
         scale = self._exact(float(one))
-        if is_close(got, given * scale, dtype):
+        steep = noise * (LARGE / (abs(scale) or 1.0))
+        given = [x.expand_as(seen)[seen] for x in (noise, steep)]
+        got = [added(x) for x in (noise, steep)]
+        if all(is_close(y, x * scale, dtype) for x, y in zip(given, got, strict=True)):
             return scale, None
         cap = self._exact(float(added(1e6 * ones)[0]))
         if cap > abs(float(one)):
             scale = self._exact(cap * math.atanh(float(one) / cap))
-            if is_close(got, cap * torch.tanh(given * scale / cap), dtype):
+            capped = [cap * torch.tanh(x * scale / cap) for x in given]
+            if all(is_close(y, x, dtype) for x, y in zip(capped, got, strict=True)):
                 return scale, cap
         raise NotRaisedError(
             "scores are changed by more than a scale, a softcap and a mask", node=self.scores

@@ -82,6 +82,14 @@ def test_layers_that_weigh_scores_in_many_ways_equal_their_source() -> None:
     assert largest_error(model, program) <= BOUND
 
 
+@pytest.mark.parametrize("cap", [50.0, 1000.0])
+def test_a_softcap_far_above_the_scores_is_found(cap: float) -> None:
+    """In float32, tanh does nothing to scores as small as those of random weights."""
+    model = scored(lambda a, s: hide(torch.tanh(s * SCALE / cap) * cap).softmax(-1)).float()
+    (site,) = capture(model).program.sites
+    assert (site.softcap, site.scale) == (cap, pytest.approx(SCALE, rel=1e-6))
+
+
 def test_sinks_of_the_model_are_the_weight_itself() -> None:
     _, program = every_way()
     layer = list(WAYS).index("sinks")
