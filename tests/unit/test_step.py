@@ -39,6 +39,14 @@ def test_rule_is_that_of_the_plan(stream):
     assert rule.is_plain == (expected == list(range(60)))
 
 
+def test_blocks_leave_nothing_behind():
+    """KIVI's keys: exact tokens grow up to a block, which is then encoded as a whole."""
+    codec = ExactCodec()
+    regions = Regions(recent=8, flush="block")
+    stream = StreamPlan(codec.to_dict(), codec.planes(8), 4, 8, regions=regions)
+    assert [n - stream.body_tokens(n) for n in range(40)] == [n % 8 for n in range(40)]
+
+
 rows = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=4)
 
 
