@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import EOS, PAD, write_llama
+from models import tiny_hf
 
 import kvxform
 from kvxform.onnx_options import OnnxOptions
@@ -108,6 +109,18 @@ def test_every_form_with_one_plane_a_stream_runs(tiny, form):
     assert generate(folder, long.tolist(), 8) == expected[1:]
     assert generate(folder, ids.tolist(), 8) == ours(session, ids, 8)
     assert generate(folder, both.tolist(), 8) == expected
+
+
+@pytest.mark.parametrize("level", ["L1", "L3"])
+def test_the_graph_itself_sees_to_windows(level, tmp_path):
+    """The description has no `sliding_window`, by which GenAI would move the cache."""
+    options = {"sliding_window": 8, "max_position_embeddings": 64}
+    source = tiny_hf("mistral", **options)
+    model = kvxform.optimize(source, "onnx-fp16", verify="none", progress=False)
+    assert {site.window for site in model.program.sites} == {8}
+    folder = model.export_onnx(tmp_path / "out", OnnxOptions(level=level), verify="none")
+    ids = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
+    assert generate(folder, ids.tolist(), 16) == ours(OnnxSession(folder, threads=1), ids, 16)
 
 
 def test_streams_of_several_planes_are_refused_by_genai(tiny):
