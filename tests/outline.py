@@ -105,6 +105,19 @@ def unused_parameters(text: str) -> list[str]:
     return found
 
 
+def unused_definitions(text: str) -> list[str]:
+    """Return functions and constants of kernels that nothing in the module reads."""
+    tree = ast.parse(text)
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    names = [n.name for n in kernels(tree)]
+    names += [
+        ast.unparse(n.targets[0])
+        for n in tree.body
+        if isinstance(n, ast.Assign) and "constexpr" in ast.unparse(n.value)
+    ]
+    return [name for name in names if name not in used]
+
+
 def _jit(node: ast.FunctionDef) -> str:
     """Return `triton.jit`, `gluon.jit`, or nothing for a plain function."""
     names = [ast.unparse(decorator).split("(")[0] for decorator in node.decorator_list]

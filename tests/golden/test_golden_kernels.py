@@ -13,8 +13,17 @@ from collections.abc import Callable
 
 import pytest
 import ruff
-from outline import outline, pass_comments, static_branches, unused_parameters
+from outline import (
+    outline,
+    pass_comments,
+    static_branches,
+    unused_definitions,
+    unused_parameters,
+)
+from triton_cases import codec_stream, int_stream, plain_stream
 
+from kvxform.codecs.fib_vq import FibVqCodec
+from kvxform.codecs.lloyd_max import LloydMaxCodec
 from kvxform.codegen.triton.emit import KernelSource, emit
 from kvxform.codegen.triton.product import ProductSpec
 from kvxform.codegen.triton.sites import prefill_spec
@@ -64,6 +73,13 @@ OUTLINES: dict[str, tuple[KernelSpec, bool]] = {
     "column_scores": (ColumnScoresSpec(32, 8, 128, "float16"), False),
     "product": (ProductSpec(4096, 6144, "bfloat16", has_bias=True), False),
 }
+WORDS, LEVELS = (codec_stream(64, codec) for codec in (FibVqCodec(256, 4), LloydMaxCodec(16)))
+MORE_SITES = (  # formats whose texts leave out what others need
+    make_site(WORDS, WORDS, "rows"),
+    make_site(LEVELS, LEVELS, "fragment"),
+    make_site(plain_stream(64), int_stream(64, 8), "rows"),
+    make_site(int_stream(64, 4, sink=4), plain_stream(64, sink=4), "rows"),
+)
 WHOLE = AppendSpec(SiteSpec(4, 2, SMALL, SMALL, 16, "rows", "float16"))
 
 
@@ -110,8 +126,13 @@ def test_blocks_name_the_pass_behind_them(name: str):
 
 
 def test_no_text_has_unused_or_unknown_names(tmp_path):
-    for name in OUTLINES:
-        (tmp_path / f"{name}.py").write_text(emit_case(name).text)
+    sources = [emit_case(name) for name in OUTLINES]
+    for site in MORE_SITES:
+        sources += [emit(AppendSpec(site, key_block=64)), emit(GatherSpec(site))]
+        sources.append(emit(DecodeSpec(site), interpret=True))
+    for i, source in enumerate(sources):
+        assert unused_definitions(source.text) == [], source.meta["spec"]
+        (tmp_path / f"kernel_{i}.py").write_text(source.text)
     command = [ruff.find_ruff_bin(), "check", "--isolated", "--select=F", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -130,3 +151,5 @@ def kernel(x, y, IS_WIDE: tl.constexpr):
 """
     assert static_branches(text) == ["kernel: if IS_WIDE"]
     assert unused_parameters(text) == ["kernel: y"]
+    text = "ONE = tl.constexpr(1)\nTWO = tl.constexpr(2)\n" + text.replace("x = 2", "x = TWO")
+    assert unused_definitions(text) == ["kernel", "ONE"]
