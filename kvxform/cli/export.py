@@ -106,15 +106,20 @@ def planned(target: str, recipe: str | None) -> tuple[Program, OnnxOptions]:
 def write(
     model: OptimizedModel, out: Path, given: dict[str, Any], verify: Verify, json: bool
 ) -> None:
-    """Write the package and print its files."""
-    from kvxform.runtime.exporting import ExportCheck, Verdict, recipe_options
+    """Write the package; print its files, its form and whether it was run."""
+    from kvxform.runtime.exporting import ExportCheck, Verdict, recipe_options, written_form
 
     options = recipe_options(model).changed(**given)
     check: ExportCheck = "none" if verify is Verify.none else "probe"
     folder = model.export_onnx(out, options, verify=check)
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    verdict = Verdict.of(folder)
+    form, verdict = written_form(folder), Verdict.of(folder)
     if json:
-        print_json({"onnx": str(folder), "files": files, "verification": verdict.to_data()})
+        data = {"onnx": str(folder), "files": files, "form": form}
+        print_json({**data, "verification": verdict.to_data()})
         return
-    print_data("\n".join([*(str(folder / name) for name in files), str(verdict)]))
+    made = (
+        f"{form['level']}, opset {form['opset']}, cache {form['cache']}, logits {form['logits']}, "
+        f"for {form['provider']}, ONNX Runtime {form['runtime']} or newer"
+    )
+    print_data("\n".join([*(str(folder / name) for name in files), made, str(verdict)]))

@@ -60,7 +60,7 @@ class Verdict:
     @classmethod
     def of(cls, folder: Path) -> Verdict:
         """Return the verdict that `record` left in a package."""
-        data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")).get(VERDICT)
+        data = _description(folder).get(VERDICT)
         if data is None:
             return cls(reason="the package does not say")
         return cls(tuple(data["schedules"]), data["reason"], data["left_out"])
@@ -70,6 +70,17 @@ class Verdict:
         from kvxform.codegen.onnx.writing import amend_description
 
         amend_description(folder, **{VERDICT: self.to_data()})
+
+
+def written_form(folder: Path) -> dict[str, Any]:
+    """Return what a package is, a `Form` and its versions as plain data."""
+    form: dict[str, Any] = _description(folder)["onnx"]
+    return form
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    return found
 
 
 def export_package(
