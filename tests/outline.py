@@ -19,6 +19,10 @@ COUNTED = {
 }
 
 
+IDLE = {(ast.Add, 0), (ast.Sub, 0), (ast.LShift, 0), (ast.RShift, 0)}
+IDLE |= {(ast.Mult, 1), (ast.FloorDiv, 1), (ast.Mod, 1)}
+
+
 def outline(text: str) -> str:
     """Return the structure of an emitted module: types, functions, what they do, pass comments."""
     tree = ast.parse(text)
@@ -116,6 +120,19 @@ def unused_definitions(text: str) -> list[str]:
         if isinstance(n, ast.Assign) and "constexpr" in ast.unparse(n.value)
     ]
     return [name for name in names if name not in used]
+
+
+def idle_operations(text: str) -> list[str]:
+    """Return operations with a whole number that change nothing, such as `x + 0` and `1 * x`."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.BinOp):
+            continue
+        sides = [node.right, *([node.left] if isinstance(node.op, ast.Add | ast.Mult) else [])]
+        numbers = [n.value for n in sides if isinstance(n, ast.Constant) and type(n.value) is int]
+        if any((type(node.op), number) in IDLE for number in numbers):
+            found.append(ast.unparse(node))
+    return found
 
 
 def _jit(node: ast.FunctionDef) -> str:

@@ -257,9 +257,8 @@ def joined_codes(codes: list[str], bits: int) -> str:
 
 def joined_bits(operator: str, operand: int, codes: list[str], bits: int) -> str:
     """Return the integer with `code operator operand` of codes side by side."""
-    terms = [f"((as_integer({code}) {operator} {operand}) << {bits * i})"
-             for i, code in enumerate(codes)]  # fmt: skip
-    return " | ".join(terms)
+    terms = [f"(as_integer({code}) {operator} {operand})" for code in codes]
+    return " | ".join([terms[0], *(f"({term} << {bits * i})" for i, term in enumerate(terms) if i)])
 
 
 def make_streams(spec: AppendSpec) -> tuple[StreamText, StreamText]:

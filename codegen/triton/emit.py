@@ -4,7 +4,8 @@ All choices are made here, in Python and Jinja, so that the text has none left: 
 format, no parameter that this kernel does not use. Equal specs give equal bytes.
 
 Every template gets, besides the variables of its `Emission`: `spec`; `title` and `plan_lines`,
-which `_header.jinja` prints; and `interpret`.
+which `_header.jinja` prints; and `interpret`. Filters `plus`, `times` and `over` write an operation
+with a number, or nothing where it would change nothing.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def emit(spec: KernelSpec, *, interpret: bool = False) -> KernelSource:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kvxform.codegen.triton", "templates"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -87,6 +88,21 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,  # the text is Python, not HTML
     )
+    environment.filters |= {"plus": _plus, "times": _times, "over": _over}
+    return environment
+
+
+def _plus(number: int) -> str:
+    """Return ` + number`, or nothing for 0; likewise `_times` and `_over` for 1."""
+    return f" + {number}" if number else ""
+
+
+def _times(number: int) -> str:
+    return f" * {number}" if number != 1 else ""
+
+
+def _over(number: int) -> str:
+    return f" // {number}" if number != 1 else ""
 
 
 def _make_meta(spec: KernelSpec, template: str, interpret: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 import ruff
 from outline import (
+    idle_operations,
     outline,
     pass_comments,
     static_branches,
@@ -125,13 +126,14 @@ def test_blocks_name_the_pass_behind_them(name: str):
     assert ("rotate-qk" in comments) == is_rotated
 
 
-def test_no_text_has_unused_or_unknown_names(tmp_path):
+def test_no_text_has_what_it_could_do_without(tmp_path):
     sources = [emit_case(name) for name in OUTLINES]
     for site in MORE_SITES:
         sources += [emit(AppendSpec(site, key_block=64)), emit(GatherSpec(site))]
         sources.append(emit(DecodeSpec(site), interpret=True))
     for i, source in enumerate(sources):
         assert unused_definitions(source.text) == [], source.meta["spec"]
+        assert idle_operations(source.text) == [], source.meta["spec"]
         (tmp_path / f"kernel_{i}.py").write_text(source.text)
     command = [ruff.find_ruff_bin(), "check", "--isolated", "--select=F", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -153,3 +155,8 @@ def kernel(x, y, IS_WIDE: tl.constexpr):
     assert unused_parameters(text) == ["kernel: y"]
     text = "ONE = tl.constexpr(1)\nTWO = tl.constexpr(2)\n" + text.replace("x = 2", "x = TWO")
     assert unused_definitions(text) == ["kernel", "ONE"]
+    assert idle_operations("x + 0, 1 * x, x // 1, x - 1, 0 - x, x * 1.0, 2 * x") == [
+        "x + 0",
+        "1 * x",
+        "x // 1",
+    ]
