@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvxform.runtime.inputs import refuse
+from kvxform.runtime.one_thread import largest
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 NextLogits = Callable[[Tensor], Tensor]  # token ids [B] -> logits [B, vocab]
@@ -132,7 +133,7 @@ def run_loop(
 
 def _choose(logits: Tensor, do_sample: bool, generator: torch.Generator | None) -> Tensor:
     if not do_sample:
-        return logits.argmax(-1)
+        return largest(logits)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 

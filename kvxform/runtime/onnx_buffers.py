@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvxform.errors import CacheFullError
 from kvxform.runtime.inputs import Batch
+from kvxform.runtime.one_thread import copy_alone
 from kvxform.runtime.onnx_engine import Binding, Engine
 
 FIRST_CAPACITY = 256  # tokens a row; it doubles from there on where no length was asked for
@@ -132,9 +133,9 @@ class BufferCache:
             piece = Piece(part, ids[part, : max(new[part])], before[part], new[part])
             logits = self._run(piece)
             if every:
-                out[part, : logits.shape[1]] = logits
+                copy_alone(logits, out[part, : logits.shape[1]])
             else:
-                out[part, 0] = _last(logits, piece.counts)
+                copy_alone(_last(logits, piece.counts), out[part, 0])
         self.lengths = tuple(n + count for n, count in zip(before, new, strict=True))
 
     def _parts(self, new: Sequence[int]) -> list[slice]:
@@ -248,7 +249,9 @@ class DecodeStep:
         elif "attention_mask" in self._engine.inputs:
             self._binding.read("attention_mask", _run_of_ones(lengths, max(lengths), more=1))
         self._engine.run(self._binding, self._graph)
-        return self._logits[:, 0].clone()
+        found = torch.empty_like(self._logits[:, 0])
+        copy_alone(self._logits[:, 0], found)
+        return found
 
 
 def _last(logits: Tensor, counts: Sequence[int]) -> Tensor:
