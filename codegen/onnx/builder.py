@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-Attribute = int | float | str | Sequence[int]
+Attribute = int | float | str | Sequence[int] | ir.Graph
 Number = int | float | bool
 
 INT64 = ir.DataType.INT64
@@ -70,6 +70,16 @@ class Builder:
             yield
         finally:
             self._scope = before
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[list[ir.Node]]:
+        """Collect nodes in a list of their own, those of a graph in a node of this one."""
+        outer, self.nodes = self.nodes, []
+        try:
+            with self.part(name):
+                yield self.nodes
+        finally:
+            self.nodes = outer
 
     def ops(
         self,
@@ -179,7 +189,7 @@ class Builder:
 
     def opset_imports(self, opset: int) -> dict[str, int]:
         """Return the version of every domain that the nodes use."""
-        others = {node.domain for node in self.nodes} - {""}
+        others = {node.domain for node in _with_inner(self.nodes)} - {""}
         return {"": opset} | {domain: DOMAINS[domain] for domain in sorted(others)}
 
     def prune(self, outputs: Sequence[ir.Value]) -> None:
@@ -187,7 +197,7 @@ class Builder:
         needed, kept = set(outputs), []
         for node in reversed(self.nodes):
             if needed & set(node.outputs):
-                needed.update(x for x in node.inputs if x is not None)
+                needed.update(x for n in _with_inner([node]) for x in n.inputs if x is not None)
                 kept.append(node)
         self.nodes = kept[::-1]
         self.initializers = {n: v for n, v in self.initializers.items() if v in needed}
@@ -209,6 +219,15 @@ class Builder:
             shape=ir.Shape(list(tensor.shape.numpy())),
             const_value=tensor,
         )
+
+
+def _with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """Yield nodes, and those of the graphs that they hold."""
+    for node in nodes:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _with_inner(attribute.as_graph())
 
 
 def _tensor_type(dtype: ir.DataType | None) -> ir.TensorType | None:

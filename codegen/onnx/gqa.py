@@ -12,12 +12,17 @@ from torch import fx
 
 from kvxform.codegen.onnx.contrib import Attributes, ContribAttention, NewNodes
 from kvxform.codegen.onnx.emission import Emission
-from kvxform.codegen.onnx.forms import MICROSOFT
+from kvxform.codegen.onnx.gqa_prompts import (
+    GroupedCall,
+    attend_by_length,
+    has_prompt_branch,
+)
 from kvxform.codegen.onnx.head_rows import dtype_of_value, heads_of, operand_rows
 from kvxform.codegen.onnx.parts import Scoring
 from kvxform.ir.plan import SitePlan
 
 INT32 = ir.DataType.INT32
+ROLE = "group_query_attention"
 BITS = {"int8": 8, "int4": 4}  # by element of a `BlockFormat`
 
 
@@ -38,23 +43,23 @@ def attend_grouped(
     """
     found = ContribAttention.of(e, node, site, new, scoring)
     planes = {name: site.streams[name].planes[0].name for name in found.formats}
-    y, *present = e.builder.ops(
-        "GroupQueryAttention",
-        *operand_rows(e, found.operands),
-        *(e.ports.enter(site, name)[plane] for name, plane in planes.items()),
-        *_lengths(e),
-        *found.tables,
-        *(None, None),  # positions follow from lengths, and nothing is added to scores
-        scoring.sink_logits,
-        *found.scales(e, axes=4),
-        dtypes=[
-            dtype_of_value(e, found.operands[0]),
-            *(f.dtype for f in found.formats.values()),
-        ],
-        role="group_query_attention",
-        domain=MICROSOFT,
-        **_attributes(found),
+    call = GroupedCall(
+        (
+            *operand_rows(e, found.operands),
+            *(e.ports.enter(site, name)[plane] for name, plane in planes.items()),
+            *_lengths(e),
+            *found.tables,
+            *(None, None),  # positions follow from lengths, and nothing is added to scores
+            scoring.sink_logits,
+            *found.scales(e, axes=4),
+        ),
+        (dtype_of_value(e, found.operands[0]), *(f.dtype for f in found.formats.values())),
+        _attributes(found),
     )
+    if has_prompt_branch(e, found):
+        y, *present = attend_by_length(e, found, call)
+    else:
+        y, *present = call.emit(e.builder, ROLE)
     for (name, plane), value in zip(planes.items(), present, strict=True):
         e.ports.leave(site, name, plane, value)
     return heads_of(e, node, y)

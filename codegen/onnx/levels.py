@@ -167,7 +167,7 @@ LEVELS: dict[str, LevelRules] = {
     ),
     "L3": LevelRules(
         "GroupQueryAttention over shared buffers",
-        {"cpu": 23, "cuda": 23},
+        {"cpu": 24, "cuda": 23},
         23,
         {"cpu": "1.27", "cuda": CUDA_RUNTIME},
         {"cpu": FLOATS, "cuda": HALVES},

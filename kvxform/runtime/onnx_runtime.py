@@ -6,8 +6,10 @@ or no libraries for CUDA, a node that would run on the CPU.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,7 @@ from kvxform.errors import ArtifactError, KvxformError
 
 CUDA = "CUDAExecutionProvider"
 PLACEMENT_RUNTIME = "1.30"  # tells where each node runs
+NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # read by the runtime when it makes kernels
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA}
 # CUDA has kernels of these for all our dtypes. The runtime leaves them on the CPU where they make
 # sizes, that is a few integers whose consumers want them there.
@@ -75,7 +78,8 @@ def open_graph(
         settings = {"enable_cuda_graph": str(int(cuda_graph))}
     providers = [(PROVIDERS[provider], settings)]
     try:
-        session = runtime.InferenceSession(str(path), options, providers=providers)
+        with _whole_scores():
+            session = runtime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # the runtime has a class for each status code
         raise _cannot_load(error) from error
     if provider == "cuda" and CUDA not in session.get_providers():
@@ -87,6 +91,22 @@ def open_graph(
     if provider == "cuda":
         _check_placement(session.get_provider_graph_assignment_info())
     return session
+
+
+@contextmanager
+def _whole_scores() -> Iterator[None]:
+    """Let kernels of `GroupQueryAttention` that are made meanwhile work out scores in one piece.
+
+    On the CPU prompts take up to a quarter less time then, in runs as short as those of
+    `BufferCache`. What the environment says already is kept.
+    """
+    is_given = NO_TILES in os.environ
+    os.environ.setdefault(NO_TILES, "1")
+    try:
+        yield
+    finally:
+        if not is_given:
+            del os.environ[NO_TILES]
 
 
 def _check_version(installed: str, needed: str, who: str) -> None:

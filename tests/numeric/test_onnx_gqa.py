@@ -41,6 +41,13 @@ def make_program(codec=None, **model):
     return program
 
 
+def run_nodes(graph, branch):
+    """Yield the nodes that run if every `If` takes a branch."""
+    for node in graph.node:
+        chosen = [a.g for a in node.attribute if a.name == branch]
+        yield from (n for g in chosen for n in run_nodes(g, branch)) if chosen else (node,)
+
+
 class Package:
     """An exported program with its graph."""
 
@@ -48,8 +55,9 @@ class Package:
         self.program = program
         self.folder = export_onnx(program, folder, OnnxOptions(level="L3", **options))
         graph = onnx.load(self.folder / "model.onnx", load_external_data=False).graph
-        self.nodes = list(graph.node)
-        self.ops = Counter(node.op_type for node in graph.node)
+        self.nodes = list(run_nodes(graph, "then_branch"))
+        self.ops = Counter(node.op_type for node in self.nodes)
+        self.prompt_ops = Counter(node.op_type for node in run_nodes(graph, "else_branch"))
 
     def attributes(self):
         node = next(n for n in self.nodes if n.op_type == "GroupQueryAttention")
@@ -89,6 +97,28 @@ def test_bytes_are_those_of_the_eager_cache(tmp_path, bits, axis):
             for stream in ("key", "value"):
                 found = planes[f"past_key_values.{layer}.{stream}_codes"][row, :, :length]
                 assert torch.equal(found, stored[row][stream]["codes"])
+
+
+def test_prompts_over_codes_have_a_branch_for_floats(tmp_path):
+    """Where the operator has codes, and every operation is there; else it stands alone."""
+    coded = static_int(4, "channel")
+    package = Package(make_program(coded), tmp_path / "p")
+    graph = onnx.load(package.folder / "model.onnx", load_external_data=False).graph
+    assert Counter(n.op_type for n in graph.node)["If"] == 2
+    assert package.prompt_ops["TensorScatter"] == 4
+    (floats, *_) = [n for n in run_nodes(graph, "else_branch") if "Group" in n.op_type]
+    assert not {a.name for a in floats.attribute} & {"kv_cache_bit_width", "do_rotary"}
+    older = OnnxOptions(level="L3", opset=23)
+    half = cached_program({"key": coded, "value": coded}, dtype=torch.float16)
+    for name, program, options in (
+        ("exact", make_program(), OnnxOptions(level="L3")),
+        ("older", make_program(coded), older),
+        ("half", half, OnnxOptions(level="L3")),
+        ("cuda", half, OnnxOptions(level="L3", provider="cuda")),
+    ):
+        folder = export_onnx(program, tmp_path / name, options)
+        nodes = onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+        assert "If" not in {n.op_type for n in nodes}, name
 
 
 def test_logits_are_those_by_definition(tmp_path):
@@ -138,17 +168,19 @@ def test_one_product_for_queries_keys_and_values(tmp_path):
     package.check()
 
 
-@pytest.mark.parametrize("center", [False, True])
-def test_what_follows_rope_is_done_to_rows(tmp_path, center):
+@pytest.mark.parametrize(("axis", "center"), [("tensor", False), ("channel", True)])
+def test_what_follows_rope_is_done_to_rows(tmp_path, axis, center):
     """A rotation, and means that are taken away, stay outside; no heads are moved for them."""
     program, _ = apply(RotateQk(), make_program())
-    codec = static_int(4, "channel")
+    codec = static_int(4, axis)
     if center:
         codec |= {"center": True, "offset": tuple(0.1 * (i % 5) for i in range(32))}
     program, _ = apply(QuantizeKv(key=codec, value=codec), program)
     package = Package(program, tmp_path / "p")
     attributes, _ = package.attributes()
     assert "do_rotary" not in attributes
+    assert attributes["k_quant_type"] == f"PER_{axis.upper()}".encode()
+    assert package.ops["MatMul"] == 2 * 9 + 1  # seven weights and two rotations a layer; the head
     assert package.ops["RotaryEmbedding"] == 4
     assert package.ops["Transpose"] == 0
     assert package.ops["Add"] == (2 if center else 0)

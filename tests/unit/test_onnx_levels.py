@@ -194,7 +194,8 @@ def test_primitives_have_no_int4_weights():
         (OnnxOptions("L0"), ("L0", 18, "grow", 10)),
         (OnnxOptions("L0", 24), ("L0", 24, "grow", 12)),
         (OnnxOptions("L2", 24), ("L2", 24, "buffer", 12)),
-        (OnnxOptions("L3"), ("L3", 23, "buffer", 11)),
+        (OnnxOptions("L3"), ("L3", 24, "buffer", 12)),
+        (OnnxOptions("L3", 23), ("L3", 23, "buffer", 11)),
     ],
 )
 def test_the_form_of_a_plain_cache(options, expected):
