@@ -28,6 +28,7 @@ from kvxform.cli.packages import (
     asked_for,
     level_rows,
     level_table,
+    say_step,
 )
 from kvxform.cli.targets import need_recipe, open_model, refuse_recipe
 from kvxform.errors import KvxformError
@@ -111,7 +112,7 @@ def write(
 
     options = recipe_options(model).changed(**given)
     check: ExportCheck = "none" if verify is Verify.none else "probe"
-    folder = model.export_onnx(out, options, verify=check)
+    folder = model.export_onnx(out, options, verify=check, progress=say_step)
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     form, verdict = written_form(folder), Verdict.of(folder)
     if json:

@@ -26,6 +26,7 @@ from kvxform.cli.packages import (
     Runtime,
     Weights,
     asked_for,
+    say_step,
 )
 from kvxform.errors import KvxformError
 
@@ -78,12 +79,12 @@ def run(
         talk(f"kvxform: {optimized.report.training_hint(str(out), model)}")
     files = {"artifact": str(out), "report": str(out / "report.html")}
     if onnx:
-        talk("kvxform: writing the ONNX package")
         from kvxform.runtime.exporting import ExportCheck, recipe_options
 
         options = recipe_options(optimized).changed(**given)
         check: ExportCheck = "none" if verify is Verify.none else "probe"
-        files["onnx"] = str(optimized.export_onnx(out / "onnx", options, verify=check))
+        package = optimized.export_onnx(out / "onnx", options, verify=check, progress=say_step)
+        files["onnx"] = str(package)
     data = {**summarize(optimized.report), "files": files}
     if json:
         print_json(data)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvxform.cli.output import talk
+
 if TYPE_CHECKING:
     from kvxform.ir.program import Program
     from kvxform.onnx_options import OnnxOptions
@@ -65,6 +67,11 @@ def asked_for(
 
         check_options(OnnxOptions().changed(**given))
     return given
+
+
+def say_step(step: str) -> None:
+    """Tell what an export does now."""
+    talk(f"kvxform: {step}")
 
 
 def level_table(program: Program, options: OnnxOptions) -> dict[str, Any]:
