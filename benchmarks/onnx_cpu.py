@@ -7,8 +7,14 @@ Packages that are missing in the folder are made first (`onnx_packages.py`). Eve
 process of its own, so that its memory can be told; they take turns, so that a busy machine slows
 all alike. One sequence, float32 weights. Up to `--longest-prompt` tokens the prompt is prefilled
 and timed; longer caches are filled without being timed, with copies of their first tokens where the
-runtime lets its cache be set. All models decode the same forced tokens. Packages of the builder run
-in ONNX Runtime GenAI, ours in `OnnxSession` and, in rows `genai-...`, in GenAI too.
+runtime lets its cache be set, and measured in one round. All models decode the same forced tokens.
+Packages of the builder run in ONNX Runtime GenAI, ours in `OnnxSession` and, in rows `genai-...`,
+in GenAI too.
+
+The result file is written after every measurement, so that a run that is cut keeps what it has.
+With its defaults a run takes less than 8 minutes on two cores: prompts that take longer than
+`--slow` seconds are timed once, and rows that take minutes to fill a long cache are left out there;
+`--all-contexts` measures them too, last of all.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from onnx_tables import cpu_table
 from results import ResultFile, Row, describe_run, first_line, is_wanted
 
 CAPACITY = 8192  # the context of the model
+SLOW_TO_FILL = ("builder-int8", "builder-int4")
 HUGGINGFACE = "huggingface"
 # name of a row -> runtime, and package
 ROWS: dict[str, tuple[str, str]] = {
@@ -113,19 +120,31 @@ class Bench:
             if is_wanted(name, self.options.only):
                 self.guarded(name, self.load)
         for context in self.options.contexts:
-            for turn in range(self.options.rounds):
-                for name in list(self.remotes):
+            for turn in range(self.rounds_at(context)):
+                for name in self.rows_at(context):
                     self.guarded(name, self.measure, context, turn)
-        for name, remote in self.remotes.items():
-            self.store(name)
+        for remote in self.remotes.values():
             remote.close()
+
+    def rounds_at(self, context: int) -> int:
+        """Return how often all models take their turn."""
+        return self.options.rounds if context <= self.options.longest_prompt else 1
+
+    def rows_at(self, context: int) -> list[str]:
+        """Return the models to measure in their order; those that take long to fill come last."""
+        names = list(self.remotes)
+        if context <= self.options.longest_prompt:
+            return names
+        slow = [name for name in names if name in SLOW_TO_FILL]
+        quick = [name for name in names if name not in slow]
+        return quick + slow if self.options.all_contexts else quick
 
     def guarded(self, name: str, do: Any, *arguments: int) -> None:
         """Call a method for one row; what fails ends the row and is stored."""
         try:
             do(name, *arguments)
         except Exception as error:  # runtimes raise anything, and one must not end the run
-            self.file.add(name, {"name": name, "error": first_line(error)})
+            self.store(name, error=first_line(error))
             print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
             remote = self.remotes.pop(name, None)
             if remote is not None:
@@ -145,16 +164,17 @@ class Bench:
         remote, steps = self.remotes[name], self.options.new_tokens
         found = self.found[name].setdefault(context, Measured())
         tokens: list[int] = []
-        if context <= self.options.longest_prompt:
+        if context > self.options.longest_prompt:
+            remote.ask("fill", length=context - steps)
+        elif turn == 0 or max(found.prefill_s) <= self.options.slow:
             answer = remote.ask("prefill", ids=self.ids[:context])
             found.prefill_s.append(answer["seconds"])
             tokens.append(answer["token"])
-        elif turn == 0:
-            remote.ask("fill", length=context - steps * self.options.rounds)
         answer = remote.ask("decode", ids=self.ids[-steps:])
         found.decode_s += answer["seconds"]
         found.tokens = found.tokens or [*tokens, *answer["tokens"]]
         found.memory = {**remote.ask("memory"), "cache": answer["cache_bytes"]}
+        self.store(name)
         self.tell(name, context, found)
 
     def tell(self, name: str, context: int, found: Measured) -> None:
@@ -163,10 +183,11 @@ class Bench:
         step = statistics.median(found.decode_s[-self.options.new_tokens :])
         print(f"{name:14} {context:5} {prefill} {1 / step:8.1f} tokens/s", file=sys.stderr)
 
-    def store(self, name: str) -> None:
-        """Store the row of a model."""
-        rows = {str(context): summarize(context, m) for context, m in self.found[name].items()}
-        self.file.add(name, {"name": name, "runtime": ROWS[name][0], "contexts": rows})
+    def store(self, name: str, **more: str) -> None:
+        """Store the row of a model as far as it has been measured."""
+        measured = {c: m for c, m in self.found.get(name, {}).items() if m.decode_s}
+        rows = {str(context): summarize(context, m) for context, m in measured.items()}
+        self.file.add(name, {"name": name, "runtime": ROWS[name][0], "contexts": rows, **more})
 
 
 def summarize(context: int, found: Measured) -> Row:
@@ -205,6 +226,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--longest-prompt", type=int, default=2048, help="longer ones are filled")
     parser.add_argument("--new-tokens", type=int, default=16, help="decode steps of one round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--slow", type=float, default=9.0, help="seconds of a prefill; see above")
+    parser.add_argument("--all-contexts", action="store_true", help="long ones of all rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--commit", default="", help="commit to record, where git does not know it")
     return parser.parse_args()

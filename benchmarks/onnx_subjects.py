@@ -98,11 +98,15 @@ class Package:
     def prefill(self, ids: Ids) -> int:
         """Start with a prompt."""
         self.reset()
-        return int(self._session.prefill(torch.tensor([list(ids)]))[0].argmax())
+        return self._likeliest(self._session.prefill(torch.tensor([list(ids)])))
 
     def decode(self, token: int) -> int:
         """Append a token."""
-        return int(self._session.decode(torch.tensor([token]))[0].argmax())
+        return self._likeliest(self._session.decode(torch.tensor([token])))
+
+    def _likeliest(self, logits: torch.Tensor) -> int:
+        """Choose by numpy, which has no threads that would wait beside the next step."""
+        return int(logits[0].numpy().argmax())
 
     def fill(self, length: int) -> None:
         """Repeat what is cached."""

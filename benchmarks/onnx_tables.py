@@ -24,7 +24,7 @@ NAMES = {
 
 def cpu_table(rows: Sequence[Row]) -> str:
     """Return tokens per second and memory of every model, and how often the baseline."""
-    done = [row for row in rows if "contexts" in row]
+    done = [row for row in rows if row.get("contexts")]
     contexts = sorted({int(c) for row in done for c in row["contexts"]})
     prompts = [c for c in contexts if any("prefill" in at(row, c) for row in done)]
     base = next((row for row in done if row["name"] == BASELINE), None)

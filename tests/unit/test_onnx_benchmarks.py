@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -84,6 +85,58 @@ class Counter:
 
     def cache_bytes(self) -> int:
         return len(self.seen)
+
+
+class SlowRemote:
+    """A worker whose prompts take 5 seconds, and that is cut after some questions."""
+
+    asked: ClassVar[list[str]] = []
+    patience = 100
+
+    def __init__(self, python: str) -> None:
+        self.length = 0
+
+    def ask(self, do: str, **options) -> dict:
+        self.asked.append(do)
+        if len(self.asked) > self.patience:
+            raise KeyboardInterrupt
+        seconds = 5.0 if do == "prefill" else [0.5] * len(options.get("ids", ()))
+        return {"seconds": seconds, "token": 1, "tokens": [2, 3], "cache_bytes": 4, "peak": 5}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def run_bench(monkeypatch, path, patience=100, *options):
+    bench, results = load("onnx_cpu"), load("results")
+    monkeypatch.setattr(bench, "Remote", SlowRemote)
+    monkeypatch.setattr(bench, "make_package", lambda name, folder: folder / name)
+    monkeypatch.setattr(SlowRemote, "asked", [])
+    monkeypatch.setattr(SlowRemote, "patience", patience)
+    command = ["onnx_cpu.py", "--packages", "p", "--new-tokens", "2", "--rounds", "2", *options]
+    monkeypatch.setattr(sys, "argv", command)
+    file = results.ResultFile(path, "onnx_cpu")
+    file.start_run({})
+    bench.Bench(bench.parse_options(), file).run()
+
+
+def test_a_run_that_is_cut_keeps_what_it_has_measured(monkeypatch, tmp_path):
+    path, only = tmp_path / "r.json", ("--only", "huggingface,l3-int8", "--contexts", "256")
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(monkeypatch, path, 7, *only)  # two loads, one round of the first, a prefill
+    (row,) = [r for r in json.loads(path.read_text())["rows"] if r["contexts"]]
+    assert row["name"] == "huggingface"
+    assert row["contexts"]["256"]["prefill"]["median"] == 256 / 5
+
+
+def test_long_caches_of_slow_rows_are_asked_for(monkeypatch, tmp_path):
+    """They come last; a slow prompt is timed once, a long cache is decoded in one round."""
+    options = ("--only", "builder-int8,genai", "--contexts", "256", "8192", "--slow", "4")
+    run_bench(monkeypatch, None, 100, *options)
+    assert SlowRemote.asked.count("prefill") == 2
+    assert SlowRemote.asked.count("fill") == 1
+    run_bench(monkeypatch, None, 100, *options, "--all-contexts")
+    assert SlowRemote.asked.count("fill") == 2
 
 
 def test_a_worker_answers_commands_and_goes_on_after_an_error(monkeypatch):
