@@ -132,9 +132,10 @@ def test_machine_code_with_features_and_of_other_geometries() -> None:
         make_spec(int_stream(128, 8), int_stream(128)),
         make_spec(int_stream(128), int_stream(128, 2)),
     ]
-    for code in sass.compile_kernels(*(make_build(spec) for spec in specs)):
-        loop = check_loop(code)
-        assert sum(loop.values()) < 1200
+    codes = sass.compile_kernels(*(make_build(spec) for spec in specs))
+    for spec, code in zip(specs, codes, strict=True):
+        most = 1850 if spec.site.key == FORMATS["levels4"] else 1200
+        assert sum(check_loop(code).values()) < most, spec
 
 
 @pytest.mark.slow
