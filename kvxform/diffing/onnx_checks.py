@@ -27,7 +27,7 @@ def _words(graph: ir.Graph) -> Iterator[object]:
     """Yield every name, and what notes say."""
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
         yield value.name
-    for node in graph:
+    for node in ir.traversal.RecursiveGraphIterator(graph):
         yield from (node.op_type, node.domain, node.name, *node.attributes)
         yield from (x.name for x in (*node.inputs, *node.outputs) if x is not None)
         yield from (*node.metadata_props, *node.metadata_props.values())
