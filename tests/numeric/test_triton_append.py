@@ -101,11 +101,6 @@ def test_norms_and_tables(name: str) -> None:
     check(make_site(codec_stream(32, codec, **regions)), steps=((18, 1), (1, 1)))
 
 
-@pytest.mark.parametrize("words", [64, pytest.param(256, marks=pytest.mark.slow)])
-def test_one_token_is_compared_with_several_words_at_a_time(words: int) -> None:
-    check(make_site(codec_stream(32, FibVqCodec(words, 2))), steps=((1, 1), (1, 1)))
-
-
 def test_norms_in_fragment_order() -> None:
     streams = codec_stream(64, LloydMaxCodec(16)), int_stream(64, 8)
     check(make_site(*streams, layout="fragment"), steps=((18, 1), (1, 1)))

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from sass import Build, MachineCode, compile_kernels, count
-from triton_cases import codec_stream, int_stream, make_site, plain_stream
+from triton_cases import int_stream, make_site, plain_stream
 
-from kvxform.codecs.fib_vq import FibVqCodec
 from kvxform.codegen.triton.emit import emit
 from kvxform.codegen.triton.spec import AppendSpec, RopeSpec, StreamSpec
 from kvxform.errors import CodegenError
@@ -151,7 +150,6 @@ def build(spec: AppendSpec, kernel: str, tile: int = 0, num_warps: int = 4) -> B
     types = {"block_table": "*i32", "starts": "*i32", "counts": "*i32", "rows": "*i32"}
     types |= {"words": "*i32", "halves": "*i16", "signs": "*fp32", "key_tiles": "i32"}
     types |= dict.fromkeys(("k", "v", "cos", "sin"), dtypes[spec.site.dtype])
-    types |= dict.fromkeys(("key_book", "value_book"), "*fp32")
     for name, stream in spec.site.streams.items():
         types |= {f"{name}_{p.name}": dtypes[p.dtype] for p in stream.planes}
         exact = dtypes.get(stream.exact_dtype, "")
@@ -199,15 +197,6 @@ def test_machine_code_of_tiles() -> None:
     whole = [build(spec, "append_kernel", 64) for spec in specs[:2]]
     flushes = [build(specs[-1], "append_one_kernel"), build(specs[-1], "keep_kernel", 16)]
     check_machine_code(*tiles, *whole, *flushes)
-
-
-@pytest.mark.slow
-def test_machine_code_of_words() -> None:
-    spec = spec_of(codec_stream(128, FibVqCodec(256, 2)))
-    (code,) = compile_kernels(build(spec, "append_kernel", num_warps=4))
-    assert code.spills == 0
-    search = max(code.loops, key=lambda loop: count(loop, "FMNMX"))
-    assert count(search, "LDG") >= 8 * 3 * 4  # 8 steps at once, 3 numbers of 4 words in each
 
 
 def test_text_is_the_same_for_the_same_spec() -> None:
