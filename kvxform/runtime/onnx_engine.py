@@ -46,10 +46,15 @@ class Port:
     dtype: torch.dtype
 
     def sizes(self, batch_size: int, tokens: int) -> list[int]:
-        """Return the shape of a cache plane `[B, Hk, tokens, width]`."""
-        heads, width = self.shape[1], self.shape[3]
-        assert isinstance(heads, int), "planes declare their heads"
-        assert isinstance(width, int), "planes declare their width"
+        """Return the shape of a cache plane `[B, Hk, tokens, width]`.
+
+        Raises:
+            ArtifactError: KVX602 if a graph that somebody edited declares another one.
+        """
+        heads, width = self.shape[1::2] if len(self.shape) == 4 else (None, None)
+        if not isinstance(heads, int) or not isinstance(width, int):
+            rule = "a plane of a cache must declare its heads and its width"
+            raise ArtifactError("KVX602", rule, where=self.name, got=self.shape)
         return [batch_size, heads, tokens, width]
 
 

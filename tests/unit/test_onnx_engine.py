@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from buffer_graphs import FORM, write_graph
 
 from kvxform.errors import ArtifactError, KvxformError
 from kvxform.runtime import onnx_engine
-from kvxform.runtime.onnx_engine import Engine
-from kvxform.runtime.onnx_runtime import CUDA, SIZE_OPS, import_runtime
+from kvxform.runtime.onnx_engine import Engine, Port
+from kvxform.runtime.onnx_runtime import CUDA, NO_TILES, SIZE_OPS, import_runtime
 
 CPU = "CPUExecutionProvider"
 
@@ -153,3 +155,32 @@ def test_a_graph_that_the_runtime_cannot_load(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ArtifactError, match=r"^KVX602"):
         Engine(tmp_path, FORM, "cpu")
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_scores_are_worked_out_in_one_piece_unless_the_environment_says_otherwise(
+    tmp_path, monkeypatch, given
+):
+    write_graph(tmp_path)
+    if given is None:
+        monkeypatch.delenv(NO_TILES, raising=False)
+    else:
+        monkeypatch.setenv(NO_TILES, given)
+    seen, make = [], onnxruntime.InferenceSession
+
+    def watch(*args, **options):
+        seen.append(os.environ[NO_TILES])
+        return make(*args, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watch)
+    Engine(tmp_path, FORM, "cpu")
+    assert seen == [given or "1"]
+    assert os.environ.get(NO_TILES) == given
+
+
+@pytest.mark.parametrize("shape", [("B", None, "T", 4), ("B", 2, "T", "D"), ("B", 2, 4)])
+def test_a_plane_declares_heads_and_width(shape):
+    assert Port("past", ("B", 2, "T", 4), torch.int8).sizes(3, 5) == [3, 2, 5, 4]
+    with pytest.raises(ArtifactError, match="must declare its heads and its width") as caught:
+        Port("past", shape, torch.int8).sizes(3, 5)
+    assert caught.value.code == "KVX602"
