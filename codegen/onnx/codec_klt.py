@@ -121,7 +121,7 @@ class KltEmitter:
         return count_below(b, square, GAIN_BOUNDS.float())
 
     def _mean(self, b: Builder) -> ir.Value:
-        return b.table(torch.tensor(self.codec.mean).flatten())
+        return b.table(torch.tensor(self.codec.mean).flatten(), "mean")
 
     def _all_components(self, b: Builder, unit: ir.Value) -> ir.Value:
         """Return a row with zeros for components without bits."""

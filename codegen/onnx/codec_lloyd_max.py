@@ -30,7 +30,7 @@ class LloydMaxEmitter(DirectionEmitter):
         if not self.codec.qjl:
             return planes
         rest = b.op("Sub", u, look_up(b, codes, table))
-        sketch = b.op("MatMul", rest, b.table(projection(dim).mT))
+        sketch = b.op("MatMul", rest, b.table(projection(dim).mT, "projection"))
         positive = b.op("GreaterOrEqual", sketch, b.const(0.0, FLOAT), dtype=ir.DataType.BOOL)
         signs = pack(b, b.cast(positive, FLOAT), 1, dim)
         norm = b.op("ReduceL2", rest, b.const([CHANNELS]), keepdims=1)
@@ -45,7 +45,7 @@ class LloydMaxEmitter(DirectionEmitter):
             return found
         ones = unpack(b, planes["signs"], 1, dim)
         signs = b.op("Sub", b.op("Add", ones, ones), b.const(1.0, FLOAT))
-        back = b.op("MatMul", signs, b.table(projection(dim)))
+        back = b.op("MatMul", signs, b.table(projection(dim), "projection"))
         unit = b.const(math.sqrt(math.pi / 2) / dim, FLOAT)
         rest = b.op("Mul", b.cast(planes["residual"], FLOAT), unit)
         return b.op("Add", found, b.op("Mul", rest, back))

@@ -32,7 +32,9 @@ def count_below(b: Builder, x: ir.Value, bounds: Tensor) -> ir.Value:
         if found is None:
             bound = b.const(float(padded[step - 1]), FLOAT)
         else:
-            bound = b.op("Gather", b.table(padded[step - 1 :]), found, dtype=FLOAT, axis=0)
+            bound = b.op(
+                "Gather", b.table(padded[step - 1 :], "bounds"), found, dtype=FLOAT, axis=0
+            )
         above = b.op("Cast", b.op("Greater", x, bound, dtype=ir.DataType.BOOL), dtype=INT64, to=7)
         moved = above if step == 1 else b.op("Mul", above, b.const(step))
         found = moved if found is None else b.op("Add", found, moved)
@@ -59,10 +61,10 @@ def count_below_each(b: Builder, x: ir.Value, bounds: Sequence[Tensor], which: T
     found = None
     for step in (2**i for i in reversed(range(steps))):
         if found is None:
-            bound = b.table(padded[which, step - 1])
+            bound = b.table(padded[which, step - 1], "bounds")
         else:
             places = b.op("Add", found, b.table(which * (2**steps - 1) + step - 1))
-            bound = b.op("Gather", b.table(padded.flatten()), places, dtype=FLOAT, axis=0)
+            bound = b.op("Gather", b.table(padded.flatten(), "bounds"), places, dtype=FLOAT, axis=0)
         above = b.op("Cast", b.op("Greater", x, bound, dtype=ir.DataType.BOOL), dtype=INT64, to=7)
         moved = above if step == 1 else b.op("Mul", above, b.const(step))
         found = moved if found is None else b.op("Add", found, moved)
@@ -88,12 +90,12 @@ def nearest_row(b: Builder, x: ir.Value, table: Tensor) -> ir.Value:
     Returns:
         int64 `[B, Hk, T, n]`.
     """
-    scores = b.op("MatMul", x, b.table(table.mT))
-    halves = b.table(table.square().sum(-1) / 2)
+    scores = b.op("MatMul", x, b.table(table.mT, "words"))
+    halves = b.table(table.square().sum(-1) / 2, "halves")
     scores = b.op("Sub", scores, halves)
     return b.op("ArgMax", scores, dtype=INT64, axis=CHANNELS + 1, keepdims=0)
 
 
 def look_up(b: Builder, codes: ir.Value, table: Tensor) -> ir.Value:
     """Emit the entries of a table: int64 codes of any shape -> `[*codes, *entry]`."""
-    return b.op("Gather", b.table(table), codes, axis=0)
+    return b.op("Gather", b.table(table, "words"), codes, axis=0)

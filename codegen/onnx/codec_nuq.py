@@ -76,7 +76,7 @@ class NuqEmitter:
     def _static(self, b: Builder) -> tuple[ir.Value, ir.Value]:
         """Return static centres and half widths, `[Hk, 1, D]`."""
         center, width = self.codec.static_ranges
-        return b.table(center), b.table(width)
+        return b.table(center, "center"), b.table(width, "width")
 
     def _split(self, b: Builder, x: ir.Value) -> ir.Value:
         if self.codec.group is None:
