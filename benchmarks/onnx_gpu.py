@@ -188,8 +188,7 @@ class Bench:
         target: dict[str, Any] = {"lowering": "eager" if lowering == "onnx" else lowering}
         if lowering == "triton":
             target["compile"] = True
-        if "calibration" in data:
-            data["calibration"] |= CALIBRATION
+        data["calibration"] = {**data.get("calibration", {}), **CALIBRATION}
         ids = torch.arange(CALIBRATION["tokens"]) * 7919 % VOCABULARY
         model = optimize_captured(
             captured,
