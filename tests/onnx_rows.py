@@ -64,12 +64,12 @@ CASES = (
     FormCase("L0 18", "exact", "L0", 18),
     FormCase("L1 23", "exact", "L1", 23),
     FormCase("L1 24", "exact", "L1", 24),
-    FormCase("L3", "exact", "L3", 23),
+    FormCase("L3", "exact", "L3", 24),
     FormCase("L0 18 kv4", "kv4", "L0", 18),
     FormCase("L2 23 kv4", "kv4", "L2", 23),
     FormCase("L2 24 kv4", "kv4", "L2", 24),
     FormCase("L5 kv4", "kv4", "L5", 23),
-    FormCase("L3 int8", "int8", "L3", 23),
+    FormCase("L3 int8", "int8", "L3", 24),
 )
 COLUMNS = tuple(case.name for case in CASES)
 
