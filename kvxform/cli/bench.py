@@ -49,7 +49,9 @@ def run(
     opened = open_target(target, recipe, provider=provider, max_length=length, threads=threads)
     check_length(opened, length)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size(opened), (batch, prompt_tokens), generator=generator)
+    vocab_size = model_size(opened, "vocab_size", "vocab_size")
+    assert vocab_size is not None, "every model has a vocabulary"
+    ids = torch.randint(vocab_size, (batch, prompt_tokens), generator=generator)
     runner = make_runner(opened.model, length)
     (speed,) = measure_speed(
         {target: runner},
@@ -66,12 +68,16 @@ def run(
         print_data(bench_text(data))
 
 
-def vocab_size(opened: Opened) -> int:
-    """Return the number of tokens that a model knows."""
+def model_size(opened: Opened, name: str, of_config: str) -> int | None:
+    """Return a size that a model states: `name` of our own, `of_config` in transformers."""
     model = opened.model
     if hasattr(model, "program"):
-        return int(model.program.info.vocab_size)
-    return int(model.info["vocab_size"] if hasattr(model, "info") else model.config.vocab_size)
+        size = getattr(model.program.info, name)
+    elif hasattr(model, "info"):
+        size = model.info[name]
+    else:
+        size = getattr(model.config, of_config, None)
+    return None if size is None else int(size)
 
 
 def check_length(opened: Opened, length: int) -> None:
@@ -80,13 +86,7 @@ def check_length(opened: Opened, length: int) -> None:
     Raises:
         KvxformError: KVX801 with the options that say how many there are.
     """
-    model = opened.model
-    if hasattr(model, "program"):
-        longest = model.program.info.context_length
-    elif hasattr(model, "info"):
-        longest = model.info["context_length"]
-    else:
-        longest = getattr(model.config, "max_position_embeddings", None)
+    longest = model_size(opened, "context_length", "max_position_embeddings")
     if longest is not None and length > longest:
         rule = f"prompt and new tokens must fit into the {longest} that the model can take"
         hint = "give fewer by --prompt-tokens and --new-tokens"

@@ -43,10 +43,8 @@ def open_model(
             raise KvxformError("KVX801", rule, got=repr(target), hint="drop --calibration")
         return kvxform.load(target)
     if is_onnx_package(target):
-        rule, hint = (
-            "an ONNX package is finished",
-            "take the artifact or MODEL that it was made from",
-        )
+        rule = "an ONNX package is finished"
+        hint = "take the artifact or MODEL that it was made from"
         raise KvxformError("KVX801", rule, got=repr(target), hint=hint)
     wanted = need_recipe(target, recipe)
     return kvxform.optimize(target, wanted, verify=verify, calibration=calibration)
